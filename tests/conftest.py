@@ -11,7 +11,16 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["GOMP_SPINCOUNT"] = "0"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from tests.hub_server import TOKEN, Hub  # noqa: E402
+
+
+# Every process of a test run, subprocesses included, sees this hub and no other.
+HUB = Hub()
+os.environ["HF_ENDPOINT"] = HUB.url
+os.environ["HF_TOKEN"] = TOKEN
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_home_")
+os.environ["HF_HUB_DISABLE_XET"] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -33,6 +42,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def hub() -> Hub:
+    """A Hugging Face Hub on loopback that `push_to_hub` and `from_pretrained` use."""
+    return HUB
 
 
 @pytest.fixture(scope="session")
