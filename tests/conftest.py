@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -27,6 +28,15 @@ import torch  # noqa: E402
 
 
 REPOSITORY = Path(__file__).parents[1]
+PACKAGES = ["peft_bias_steer", "hf_hierarchical_sae", "hf_based_kernel"]
+HIDE_PACKAGES = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {hidden!r}:
+            raise ModuleNotFoundError(f"{{name}} is hidden from this process", name=name)
+sys.meta_path.insert(0, Hidden())
+"""
 DEMO_MODEL = REPOSITORY / "outputs" / "SmolLM2-135M-Instruct"
 
 torch.set_num_threads(1)
@@ -48,6 +58,21 @@ def fixed_seed():
 def hub() -> Hub:
     """A Hugging Face Hub on loopback that `push_to_hub` and `from_pretrained` use."""
     return HUB
+
+
+@pytest.fixture
+def run_isolated(tmp_path):
+    """Run code in a fresh process outside the repository that can import none of our packages but the `visible`."""
+
+    def run(code: str, visible: Sequence[str] = ()) -> str:
+        hidden = [package for package in PACKAGES if package not in visible]
+        program = HIDE_PACKAGES.format(hidden=hidden) + code
+        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        return done.stdout
+
+    return run
 
 
 @pytest.fixture(scope="session")
