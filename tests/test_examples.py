@@ -1,0 +1,46 @@
+"""What every example script promises: one file, its command in its docstring, declared dependencies, helpful --help."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+REPOSITORY = Path(__file__).parents[1]
+EXAMPLES = sorted((REPOSITORY / "examples").rglob("*.py"))
+examples = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(REPOSITORY / "examples")))
+
+
+@examples
+def test_example_states_its_dependencies_and_its_command(path):
+    text = path.read_text()
+    docstring = ast.get_docstring(ast.parse(text))
+
+    assert text.startswith("# /// script\n# dependencies = [")
+    assert str(path.relative_to(REPOSITORY)) in docstring
+
+
+@examples
+def test_example_imports_nothing_private(path):
+    imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+
+    assert all(node.level == 0 for node in imports), "an example is one file"
+    assert not [alias.name for node in imports for alias in node.names if alias.name.startswith("_")]
+    assert not [node.module for node in imports if "._" in str(node.module)]
+
+
+@pytest.mark.slow
+@examples
+def test_help_explains_every_option(path):
+    done = subprocess.run([sys.executable, path, "--help"], cwd=REPOSITORY, capture_output=True, text=True)
+    text = path.read_text()
+    options = [
+        node.args[0].value
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument"
+    ]
+
+    assert done.returncode == 0, done.stderr
+    assert options and all(option in done.stdout for option in options)
