@@ -1,0 +1,585 @@
+"""
+Causal linear attention with a quadratic kernel: ReBased (arXiv 2402.10644) and Based (arXiv 2402.18668).
+
+Both kernels are a polynomial c0 + c1 s + c2 s² of the score s = scale q·k, so both have a state of constant size. The
+forms of the operation agree in value and gradient:
+
+- `rebased_attention_reference`: quadratic in length, the specification;
+- `rebased_attention_chunked`: linear in length, for training and prefill;
+- `rebased_attention_step`: one token, for decoding;
+- `rebased_attention_triton` (in `rebased_attention_triton.py`): the chunked form on a GPU.
+
+They share one signature, `form(q, k, v, *, scale, eps, initial_state, return_state, attention_mask, segment_ids,
+chunk_size, coefficients)`, and one layout of the state: (batch, num_heads, state_size, head_dim + 1), contiguous, in
+float32. Column d < head_dim of row p holds the sum over past tokens of key_features(k)_p v_d, the last column that of
+key_features(k)_p. Row r feature_dim + i, r = 0 … feature_dim // 2, is the product k_i k_((i + r) mod feature_dim), with the
+weight c2, doubled where 0 < r < feature_dim / 2; then, for a kernel that has these terms, feature_dim rows c1 k_i and one
+row c0. Weights are on the key's side only; `scale` is on the query's.
+"""
+
+import functools
+import importlib.util
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+# (c0, c1, c2) of the kernel c0 + c1 s + c2 s².
+REBASED = (0.0, 0.0, 1.0)
+TAYLOR = (1.0, 1.0, 0.5)
+
+DEFAULT_CHUNK_SIZE = 128
+
+
+@functools.cache
+def is_triton_available() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def rebased_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    initial_state: torch.Tensor | None = None,
+    return_state: bool = False,
+    attention_mask: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    ReBased attention (arXiv 2402.10644, section 3), linear in the sequence length:
+
+    out_i = Σ_{j≤i} (scale q_i·k_j)² v_j / (Σ_{j≤i} (scale q_i·k_j)² + eps)
+
+    q: (batch, seq, num_heads, feature_dim)
+    k: (batch, seq, num_heads, feature_dim)
+    v: (batch, seq, num_heads, head_dim)
+    initial_state: (batch, num_heads, state_size(feature_dim), head_dim + 1)
+    attention_mask: (batch, seq)
+    segment_ids: (batch, seq)
+
+    Args:
+        scale (`float`, *optional*): Factor of every q·k. Defaults to `feature_dim ** -0.5`.
+        eps (`float`, *optional*, defaults to 1e-6): Added to the denominator, which can vanish for early tokens.
+        initial_state (`torch.Tensor`, *optional*): State returned for the tokens before these.
+        return_state (`bool`, *optional*, defaults to `False`): Also return the state after the last token.
+        attention_mask (`torch.Tensor`, *optional*): Zero or `False` marks padding: no token sees it, its output is zero.
+        segment_ids (`torch.Tensor`, *optional*): Integers that never decrease along the sequence. A token sees only
+            its own segment; `initial_state` belongs to the segment of the first token, the returned state to that of
+            the last.
+        chunk_size (`int`, *optional*): Tokens whose scores are formed at once. Changes speed and memory only.
+        backend (`str`, *optional*, defaults to `"auto"`): `"torch"`, `"triton"`, or `"auto"`: Triton for CUDA tensors.
+
+    Returns:
+        `torch.Tensor` of shape (batch, seq, num_heads, head_dim) in the dtype of `v`, and with `return_state` the state
+        as a second one, in float32 (float64 for float64 inputs). Sums are accumulated in that dtype too.
+
+    Raises:
+        `ValueError`: If shapes, dtypes, `segment_ids`, `chunk_size` or `backend` are not as above.
+        `ImportError`: If `backend="triton"` and triton is not installed.
+    """
+    return _attention(
+        q,
+        k,
+        v,
+        scale=scale,
+        eps=eps,
+        initial_state=initial_state,
+        return_state=return_state,
+        attention_mask=attention_mask,
+        segment_ids=segment_ids,
+        chunk_size=chunk_size,
+        backend=backend,
+        coefficients=REBASED,
+    )
+
+
+def taylor_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    initial_state: torch.Tensor | None = None,
+    return_state: bool = False,
+    attention_mask: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    The attention of Based (arXiv 2402.18668): `rebased_attention` with the kernel 1 + s + s²/2, the Taylor polynomial of
+    exp(s), in the place of s². Arguments, results and errors are the same; the state has `feature_dim + 1` more rows.
+    """
+    return _attention(
+        q,
+        k,
+        v,
+        scale=scale,
+        eps=eps,
+        initial_state=initial_state,
+        return_state=return_state,
+        attention_mask=attention_mask,
+        segment_ids=segment_ids,
+        chunk_size=chunk_size,
+        backend=backend,
+        coefficients=TAYLOR,
+    )
+
+
+def _attention(
+    q, k, v, *, scale, eps, initial_state, return_state, attention_mask, segment_ids, chunk_size, backend, coefficients
+):
+    _check_tensors(q, k, v, attention_mask, segment_ids)
+    _check_state(initial_state, q, v, coefficients)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be a positive number of tokens, got {chunk_size}")
+    form = _choose_form(q, initial_state, return_state, backend)
+    if attention_mask is not None:
+        attention_mask = attention_mask.bool()
+        padding = ~attention_mask[:, :, None, None]
+        # Selected, not multiplied: a NaN in the padding must not reach the sums.
+        q, k, v = (x.masked_fill(padding, 0) for x in (q, k, v))
+    with torch.autocast(q.device.type, enabled=False):
+        result = form(
+            q,
+            k,
+            v,
+            scale=q.shape[-1] ** -0.5 if scale is None else scale,
+            eps=eps,
+            initial_state=initial_state,
+            return_state=return_state,
+            attention_mask=attention_mask,
+            segment_ids=segment_ids,
+            chunk_size=chunk_size,
+            coefficients=coefficients,
+        )
+    if attention_mask is None:
+        return result
+    if return_state:
+        return result[0].masked_fill(padding, 0), result[1]
+    return result.masked_fill(padding, 0)
+
+
+def _check_tensors(q, k, v, attention_mask, segment_ids):
+    if q.dim() != 4 or q.shape != k.shape:
+        raise ValueError(
+            "q and k must both have the shape (batch, seq, num_heads, feature_dim), "
+            f"got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if v.dim() != 4 or v.shape[:3] != q.shape[:3]:
+        raise ValueError(
+            f"v must have the shape (batch, seq, num_heads, head_dim) = ({q.shape[0]}, {q.shape[1]}, {q.shape[2]}, "
+            f"head_dim) to go with q, got {tuple(v.shape)}"
+        )
+    if not (q.is_floating_point() and q.dtype == k.dtype == v.dtype):
+        raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them")
+    if q.shape[1] == 0:
+        raise ValueError(f"expected at least one token, got q of shape {tuple(q.shape)}")
+    for name, tensor in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
+        if tensor is not None and tensor.shape != q.shape[:2]:
+            raise ValueError(
+                f"{name} must have the shape (batch, seq) = {tuple(q.shape[:2])}, got {tuple(tensor.shape)}"
+            )
+    # Reading a value stops a traced graph and waits for a GPU, so the order is only looked at where that is free.
+    readable = segment_ids is not None and segment_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and bool((segment_ids.diff(dim=1) < 0).any()):
+        raise ValueError("segment_ids must never decrease along the sequence; number the segments from left to right")
+
+
+def _check_state(initial_state, q, v, coefficients):
+    if initial_state is None:
+        return
+    batch_size, _, num_heads, feature_dim = q.shape
+    expected = (batch_size, num_heads, state_size(feature_dim, coefficients), v.shape[-1] + 1)
+    if tuple(initial_state.shape) != expected:
+        raise ValueError(
+            f"initial_state must have the shape (batch, num_heads, state_size, head_dim + 1) = {expected}, got "
+            f"{tuple(initial_state.shape)}; it must come from the same kernel and the same sizes"
+        )
+    if initial_state.dtype != _accumulation_dtype(q):
+        raise ValueError(
+            f"initial_state must be {_accumulation_dtype(q)} as it was returned, got {initial_state.dtype}; "
+            "a rounded state loses the early tokens"
+        )
+
+
+def _choose_form(q, initial_state, return_state, backend):
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f'backend must be "auto", "torch" or "triton", got {backend!r}')
+    if backend == "triton" and not is_triton_available():
+        raise ImportError('backend="triton" needs triton: `pip install triton`, or choose backend="torch"')
+    if backend == "triton" or (backend == "auto" and q.shape[1] > 1 and q.is_cuda and is_triton_available()):
+        from .rebased_attention_triton import rebased_attention_triton
+
+        return rebased_attention_triton
+    if q.shape[1] == 1 and (return_state or initial_state is not None):
+        return rebased_attention_step
+    return rebased_attention_chunked
+
+
+# The forms. Their caller has checked the inputs, resolved `scale`, and set q, k and v to zero where `attention_mask` (bool)
+# is False; what is left to them is the last column of [v, 1]. Their caller also sets the output of padding to zero.
+
+
+def rebased_attention_reference(
+    q,
+    k,
+    v,
+    *,
+    scale,
+    eps,
+    initial_state=None,
+    return_state=False,
+    attention_mask=None,
+    segment_ids=None,
+    chunk_size=None,
+    coefficients=REBASED,
+):
+    """The formula of `rebased_attention`, with all seq × seq scores: the specification of the other forms."""
+    dtype = _accumulation_dtype(q)
+    queries, keys, values = q.to(dtype) * scale, k.to(dtype), _with_ones(v)
+    if attention_mask is None:
+        attention_mask = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
+    if segment_ids is None:
+        segment_ids = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device)
+    position = torch.arange(q.shape[1], device=q.device)
+    same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
+    visible = (position[:, None] >= position) & same_segment & attention_mask[:, None, :]
+
+    scores = torch.einsum("bihf,bjhf->bhij", queries, keys)
+    weights = torch.where(visible[:, None], _polynomial(scores, coefficients), 0)
+    sums = torch.einsum("bhij,bjhd->bihd", weights, values)
+    if initial_state is not None:
+        earlier = torch.einsum("bihp,bhpd->bihd", query_features(queries, coefficients), initial_state)
+        sums = sums + (segment_ids == segment_ids[:, :1])[:, :, None, None] * earlier
+    out = (sums[..., :-1] / (sums[..., -1:] + eps)).to(v.dtype) * attention_mask[:, :, None, None]
+    if not return_state:
+        return out
+
+    in_last = segment_ids == segment_ids[:, -1:]
+    kept = (in_last & attention_mask).to(dtype)
+    state = torch.einsum("bj,bjhp,bjhd->bhpd", kept, key_features(keys, coefficients), values)
+    if initial_state is not None:
+        state = state + in_last[:, :1, None, None] * initial_state
+    return out, state
+
+
+def rebased_attention_step(
+    q,
+    k,
+    v,
+    *,
+    scale,
+    eps,
+    initial_state=None,
+    return_state=False,
+    attention_mask=None,
+    segment_ids=None,
+    chunk_size=None,
+    coefficients=REBASED,
+):
+    """`rebased_attention` of a single token: the recurrent form, whose cost does not depend on what came before."""
+    dtype = _accumulation_dtype(q)
+    queries, keys = q[:, 0].to(dtype) * scale, k[:, 0].to(dtype)
+    values = _with_ones(v, attention_mask)[:, 0]
+    # The token's own term comes from its score: through the features, a score near zero would lose its digits.
+    sums = _polynomial((queries * keys).sum(-1, keepdim=True), coefficients) * values
+    if initial_state is not None:
+        sums = sums + torch.matmul(query_features(queries, coefficients)[..., None, :], initial_state)[..., 0, :]
+    out = (sums[..., :-1] / (sums[..., -1:] + eps)).to(v.dtype)[:, None]
+    if not return_state:
+        return out
+    features, values = key_features(keys, coefficients)[..., None], values[..., None, :]
+    return out, features * values if initial_state is None else torch.addcmul(initial_state, features, values)
+
+
+def rebased_attention_chunked(
+    q,
+    k,
+    v,
+    *,
+    scale,
+    eps,
+    initial_state=None,
+    return_state=False,
+    attention_mask=None,
+    segment_ids=None,
+    chunk_size=None,
+    coefficients=REBASED,
+):
+    """`rebased_attention` in linear time: scores inside a chunk of tokens, a state between the chunks."""
+    out, state = _ChunkedAttention.apply(
+        q,
+        k,
+        v,
+        initial_state,
+        attention_mask,
+        segment_ids,
+        scale,
+        eps,
+        return_state,
+        chunk_size or DEFAULT_CHUNK_SIZE,
+        coefficients,
+    )
+    return (out, state) if return_state else out
+
+
+# Features: kernel(q·k) = query_features(q) · key_features(k).
+
+
+def packed_size(feature_dim: int) -> int:
+    """Number of products x_i x_((i + r) mod feature_dim), r = 0 … feature_dim // 2."""
+    return feature_dim * (feature_dim // 2 + 1)
+
+
+def state_size(feature_dim: int, coefficients: tuple[float, float, float] = REBASED) -> int:
+    """Rows of a head's state: the packed products, then `feature_dim` and 1 more if the kernel has such terms."""
+    return packed_size(feature_dim) + feature_dim * (coefficients[1] != 0) + (coefficients[0] != 0)
+
+
+def query_features(x: torch.Tensor, coefficients: tuple[float, float, float]) -> torch.Tensor:
+    """x: (..., feature_dim) -> (..., state_size): every product once, then x and 1 if the kernel has such terms."""
+    return _features(x[..., None], coefficients)[..., 0]
+
+
+def key_features(x: torch.Tensor, coefficients: tuple[float, float, float]) -> torch.Tensor:
+    """x: (..., feature_dim) -> (..., state_size): as `query_features`, weighted so that the product is the kernel."""
+    return query_features(x, coefficients) * _weights(x.shape[-1], coefficients, x)
+
+
+def _weights(feature_dim, coefficients, like):
+    # A product with 0 < r < feature_dim / 2 stands for itself and its mirror image.
+    c0, c1, c2 = coefficients
+    per_diagonal = [c2 if r == 0 or 2 * r == feature_dim else 2 * c2 for r in range(feature_dim // 2 + 1)]
+    rows = [weight for weight in per_diagonal for _ in range(feature_dim)]
+    rows += [c1] * (feature_dim if c1 else 0) + [c0] * (1 if c0 else 0)
+    return torch.tensor(rows, dtype=like.dtype, device=like.device)
+
+
+def _windows(x):
+    """x: (..., feature_dim, tokens) -> view (..., diagonals, feature_dim, tokens) of x, rolled by 0, 1, … rows."""
+    feature_dim = x.shape[-2]
+    doubled = torch.cat([x, x[..., : feature_dim // 2, :]], dim=-2)
+    return doubled.unfold(-2, feature_dim, 1).transpose(-1, -2)
+
+
+def _features(x, coefficients):
+    """x: (..., feature_dim, tokens) -> (..., state_size, tokens), unweighted."""
+    rows = [(x.unsqueeze(-3) * _windows(x)).flatten(-3, -2)]
+    if coefficients[1]:
+        rows.append(x)
+    if coefficients[0]:
+        rows.append(torch.ones_like(x[..., :1, :]))
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-2)
+
+
+def _features_backward(grad, x, coefficients):
+    """grad: (..., state_size, tokens), x: (..., feature_dim, tokens) -> gradient of x, like x."""
+    feature_dim = x.shape[-2]
+    diagonals = feature_dim // 2 + 1
+    products = grad[..., : diagonals * feature_dim, :].unflatten(-2, (diagonals, feature_dim))
+    # Product (r, i) sends its gradient to row i, times row i + r, and to row i + r, times row i.
+    grad_x = (products * _windows(x)).sum(-3)
+    other = (products * x.unsqueeze(-3)).unbind(-3)
+    for r in range(diagonals):
+        grad_x[..., r:, :] += other[r][..., : feature_dim - r, :]
+        if r:
+            grad_x[..., :r, :] += other[r][..., feature_dim - r :, :]
+    if coefficients[1]:
+        grad_x += grad[..., diagonals * feature_dim : (diagonals + 1) * feature_dim, :]
+    return grad_x
+
+
+def _polynomial(scores, coefficients):
+    c0, c1, c2 = coefficients
+    if c0 == c1 == 0:
+        return scores.square() if c2 == 1 else c2 * scores.square()
+    return (c2 * scores + c1) * scores + c0
+
+
+def _accumulation_dtype(q):
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _with_ones(v, attention_mask=None):
+    """v: (batch, seq, num_heads, head_dim) -> (..., head_dim + 1): the last column, 0 for padding, sums to the denominator."""
+    values = v.to(_accumulation_dtype(v))
+    ones = torch.ones_like(values[..., :1])
+    if attention_mask is not None:
+        ones = ones * attention_mask[:, :, None, None]
+    return torch.cat([values, ones], dim=-1)
+
+
+class _Segments(NamedTuple):
+    """Which tokens of a chunk see what, for every (batch, head): True or False."""
+
+    same: torch.Tensor  # (batch * num_heads, tokens, tokens): query and key are of one segment
+    first: torch.Tensor  # (batch * num_heads, tokens, 1): the segment that the carried state belongs to
+    last: torch.Tensor  # (batch * num_heads, tokens, 1): the segment that the next state belongs to
+    carry: torch.Tensor  # (batch * num_heads, 1, 1): both are one
+
+
+def _segments(segment_ids, start, stop, num_heads):
+    if segment_ids is None:
+        return None
+    ids = segment_ids[:, start:stop].repeat_interleave(num_heads, dim=0)
+    carried = segment_ids[:, max(start - 1, 0)].repeat_interleave(num_heads, dim=0)[:, None]
+    last = ids[:, -1:]
+    return _Segments(
+        same=ids[:, :, None] == ids[:, None, :],
+        first=(ids == carried)[..., None],
+        last=(ids == last)[..., None],
+        carry=(carried == last)[..., None],
+    )
+
+
+class _Chunk(NamedTuple):
+    """Tokens start … stop of all (batch, head), one head after the other, in the accumulation dtype."""
+
+    queries: torch.Tensor  # (batch * num_heads, feature_dim, tokens), scaled
+    keys: torch.Tensor  # (batch * num_heads, feature_dim, tokens)
+    values: torch.Tensor  # (batch * num_heads, tokens, head_dim + 1)
+    segments: _Segments | None
+
+
+def _chunk(q, k, v, attention_mask, segment_ids, *, start, stop, scale):
+    mask = None if attention_mask is None else attention_mask[:, start:stop]
+    return _Chunk(
+        queries=_heads_first(q[:, start:stop]).mT.contiguous() * scale,
+        keys=_heads_first(k[:, start:stop]).mT.contiguous(),
+        values=_heads_first(_with_ones(v[:, start:stop], mask)),
+        segments=_segments(segment_ids, start, stop, q.shape[2]),
+    )
+
+
+def _heads_first(x):
+    """x: (batch, tokens, num_heads, dim) -> (batch * num_heads, tokens, dim) in the accumulation dtype."""
+    return x.to(_accumulation_dtype(x)).transpose(1, 2).flatten(0, 1)
+
+
+def _heads_last(x, batch_size):
+    return x.unflatten(0, (batch_size, -1)).transpose(1, 2)
+
+
+def _visible_weights(scores, segments, coefficients):
+    weights = _polynomial(scores, coefficients).tril_()
+    return weights if segments is None else weights.mul_(segments.same)
+
+
+def _only(selected, x):
+    return x if selected is None else torch.where(selected, x, 0)
+
+
+class _ChunkedAttention(torch.autograd.Function):
+    """Keeps the state before each chunk and computes everything else anew in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        q,
+        k,
+        v,
+        initial_state,
+        attention_mask,
+        segment_ids,
+        scale,
+        eps,
+        return_state,
+        chunk_size,
+        coefficients,
+    ):
+        batch_size, seq_len, num_heads, feature_dim = q.shape
+        weights = _weights(feature_dim, coefficients, torch.empty(0, dtype=_accumulation_dtype(q), device=q.device))
+        out = torch.empty_like(v)
+        denominators = v.new_empty((batch_size, seq_len, num_heads, 1), dtype=weights.dtype)
+        state = None if initial_state is None else initial_state.flatten(0, 1)
+        states, keep_states = [], any(ctx.needs_input_grad)
+        for start in range(0, seq_len, chunk_size):
+            stop = min(start + chunk_size, seq_len)
+            chunk = _chunk(q, k, v, attention_mask, segment_ids, start=start, stop=stop, scale=scale)
+            segments = chunk.segments
+            scores = torch.bmm(chunk.queries.mT, chunk.keys)
+            sums = torch.bmm(_visible_weights(scores, segments, coefficients), chunk.values)
+            if state is not None:
+                earlier = torch.bmm(_features(chunk.queries, coefficients).mT, state)
+                sums += _only(segments and segments.first, earlier)
+                if keep_states:
+                    states.append(state)
+            if stop < seq_len or return_state:
+                added = torch.bmm(
+                    _features(chunk.keys, coefficients) * weights[:, None],
+                    _only(segments and segments.last, chunk.values),
+                )
+                state = added if state is None else added + _only(segments and segments.carry, state)
+            total = sums[..., -1:] + eps
+            out[:, start:stop] = _heads_last(sums[..., :-1] / total, batch_size)
+            denominators[:, start:stop] = _heads_last(total, batch_size)
+        ctx.save_for_backward(q, k, v, attention_mask, segment_ids, out, denominators, weights, *states)
+        ctx.options = scale, chunk_size, coefficients
+        ctx.first_chunk_has_state = initial_state is not None
+        return out, state.unflatten(0, (batch_size, num_heads)) if return_state else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, grad_state):
+        with torch.autocast(grad_out.device.type, enabled=False):
+            return _chunked_backward(ctx, grad_out, grad_state)
+
+
+def _chunked_backward(ctx, grad_out, grad_state):
+    q, k, v, attention_mask, segment_ids, out, denominators, weights, *states = ctx.saved_tensors
+    scale, chunk_size, coefficients = ctx.options
+    batch_size, seq_len, num_heads, _ = q.shape
+    states = states if ctx.first_chunk_has_state else [None, *states]
+    grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
+    grad_state = None if grad_state is None else grad_state.flatten(0, 1)
+
+    for start in reversed(range(0, seq_len, chunk_size)):
+        stop = min(start + chunk_size, seq_len)
+        chunk = _chunk(q, k, v, attention_mask, segment_ids, start=start, stop=stop, scale=scale)
+        segments = chunk.segments
+        grad_sums = _grad_sums(*(_heads_first(x[:, start:stop]) for x in (grad_out, out, denominators)))
+        grad_queries, grad_keys, grad_values = _scores_backward(chunk, grad_sums, coefficients)
+        if grad_state is not None:
+            features = _features(chunk.keys, coefficients) * weights[:, None]
+            grad_values += _only(segments and segments.last, torch.bmm(features.mT, grad_state))
+            values = _only(segments and segments.last, chunk.values)
+            grad_features = torch.bmm(grad_state, values.mT) * weights[:, None]
+            grad_keys += _features_backward(grad_features, chunk.keys, coefficients)
+            grad_state = _only(segments and segments.carry, grad_state)
+        state = states[start // chunk_size]
+        if state is not None:
+            grad_earlier = _only(segments and segments.first, grad_sums)
+            grad_features = torch.bmm(state, grad_earlier.mT)
+            grad_queries += _features_backward(grad_features, chunk.queries, coefficients)
+            added = torch.bmm(_features(chunk.queries, coefficients), grad_earlier)
+            grad_state = added if grad_state is None else added + grad_state
+        grad_q[:, start:stop] = _heads_last(grad_queries.mT.mul(scale), batch_size)
+        grad_k[:, start:stop] = _heads_last(grad_keys.mT, batch_size)
+        grad_v[:, start:stop] = _heads_last(grad_values[..., :-1], batch_size)
+    grad_initial = grad_state.unflatten(0, (batch_size, num_heads)) if ctx.first_chunk_has_state else None
+    return grad_q, grad_k, grad_v, grad_initial, *(None,) * 7
+
+
+def _grad_sums(grad_out, out, denominators):
+    """All (..., tokens, head_dim or 1). Gradient of [numerator, denominator] of out = numerator / denominator."""
+    grad_numerator = grad_out / denominators
+    return torch.cat([grad_numerator, -(grad_numerator * out).sum(-1, keepdim=True)], dim=-1)
+
+
+def _scores_backward(chunk, grad_sums, coefficients):
+    """Gradients of a chunk's queries, keys (feature_dim, tokens) and values that come through its own scores."""
+    scores = torch.bmm(chunk.queries.mT, chunk.keys)
+    grad_values = torch.bmm(_visible_weights(scores, chunk.segments, coefficients).mT, grad_sums)
+    grad_scores = torch.bmm(grad_sums, chunk.values.mT).mul_(scores.mul_(2 * coefficients[2]).add_(coefficients[1]))
+    grad_scores.tril_()
+    if chunk.segments is not None:
+        grad_scores.mul_(chunk.segments.same)
+    return torch.bmm(chunk.keys, grad_scores.mT), torch.bmm(chunk.queries, grad_scores), grad_values

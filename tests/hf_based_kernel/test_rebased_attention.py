@@ -1,0 +1,345 @@
+"""Every form of the operation against a plain loop over tokens, through value, state and every gradient."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_based_kernel import rebased_attention as public_rebased_attention
+from hf_based_kernel.rebased_attention import (
+    REBASED,
+    TAYLOR,
+    key_features,
+    packed_size,
+    query_features,
+    rebased_attention,
+    rebased_attention_chunked,
+    rebased_attention_reference,
+    rebased_attention_step,
+    state_size,
+    taylor_attention,
+)
+
+
+KERNELS = {"rebased": (rebased_attention, REBASED), "taylor": (taylor_attention, TAYLOR)}
+# Sums of a few hundred float64 terms of order one, formed in another order.
+TIGHT = {"rtol": 1e-9, "atol": 1e-10}
+
+
+def make_inputs(*, batch_size=2, seq_len=13, num_heads=3, feature_dim=4, head_dim=5, dtype=torch.float64, grad=True):
+    sizes = (feature_dim, feature_dim, head_dim)
+    return [torch.randn(batch_size, seq_len, num_heads, size, dtype=dtype, requires_grad=grad) for size in sizes]
+
+
+def make_state(q, v, coefficients):
+    """A state as some earlier tokens leave it: its denominators are positive, unlike those of a random tensor."""
+    k = torch.randn(q.shape[0], 6, *q.shape[2:], dtype=q.dtype)
+    values = torch.randn(*k.shape[:3], v.shape[-1], dtype=v.dtype)
+    _, state = rebased_attention_reference(k, k, values, scale=1, eps=1, return_state=True, coefficients=coefficients)
+    return state.detach().requires_grad_()
+
+
+def loop_over_tokens(q, k, v, kernel, *, scale, eps, mask=None, segments=None):
+    out = torch.zeros_like(v)
+    for b, i, h in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
+        if mask is not None and not mask[b, i]:
+            continue
+        numerator, denominator = torch.zeros_like(v[0, 0, 0]), torch.zeros((), dtype=v.dtype)
+        for j in range(i + 1):
+            seen = (mask is None or mask[b, j]) and (segments is None or segments[b, i] == segments[b, j])
+            weight = kernel(scale * q[b, i, h].dot(k[b, j, h])) if seen else torch.zeros((), dtype=v.dtype)
+            numerator, denominator = numerator + weight * v[b, j, h], denominator + weight
+        out[b, i, h] = numerator / (denominator + eps)
+    return out
+
+
+def gradients(outputs, inputs):
+    """Gradients of a fixed random functional of the outputs."""
+    generator = torch.Generator().manual_seed(1)
+    total = sum((x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in outputs)
+    return torch.autograd.grad(total, inputs)
+
+
+def assert_same(got, expected, inputs, **tolerance):
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b, **tolerance)
+    for a, b in zip(gradients(got, inputs), gradients(expected, inputs)):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 0, 1], [1, 1, 1, 1, 1, 1, 0, 0, 0]])
+SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 3, 3], [5, 5, 5, 5, 5, 6, 7, 7, 7]])
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one", "packed"])
+@pytest.mark.parametrize(
+    ("kernel", "formula"),
+    [("rebased", lambda s: s * s), ("taylor", lambda s: 1 + s + s * s / 2)],
+    ids=["rebased", "taylor"],
+)
+def test_reference_is_the_formula(kernel, formula, mask, segments):
+    _, coefficients = KERNELS[kernel]
+    q, k, v = make_inputs(seq_len=9, num_heads=2, feature_dim=3, head_dim=2)
+    expected = loop_over_tokens(q, k, v, formula, scale=0.7, eps=1e-3, mask=mask, segments=segments)
+    visible = None if mask is None else mask.bool()
+    got = rebased_attention_reference(
+        q, k, v, scale=0.7, eps=1e-3, attention_mask=visible, segment_ids=segments, coefficients=coefficients
+    )
+    assert_same([got], [expected], [q, k, v], **TIGHT)
+
+
+@pytest.mark.parametrize("coefficients", [REBASED, TAYLOR], ids=["rebased", "taylor"])
+@pytest.mark.parametrize("feature_dim", [1, 2, 3, 4, 7, 16])
+def test_product_of_features_is_the_kernel(feature_dim, coefficients):
+    x, y = torch.randn(2, 5, feature_dim, dtype=torch.float64)
+    s = (x * y).sum(-1)
+    c0, c1, c2 = coefficients
+    product = (query_features(x, coefficients) * key_features(y, coefficients)).sum(-1)
+    torch.testing.assert_close(product, c0 + c1 * s + c2 * s**2, **TIGHT)
+    assert query_features(x, coefficients).shape == (5, state_size(feature_dim, coefficients))
+
+
+def test_packing_needs_144_numbers_for_16_features():
+    assert packed_size(16) == 144
+    assert state_size(16, TAYLOR) == 144 + 16 + 1
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("with_state", [False, True], ids=["fresh", "continued"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
+@pytest.mark.parametrize("chunk_size", [1, 4, 9, 64])
+def test_chunked_matches_reference(kernel, with_state, masked, packed, chunk_size):
+    attention, coefficients = KERNELS[kernel]
+    q, k, v = make_inputs(seq_len=9)
+    inputs = [q, k, v]
+    options = {"eps": 1e-3, "return_state": True}
+    if with_state:
+        options["initial_state"] = make_state(q, v, coefficients)
+        inputs.append(options["initial_state"])
+    if masked:
+        options["attention_mask"] = MASK.bool()
+    if packed:
+        options["segment_ids"] = SEGMENTS
+    out, state = rebased_attention_reference(q, k, v, scale=q.shape[-1] ** -0.5, coefficients=coefficients, **options)
+    got = attention(q, k, v, chunk_size=chunk_size, backend="torch", **options)
+    assert_same(got, (out, state), inputs, **TIGHT)
+
+
+@given(
+    batch_size=st.integers(1, 3),
+    seq_len=st.integers(1, 40),
+    num_heads=st.integers(1, 4),
+    feature_dim=st.integers(1, 9),
+    head_dim=st.integers(1, 9),
+    chunk_size=st.integers(1, 48),
+    kernel=st.sampled_from(sorted(KERNELS)),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_chunked_matches_reference_at_every_shape(
+    batch_size, seq_len, num_heads, feature_dim, head_dim, chunk_size, kernel
+):
+    attention, coefficients = KERNELS[kernel]
+    q, k, v = make_inputs(
+        batch_size=batch_size, seq_len=seq_len, num_heads=num_heads, feature_dim=feature_dim, head_dim=head_dim
+    )
+    # With one feature, scores and so denominators come close to zero: a larger eps keeps the comparison well posed.
+    options = {"eps": 0.1, "initial_state": make_state(q, v, coefficients), "return_state": True}
+    expected = rebased_attention_reference(q, k, v, scale=0.5, coefficients=coefficients, **options)
+    got = attention(q, k, v, scale=0.5, chunk_size=chunk_size, backend="torch", **options)
+    assert_same(got, expected, [q, k, v, options["initial_state"]], **TIGHT)
+
+
+@pytest.mark.parametrize("coefficients", [REBASED, TAYLOR], ids=["rebased", "taylor"])
+@pytest.mark.parametrize("seq_len", [1, 5])
+def test_gradcheck_of_torch_forms(coefficients, seq_len):
+    q, k, v = make_inputs(batch_size=1, seq_len=seq_len, num_heads=2, feature_dim=3, head_dim=2)
+    state = make_state(q, v, coefficients)
+    form = rebased_attention_step if seq_len == 1 else rebased_attention_chunked
+
+    def attend(q, k, v, state):
+        return form(
+            q,
+            k,
+            v,
+            scale=0.6,
+            eps=0.1,
+            initial_state=state,
+            return_state=True,
+            chunk_size=2,
+            coefficients=coefficients,
+        )
+
+    assert torch.autograd.gradcheck(attend, (q, k, v, state))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_steps_match_one_call(kernel):
+    attention, _ = KERNELS[kernel]
+    q, k, v = make_inputs(seq_len=9)
+    expected = attention(q, k, v, return_state=True, attention_mask=MASK)
+    state, outputs = None, []
+    for t in range(9):
+        token = slice(t, t + 1)
+        out, state = attention(
+            q[:, token],
+            k[:, token],
+            v[:, token],
+            initial_state=state,
+            return_state=True,
+            attention_mask=MASK[:, token],
+        )
+        outputs.append(out)
+    assert_same((torch.cat(outputs, dim=1), state), expected, [q, k, v], **TIGHT)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_prefill_in_pieces_matches_one_call(kernel):
+    attention, _ = KERNELS[kernel]
+    q, k, v = make_inputs(seq_len=13)
+    expected = attention(q, k, v, return_state=True, chunk_size=4)
+    state, outputs = None, []
+    for piece in (slice(0, 6), slice(6, 7), slice(7, 13)):
+        out, state = attention(
+            q[:, piece], k[:, piece], v[:, piece], initial_state=state, return_state=True, chunk_size=4
+        )
+        outputs.append(out)
+    assert_same((torch.cat(outputs, dim=1), state), expected, [q, k, v], **TIGHT)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_packed_segments_match_separate_sequences(kernel):
+    attention, _ = KERNELS[kernel]
+    q, k, v = make_inputs(batch_size=1, seq_len=13)
+    lengths = [5, 1, 7]
+    segment_ids = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
+    got, state = attention(q, k, v, segment_ids=segment_ids, chunk_size=4, return_state=True)
+    pieces = [attention(*parts, return_state=True) for parts in zip(*(x.split(lengths, dim=1) for x in (q, k, v)))]
+    expected = torch.cat([out for out, _ in pieces], dim=1)
+    assert_same((got, state), (expected, pieces[-1][1]), [q, k, v], **TIGHT)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(kernel, side):
+    attention, _ = KERNELS[kernel]
+    q, k, v = make_inputs(batch_size=1, seq_len=9)
+    expected = attention(q, k, v, return_state=True)
+    before, after = (3, 0) if side == "left" else (0, 3)
+    padded = [torch.nn.functional.pad(x, (0, 0, 0, 0, before, after), value=float("nan")) for x in (q, k, v)]
+    mask = torch.nn.functional.pad(torch.ones(1, 9), (before, after))
+    out, state = attention(*padded, attention_mask=mask, return_state=True, chunk_size=4)
+    assert_same((out[:, before : before + 9], state), expected, [q, k, v], **TIGHT)
+    assert out[:, mask[0] == 0].eq(0).all()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_numbers_stay_in_their_sequence(kernel, value):
+    attention, _ = KERNELS[kernel]
+    q, k, v = make_inputs(batch_size=2, seq_len=9)
+    expected = attention(q, k, v, chunk_size=4)[0]
+    for x in (q, k, v):
+        with torch.no_grad():
+            x[1, 2, 0, 0] = value
+    got = attention(q, k, v, chunk_size=4)
+    torch.testing.assert_close(got[0], expected, rtol=0, atol=0)
+    assert not got[1].isfinite().all()
+    grads = torch.autograd.grad(got.sum(), [q, k, v])
+    assert all(grad[0].isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("seq_len", [1, 200])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_inputs_are_summed_in_float32(kernel, seq_len, dtype):
+    attention, coefficients = KERNELS[kernel]
+    q, k, v = make_inputs(seq_len=seq_len, feature_dim=16, head_dim=8, dtype=dtype, grad=False)
+    out, state = attention(q, k, v, return_state=True, chunk_size=32)
+    expected, expected_state = rebased_attention_reference(
+        *(x.double() for x in (q, k, v)), scale=0.25, eps=1e-6, return_state=True, coefficients=coefficients
+    )
+    assert (out.dtype, state.dtype) == (dtype, torch.float32)
+    # The output is rounded once, to the input dtype; the state never.
+    torch.testing.assert_close(out.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
+    torch.testing.assert_close(state.double(), expected_state, rtol=1e-5, atol=1e-4)
+
+
+def test_autocast_does_not_reach_the_sums():
+    q, k, v = make_inputs(seq_len=70, feature_dim=16, dtype=torch.float32)
+    expected = rebased_attention(q, k, v, chunk_size=32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = rebased_attention(q, k, v, chunk_size=32)
+        grads = gradients([got], [q, k, v])
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    for a, b in zip(grads, gradients([expected], [q, k, v])):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_forward_and_backward_allocate_nothing_of_seq_by_seq():
+    seq_len = 2048
+    q, k, v = make_inputs(batch_size=1, seq_len=seq_len, num_heads=1, feature_dim=4, head_dim=4, dtype=torch.float32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        rebased_attention(q, k, v, chunk_size=64).sum().backward()
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    # The inputs and the stored states are the largest things; scores of all pairs would take seq_len² numbers.
+    assert 0 < largest < seq_len**2 * 4 / 16
+
+
+BAD_CALLS = {
+    "feature_dim": (lambda q, k, v: rebased_attention(q, k[..., :2], v), "q and k must both have the shape"),
+    "three_axes": (lambda q, k, v: rebased_attention(q[0], k[0], v[0]), "q and k must both have the shape"),
+    "value_heads": (lambda q, k, v: rebased_attention(q, k, v[:, :, :1]), "v must have the shape"),
+    "dtypes": (lambda q, k, v: rebased_attention(q, k, v.float()), "one floating dtype, got torch.float64"),
+    "integers": (lambda q, k, v: rebased_attention(q.long(), k.long(), v.long()), "one floating dtype"),
+    "empty": (lambda q, k, v: rebased_attention(q[:, :0], k[:, :0], v[:, :0]), "at least one token"),
+    "mask": (
+        lambda q, k, v: rebased_attention(q, k, v, attention_mask=torch.ones(2, 4)),
+        r"attention_mask must have the shape \(batch, seq\) = \(2, 13\), got \(2, 4\)",
+    ),
+    "segments_shape": (
+        lambda q, k, v: rebased_attention(q, k, v, segment_ids=torch.zeros(13)),
+        r"segment_ids must have the shape",
+    ),
+    "segments_order": (
+        lambda q, k, v: rebased_attention(q, k, v, segment_ids=torch.arange(13).flip(0).expand(2, -1)),
+        "segment_ids must never decrease",
+    ),
+    "state_shape": (
+        lambda q, k, v: taylor_attention(q, k, v, initial_state=torch.zeros(2, 3, 12, 6, dtype=torch.float64)),
+        r"initial_state must have the shape .* = \(2, 3, 17, 6\), got \(2, 3, 12, 6\)",
+    ),
+    "state_dtype": (
+        lambda q, k, v: rebased_attention(q, k, v, initial_state=torch.zeros(2, 3, 12, 6, dtype=torch.bfloat16)),
+        "initial_state must be torch.float64 as it was returned, got torch.bfloat16",
+    ),
+    "chunk_size": (lambda q, k, v: rebased_attention(q, k, v, chunk_size=0), "chunk_size must be a positive"),
+    "backend": (lambda q, k, v: rebased_attention(q, k, v, backend="cuda"), 'backend must be "auto", "torch" or'),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_input_is_one_clear_sentence(case):
+    call, message = BAD_CALLS[case]
+    with pytest.raises(ValueError, match=message):
+        call(*make_inputs())
+
+
+def test_triton_is_asked_for_only_where_it_is_installed():
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import importlib.util; found = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'triton' else found(name, *rest)\n"
+        "import torch; from hf_based_kernel.rebased_attention import rebased_attention\n"
+        "x = torch.ones(1, 2, 1, 2); rebased_attention(x, x, x); rebased_attention(x, x, x, backend='triton')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert 'ImportError: backend="triton" needs triton' in done.stderr
+
+
+def test_package_exports_the_operation():
+    assert public_rebased_attention is rebased_attention
