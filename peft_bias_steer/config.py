@@ -1,0 +1,118 @@
+import os
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType, TaskType
+from safetensors import SafetensorError, safe_open
+
+
+USAGE = """## Usage
+
+```python
+import peft_bias_steer  # teaches PEFT this adapter type
+from peft import {auto_class}
+
+model = {auto_class}.from_pretrained(".")  # this folder, or its repository id on the Hub
+```
+"""
+AUTO_CLASSES = {
+    TaskType.CAUSAL_LM: "AutoPeftModelForCausalLM",
+    TaskType.SEQ_2_SEQ_LM: "AutoPeftModelForSeq2SeqLM",
+    TaskType.SEQ_CLS: "AutoPeftModelForSequenceClassification",
+    TaskType.TOKEN_CLS: "AutoPeftModelForTokenClassification",
+    TaskType.QUESTION_ANS: "AutoPeftModelForQuestionAnswering",
+    TaskType.FEATURE_EXTRACTION: "AutoPeftModelForFeatureExtraction",
+}
+
+
+@dataclass
+class BiasSteerConfig(PeftConfig):
+    """
+    Configuration of a [`BiasSteerModel`]: which modules get a trainable vector added to their output.
+
+    Args:
+        target_modules (`list[str]` or `str`, *optional*):
+            Names (list) or a regular expression (string) of the modules to steer: decoder layers, or `nn.Linear` and
+            `Conv1D` modules. If unset, every layer of the model's decoder (of its encoder, if it has no decoder).
+        exclude_modules (`list[str]` or `str`, *optional*):
+            Names or a regular expression of modules to leave alone although they are targeted.
+        layers_to_transform (`int`, `range` or `list[int]`, *optional*):
+            Indices of the layers to steer; negative ones count from the last layer. All layers if unset.
+        layers_pattern (`list[str]` or `str`, *optional*):
+            Name of the `nn.ModuleList` that holds the layers, if it is none of `layers`, `layer`, `h`, `block`,
+            `blocks`.
+        modules_to_save (`list[str]`, *optional*):
+            Modules that are trained and saved whole, for example a classification head.
+        init_weights (`bool`, defaults to `True`):
+            Start from zero vectors, i.e. from the base model. `False` draws them from a standard normal distribution,
+            which is of use in tests only.
+
+    Example:
+
+    ```python
+    >>> from peft import get_peft_model
+    >>> from peft_bias_steer import BiasSteerConfig
+
+    >>> model = get_peft_model(model, BiasSteerConfig())
+    ```
+    """
+
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Names or regular expression of the modules to steer; default: every layer."}
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Names or regular expression of targeted modules to leave alone."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to steer; negative ones count from the last layer."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the nn.ModuleList that holds the layers."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that are trained and saved whole."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "Start from zero vectors (True) or from random ones (False)."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType("BIAS_STEER")
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        if isinstance(self.layers_to_transform, range):
+            self.layers_to_transform = list(self.layers_to_transform)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
+        # PEFT reads the weights only after it has changed the model; a damaged file has to be refused before that
+        _check_adapter_file(os.path.join(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME))
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        card = os.path.join(save_directory, "README.md")
+        if not os.path.exists(card):
+            return
+        with open(card, encoding="utf-8") as file:
+            text = file.read()
+        if "import peft_bias_steer" not in text:
+            usage = USAGE.format(auto_class=AUTO_CLASSES.get(self.task_type, "AutoPeftModel"))
+            with open(card, "w", encoding="utf-8") as file:
+                file.write(f"{text.rstrip()}\n\n{usage}")
+
+
+def _check_adapter_file(path: str) -> None:
+    if not os.path.exists(path):
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            file.keys()
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} should be a complete safetensors file, got {os.path.getsize(path)} bytes that do not parse "
+            f"({error}): copy or download it again"
+        ) from error

@@ -1,0 +1,43 @@
+"""Makes `BIAS_STEER` a PEFT type. PEFT has no entry points: its enum of types has to grow by one member."""
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import PeftType, register_peft_method
+
+from .config import BiasSteerConfig
+from .model import BiasSteerModel
+
+
+NAME = "BIAS_STEER"
+
+
+def _add_enum_member(name: str) -> None:
+    # CPython 3.11-3.13 keep these; https://docs.python.org/3/howto/enum.html#enum-members-aka-instances
+    member = str.__new__(PeftType, name)
+    attributes = {"_name_": name, "_value_": name, "__objclass__": PeftType, "_sort_order_": len(PeftType)}
+    for attribute, value in attributes.items():
+        setattr(member, attribute, value)
+    type.__setattr__(PeftType, name, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    getattr(PeftType, "_hashable_values_", []).append(name)
+
+
+def register() -> None:
+    """
+    Registers the tuner with PEFT. `import peft_bias_steer` calls this; calling it again changes nothing.
+
+    Raises:
+        RuntimeError: If the installed PEFT has a method of its own under the same name.
+    """
+    if NAME not in PeftType.__members__:
+        _add_enum_member(NAME)
+    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[NAME])
+    if registered is BiasSteerConfig:
+        return
+    if registered is not None:
+        raise RuntimeError(
+            f"PEFT's type {NAME} already belongs to {registered.__module__}.{registered.__qualname__}: "
+            "use that one, or install an older peft to keep peft_bias_steer"
+        )
+    register_peft_method(name=NAME.lower(), config_cls=BiasSteerConfig, model_cls=BiasSteerModel)
