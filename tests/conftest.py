@@ -67,7 +67,9 @@ def run_isolated(tmp_path):
     def run(code: str, visible: Sequence[str] = ()) -> str:
         hidden = [package for package in PACKAGES if package not in visible]
         program = HIDE_PACKAGES.format(hidden=hidden) + code
-        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
         if done.returncode:
             raise RuntimeError(done.stderr)
         return done.stdout

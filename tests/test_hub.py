@@ -1,0 +1,161 @@
+"""Push to a hub, load by id in a fresh process, get equal numbers: with our packages hidden where remote code serves."""
+
+import re
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import peft_bias_steer
+from hf_based_kernel import RebasedConfig, RebasedForCausalLM
+from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel
+
+
+IDS = torch.arange(24).reshape(2, 12)
+USE = """
+import torch, transformers
+from safetensors.torch import load_file, save_file
+model = transformers.{auto_class}.from_pretrained("{repo_id}"{arguments})
+with torch.no_grad():
+    output = model(**load_file("inputs.safetensors"))
+save_file({{"output": output.{field}}}, "output.safetensors")
+print(type(model).__module__)
+"""
+
+
+def rebased(tokenizer):
+    config = RebasedConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        feature_dim=8,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return RebasedForCausalLM(config).eval()
+
+
+REMOTE = {
+    "sae": {
+        "build": lambda _: HierarchicalSaeModel(HierarchicalSaeConfig(d_in=16, d_sae=64, k=8)).eval(),
+        "inputs": {"hidden_states": torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))},
+        "auto_class": "AutoModel",
+        "field": "reconstruction",
+    },
+    "rebased": {
+        "build": rebased,
+        "inputs": {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)},
+        "auto_class": "AutoModelForCausalLM",
+        "field": "logits",
+    },
+}
+
+
+@pytest.fixture(scope="module", params=REMOTE)
+def pushed(request, tiny_language_model):
+    """Repository id of a model that was pushed with its remote code, what to feed it, and its own output."""
+    case, repo_id = REMOTE[request.param], f"tester/{request.param}"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_language_model)
+    model = case["build"](tokenizer)
+    model.push_to_hub(repo_id)
+    if request.param == "rebased":
+        tokenizer.push_to_hub(repo_id)
+    with torch.no_grad():
+        return repo_id, case, model(**case["inputs"])[case["field"]]
+
+
+@pytest.mark.slow
+def test_remote_code_gives_bit_equal_outputs_without_our_package(pushed, run_isolated, tmp_path):
+    repo_id, case, expected = pushed
+    save_file(case["inputs"], tmp_path / "inputs.safetensors")
+
+    names = {"repo_id": repo_id, "auto_class": case["auto_class"], "field": case["field"]}
+    module = run_isolated(USE.format(arguments=", trust_remote_code=True", **names))
+
+    assert module.startswith("transformers_modules.")
+    assert torch.equal(load_file(tmp_path / "output.safetensors")["output"], expected)
+
+
+@pytest.mark.slow
+def test_remote_code_is_refused_without_trust(pushed, run_isolated):
+    repo_id, case, _ = pushed
+    names = {"repo_id": repo_id, "auto_class": case["auto_class"], "field": case["field"]}
+
+    with pytest.raises(RuntimeError, match="trust_remote_code=True"):
+        run_isolated(USE.format(arguments="", **names))
+
+
+def test_hub_holds_safetensors_and_code_and_no_pickle(pushed, hub):
+    files = hub.files(pushed[0])
+
+    assert "model.safetensors" in files
+    assert {"config.json", "README.md"} <= set(files)
+    assert {name.rpartition(".")[2] for name in files} <= {"safetensors", "json", "py", "md", "gitattributes", "jinja"}
+
+
+@pytest.mark.slow
+def test_snippet_of_the_model_card_runs_without_our_package(pushed, hub, run_isolated):
+    card = hub.files(pushed[0])["README.md"].decode()
+    snippets = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+
+    assert snippets and pushed[0] in snippets[0]
+    run_isolated("\n".join(snippets))
+
+
+@pytest.fixture(scope="module")
+def pushed_adapter(tiny_language_model):
+    """Ids of a base model and of an adapter with non-zero vectors on the hub, and the steered logits."""
+    HfApi().create_repo("tester/base", exist_ok=True)
+    HfApi().upload_folder(repo_id="tester/base", folder_path=tiny_language_model)
+    base = AutoModelForCausalLM.from_pretrained("tester/base")
+    config = peft_bias_steer.BiasSteerConfig(init_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(base, config).eval()
+    model.push_to_hub("tester/adapter")
+    with torch.no_grad():
+        return "tester/adapter", model(IDS).logits
+
+
+ADAPTER = """
+import peft_bias_steer, torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import save_file
+model = AutoPeftModelForCausalLM.from_pretrained("tester/adapter")
+with torch.no_grad():
+    save_file({"output": model(torch.arange(24).reshape(2, 12)).logits}, "output.safetensors")
+"""
+
+
+@pytest.mark.slow
+def test_adapter_is_loaded_by_id_in_a_fresh_process(pushed_adapter, run_isolated, tmp_path):
+    run_isolated(ADAPTER, visible=["peft_bias_steer"])
+
+    assert torch.equal(load_file(tmp_path / "output.safetensors")["output"], pushed_adapter[1])
+
+
+def test_adapter_on_the_hub_is_one_safetensors_file(pushed_adapter, hub):
+    files = hub.files(pushed_adapter[0])
+
+    expected = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert {name for name in files if not name.startswith(".")} == expected
+
+
+@pytest.mark.slow
+def test_snippet_of_the_adapter_card_runs(tiny_language_model, hub, run_isolated, tmp_path):
+    # PeftModel.push_to_hub writes transformers' bare card over PEFT's, whatever the method: push the saved folder
+    base = AutoModelForCausalLM.from_pretrained(tiny_language_model)
+    model = get_peft_model(base, peft_bias_steer.BiasSteerConfig(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path)
+    HfApi().create_repo("tester/carded", exist_ok=True)
+    HfApi().upload_folder(repo_id="tester/carded", folder_path=tmp_path)
+    card = hub.files("tester/carded")["README.md"].decode()
+    snippets = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+
+    assert "bias-steer" in card
+    assert "import peft_bias_steer" in snippets[-1]
+    run_isolated(snippets[-1], visible=["peft_bias_steer"])
