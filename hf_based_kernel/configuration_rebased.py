@@ -1,0 +1,131 @@
+"""ReBased model configuration."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+LAYER_TYPES = ("conv", "linear_attention", "sliding_attention")
+
+
+@strict
+class RebasedConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`RebasedModel`]. The defaults are the 150M model of the ReBased paper (arXiv 2402.10644,
+    appendix): 147,548,928 parameters with tied embeddings.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 50280): Number of tokens.
+        hidden_size (`int`, *optional*, defaults to 768): Width of the residual stream.
+        intermediate_size (`int`, *optional*): Inner width of the SwiGLU feed-forward, by default `2 * hidden_size`. 0
+            leaves the feed-forward out; its norm stays, as in the paper's recall models.
+        num_hidden_layers (`int`, *optional*, defaults to 18): Number of decoder layers.
+        num_attention_heads (`int`, *optional*, defaults to 12): Heads of every attention layer.
+        feature_dim (`int`, *optional*, defaults to 16): Query and key numbers per head in linear attention.
+        head_dim (`int`, *optional*): Value numbers per head, and query and key numbers in sliding-window attention. By
+            default `hidden_size // num_attention_heads`.
+        layer_types (`list[str]`, *optional*): Mixer of each layer: `"conv"` (short gated convolution),
+            `"linear_attention"` (ReBased or Taylor) or `"sliding_attention"` (softmax over the last `sliding_window`
+            tokens). By default the first two in turn.
+        kernel (`str`, *optional*, defaults to `"rebased"`): `"rebased"`, (q·k)², or `"taylor"`, 1 + q·k + (q·k)²/2, the
+            kernel of Based (arXiv 2402.18668).
+        use_qk_norm (`bool`, *optional*): Normalise queries and keys. This and the next two are the ablation of the
+            paper's Table 1; each defaults to `True` for `kernel="rebased"` and to `False` for `"taylor"`.
+        use_gamma (`bool`, *optional*): Learn a scale per query and key number.
+        use_beta (`bool`, *optional*): Learn a shift per query and key number.
+        qk_norm_per_head (`bool`, *optional*, defaults to `False`): Take mean and variance over each head's
+            `feature_dim` numbers instead of over all heads jointly, as the authors' code does.
+        attention_eps (`float`, *optional*, defaults to 1e-6): Added to the denominator of linear attention.
+        conv_type (`str`, *optional*, defaults to `"gated"`): `"gated"` doubles the width, convolves one half and gates it
+            with the other; `"base"` multiplies a convolution with a projection (the recall models' convolution).
+        conv_kernel_size (`int`, *optional*, defaults to 3): Tokens that a convolution sees, the current one included.
+        sliding_window (`int`, *optional*, defaults to 64): Tokens that sliding-window attention sees.
+        norm_type (`str`, *optional*, defaults to `"rms_norm"`): `"rms_norm"` or `"layer_norm"`.
+        norm_eps (`float`, *optional*, defaults to 1e-6): Added to the variance in every norm.
+        use_position_embeddings (`bool`, *optional*, defaults to `False`): Learn `max_position_embeddings` positions.
+        max_position_embeddings (`int`, *optional*, defaults to 4096): Training length; a limit only for learned positions.
+        initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of new weights.
+        use_cache (`bool`, *optional*, defaults to `True`): Return the recurrent state when not training.
+
+    ```python
+    >>> from hf_based_kernel import RebasedConfig, RebasedForCausalLM
+
+    >>> model = RebasedForCausalLM(RebasedConfig())
+    >>> model.num_parameters()
+    147548928
+    ```
+    """
+
+    model_type = "rebased"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 50280
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 18
+    num_attention_heads: int = 12
+    feature_dim: int = 16
+    head_dim: int | None = None
+    layer_types: list[str] | None = None
+    kernel: str = "rebased"
+    use_qk_norm: bool | None = None
+    use_gamma: bool | None = None
+    use_beta: bool | None = None
+    qk_norm_per_head: bool = False
+    attention_eps: float = 1e-6
+    conv_type: str = "gated"
+    conv_kernel_size: int = 3
+    sliding_window: int = 64
+    norm_type: str = "rms_norm"
+    norm_eps: float = 1e-6
+    use_position_embeddings: bool = False
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = 2 * self.hidden_size
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.layer_types is None:
+            self.layer_types = [LAYER_TYPES[i % 2] for i in range(self.num_hidden_layers)]
+        for switch in ("use_qk_norm", "use_gamma", "use_beta"):
+            if getattr(self, switch) is None:
+                setattr(self, switch, self.kernel == "rebased")
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation. Validates the architecture of the config."""
+        choices = {
+            "kernel": ("rebased", "taylor"),
+            "conv_type": ("gated", "base"),
+            "norm_type": ("rms_norm", "layer_norm"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        unknown = sorted(set(self.layer_types or ()) - set(LAYER_TYPES))
+        if unknown:
+            raise ValueError(f"layer_types may hold {', '.join(LAYER_TYPES)}, got {', '.join(unknown)}")
+        least = {
+            "vocab_size": 1,
+            "hidden_size": 1,
+            "intermediate_size": 0,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "feature_dim": 1,
+            "head_dim": 1,
+            "conv_kernel_size": 2,
+            "sliding_window": 1,
+            "max_position_embeddings": 1,
+        }
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
+
+
+__all__ = ["RebasedConfig"]

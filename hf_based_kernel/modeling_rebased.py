@@ -1,0 +1,587 @@
+"""ReBased: a causal language model of short convolutions and linear attention with a learnable quadratic kernel."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.masking_utils import create_recurrent_attention_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_rebased import RebasedConfig
+from .rebased_attention import rebased_attention, taylor_attention
+
+
+class RebasedStateLayer(LinearAttentionLayer):
+    """The cached state of a convolution or linear attention layer, of constant size."""
+
+    is_croppable = False
+
+    def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs):
+        # The state is a new tensor at each call: keeping it costs nothing, copying it into a fixed one would.
+        self.recurrent_states[state_idx] = recurrent_states
+        self.is_recurrent_states_initialized[state_idx] = True
+        self.has_previous_state[state_idx] = True
+        self.dtype, self.device = recurrent_states.dtype, recurrent_states.device
+        return recurrent_states
+
+    def batch_repeat_interleave(self, repeats):
+        self._map_states(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices):
+        self._map_states(lambda state: state[indices])
+
+    def _map_states(self, function):
+        for states in (self.conv_states, self.recurrent_states):
+            for index, state in states.items():
+                if state is not None:
+                    states[index] = function(state)
+
+
+class RebasedCache(Cache):
+    """
+    The state of a [`RebasedModel`] after some tokens: constant in size, so it cannot go back to fewer tokens.
+
+    Args:
+        config (`RebasedConfig`): The model's configuration.
+    """
+
+    is_compileable = False
+
+    def __init__(self, config):
+        super().__init__(
+            layers=[
+                DynamicSlidingWindowLayer(config.sliding_window)
+                if layer_type == "sliding_attention"
+                else RebasedStateLayer()
+                for layer_type in config.layer_types
+            ]
+        )
+        self.seen_tokens = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of tokens seen, padding included."""
+        return self.seen_tokens
+
+    def reset(self) -> None:
+        """Forget every token."""
+        super().reset()
+        self.seen_tokens = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError(
+            "A RebasedCache holds a state that cannot forget single tokens; copy the cache before the tokens that you may "
+            "want to take back"
+        )
+
+    def activate_past_recording(self) -> None:
+        self.crop(0)
+
+
+class RebasedRMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps), times a weight, computed in float32."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normalised = F.rms_norm(hidden_states.float(), self.weight.shape, eps=self.eps)
+        return self.weight * normalised.to(hidden_states.dtype)
+
+
+def _make_norm(config):
+    return (RebasedRMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm)(
+        config.hidden_size, eps=config.norm_eps
+    )
+
+
+class RebasedFeatureNorm(nn.Module):
+    """gamma · norm(x) + beta for queries or keys, each part only if the configuration asks for it (equation 6)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        size = config.num_attention_heads * config.feature_dim
+        self.gamma = nn.Parameter(torch.ones(size)) if config.use_gamma else None
+        self.beta = nn.Parameter(torch.zeros(size)) if config.use_beta else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (batch, seq, num_heads * feature_dim) -> (batch, seq, num_heads, feature_dim)"""
+        heads = (self.config.num_attention_heads, self.config.feature_dim)
+        if self.config.use_qk_norm and self.config.qk_norm_per_head:
+            x = F.layer_norm(x.unflatten(-1, heads), heads[1:], eps=self.config.norm_eps).flatten(-2)
+        elif self.config.use_qk_norm:
+            x = F.layer_norm(x, x.shape[-1:], eps=self.config.norm_eps)
+        if self.gamma is not None:
+            x = x * self.gamma
+        if self.beta is not None:
+            x = x + self.beta
+        return x.unflatten(-1, heads)
+
+
+class RebasedLinearAttention(nn.Module):
+    """Linear attention with the kernel (q·k)² or its Taylor form, whose cached state has a constant size."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        features = config.num_attention_heads * config.feature_dim
+        self.q_proj = nn.Linear(config.hidden_size, features, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, features, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_norm = RebasedFeatureNorm(config)
+        self.k_norm = RebasedFeatureNorm(config)
+        self.attention = rebased_attention if config.kernel == "rebased" else taylor_attention
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        past_key_values: RebasedCache | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        v = self.v_proj(hidden_states).unflatten(-1, (self.config.num_attention_heads, self.config.head_dim))
+        # Autocast keeps norms in float32; the operation wants one dtype and sums in float32 by itself.
+        q = self.q_norm(self.q_proj(hidden_states)).to(v.dtype)
+        k = self.k_norm(self.k_proj(hidden_states)).to(v.dtype)
+        out = self.attention(
+            q,
+            k,
+            v,
+            eps=self.config.attention_eps,
+            initial_state=None if past_key_values is None else past_key_values.get_recurrent_state(self.layer_idx),
+            return_state=past_key_values is not None,
+            attention_mask=attention_mask,
+            segment_ids=segment_ids,
+        )
+        if past_key_values is not None:
+            out, state = out
+            past_key_values.update_recurrent_state(state, self.layer_idx)
+        return self.o_proj(out.flatten(-2))
+
+
+class RebasedCausalConv(nn.Module):
+    """y_i = Σ_t weight_t x_(i + t - kernel_size + 1) per channel, over the tokens of the same segment."""
+
+    def __init__(self, channels: int, config, layer_idx: int, bias: bool):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.weight = nn.Parameter(torch.empty(config.conv_kernel_size, channels))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+
+    def forward(self, x, *, attention_mask=None, segment_ids=None, past_key_values=None):
+        """x: (batch, seq, channels) -> same"""
+        if attention_mask is not None:
+            x = x * attention_mask[..., None].to(x.dtype)
+        seq_len, past_len = x.shape[1], self.weight.shape[0] - 1
+        past = None if past_key_values is None else past_key_values.get_conv_state(self.layer_idx)
+        extended = F.pad(x, (0, 0, past_len, 0)) if past is None else torch.cat([past.mT, x], dim=1)
+        if past_key_values is not None:
+            past_key_values.update_conv_state(x.mT, self.layer_idx, conv_kernel_size=past_len)
+        if segment_ids is not None:
+            # What was cached belongs to the segment of the first token.
+            extended_ids = torch.cat([segment_ids[:, :1].expand(-1, past_len), segment_ids], dim=1)
+        out = 0 if self.bias is None else self.bias
+        for tap in range(past_len + 1):
+            term = extended[:, tap : tap + seq_len] * self.weight[tap]
+            if segment_ids is not None:
+                term = term * (extended_ids[:, tap : tap + seq_len] == segment_ids)[..., None]
+            out = out + term
+        return out
+
+
+class RebasedGatedConv(nn.Module):
+    """Short convolution of one half of a widened stream, gated by the other: out(conv(a) · silu(b))."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        width = 2 * config.hidden_size
+        self.in_proj = nn.Linear(config.hidden_size, 2 * width)
+        self.conv = RebasedCausalConv(width, config, layer_idx, bias=False)
+        self.out_proj = nn.Linear(width, config.hidden_size)
+
+    def forward(self, hidden_states, *, attention_mask=None, segment_ids=None, past_key_values=None, **kwargs):
+        x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
+        # The mask comes after the projection, whose bias would otherwise leak from the padding.
+        x = self.conv(x, attention_mask=attention_mask, segment_ids=segment_ids, past_key_values=past_key_values)
+        return self.out_proj(x * F.silu(gate))
+
+
+class RebasedBaseConv(nn.Module):
+    """Short convolution of the stream times a projection of it, as in the paper's recall models."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.conv = RebasedCausalConv(config.hidden_size, config, layer_idx, bias=True)
+
+    def forward(self, hidden_states, *, attention_mask=None, segment_ids=None, past_key_values=None, **kwargs):
+        convolved = self.conv(
+            hidden_states, attention_mask=attention_mask, segment_ids=segment_ids, past_key_values=past_key_values
+        )
+        return convolved * self.proj(hidden_states)
+
+
+class RebasedSlidingAttention(nn.Module):
+    """Softmax attention over the last `sliding_window` tokens, without positions: these come from the convolutions."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = True
+        self.scaling = config.head_dim**-0.5
+        width = config.num_attention_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: RebasedCache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        heads = (self.config.num_attention_heads, self.config.head_dim)
+        query, key, value = (
+            proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        out, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=0.0,
+            scaling=self.scaling,
+            sliding_window=self.config.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(out.flatten(-2)), weights
+
+
+def eager_attention(module, query, key, value, attention_mask, *, scaling, **kwargs):
+    """query, key, value: (batch, num_heads, seq, head_dim) -> (batch, seq, num_heads, head_dim) and the weights"""
+    scores = torch.matmul(query, key.mT) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class RebasedMLP(nn.Module):
+    """SwiGLU feed-forward without biases."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RebasedDecoderLayer(GradientCheckpointingLayer):
+    """x + mixer(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.layer_type = config.layer_types[layer_idx]
+        if self.layer_type == "linear_attention":
+            self.self_attn = RebasedLinearAttention(config, layer_idx)
+        elif self.layer_type == "sliding_attention":
+            self.self_attn = RebasedSlidingAttention(config, layer_idx)
+        else:
+            self.conv = (RebasedGatedConv if config.conv_type == "gated" else RebasedBaseConv)(config, layer_idx)
+        self.input_layernorm = _make_norm(config)
+        self.post_attention_layernorm = _make_norm(config)
+        self.mlp = RebasedMLP(config) if config.intermediate_size else nn.Identity()
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        normalised = self.input_layernorm(hidden_states)
+        if self.layer_type == "linear_attention":
+            mixed = self.self_attn(normalised, **kwargs)
+        elif self.layer_type == "sliding_attention":
+            mixed, _ = self.self_attn(normalised, **kwargs)
+        else:
+            mixed = self.conv(normalised, **kwargs)
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class RebasedPreTrainedModel(PreTrainedModel):
+    config: RebasedConfig
+    config_class = RebasedConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RebasedDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    # The state cannot be rolled back, so generation modes that need it are refused.
+    _is_stateful = True
+    _can_record_outputs = {"hidden_states": RebasedDecoderLayer, "attentions": RebasedSlidingAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, RebasedCausalConv):
+            bound = module.weight.shape[0] ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, RebasedFeatureNorm):
+            if module.gamma is not None:
+                init.ones_(module.gamma)
+            if module.beta is not None:
+                init.zeros_(module.beta)
+
+
+class RebasedModel(RebasedPreTrainedModel):
+    """
+    The decoder without a language modeling head (arXiv 2402.10644).
+
+    Args:
+        config (`RebasedConfig`): Sizes, kernel and the mixer of each layer.
+    """
+
+    def __init__(self, config: RebasedConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        if config.use_position_embeddings:
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(RebasedDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = _make_norm(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: RebasedCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        r"""
+        input_ids: (batch, seq)
+        attention_mask: (batch, seq), or (batch, past + seq) after a cache
+        position_ids: (batch, seq)
+        inputs_embeds: (batch, seq, hidden_size)
+
+        Args:
+            attention_mask (`torch.Tensor`, *optional*): 0 for padding, on either side.
+            position_ids (`torch.LongTensor`, *optional*): Every 0 at a token that is not padding starts a new sequence, as
+                transformers' collators pack several into one row.
+            past_key_values (`RebasedCache`, *optional*): State of the tokens before these; updated in place.
+            use_cache (`bool`, *optional*): Return the state. Defaults to `config.use_cache`, and to `False` in training.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Expected exactly one of input_ids and inputs_embeds; leave the other one out")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if past_key_values is None and use_cache and not self.training:
+            past_key_values = RebasedCache(self.config)
+        seen_tokens = self._check_past(past_key_values, attention_mask, inputs_embeds)
+        local_mask = create_recurrent_attention_mask(self.config, inputs_embeds, attention_mask)
+        segment_ids = _segment_ids(position_ids, local_mask)
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen_tokens
+
+        hidden_states = inputs_embeds
+        if self.config.use_position_embeddings:
+            hidden_states = hidden_states + self.embed_positions(position_ids)
+        sliding_mask = None
+        if any(layer.layer_type == "sliding_attention" for layer in self.layers):
+            sliding_mask = create_sliding_window_causal_mask(
+                self.config,
+                inputs_embeds,
+                attention_mask,
+                past_key_values,
+                and_mask_function=_same_segment(segment_ids, seen_tokens),
+            )
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=sliding_mask if layer.layer_type == "sliding_attention" else local_mask,
+                segment_ids=segment_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        if past_key_values is not None:
+            past_key_values.seen_tokens += inputs_embeds.shape[1]
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+    def _check_past(self, past_key_values, attention_mask, inputs_embeds):
+        """Number of tokens in the cache. Raises `ValueError` for a foreign cache, a wrong mask, too many positions."""
+        if past_key_values is not None and not isinstance(past_key_values, RebasedCache):
+            raise ValueError(
+                f"past_key_values must be a RebasedCache, got {type(past_key_values).__name__}; leave it out or make "
+                "one with RebasedCache(model.config)"
+            )
+        seen_tokens = 0 if past_key_values is None else past_key_values.get_seq_length()
+        batch_size, seq_len = inputs_embeds.shape[:2]
+        if attention_mask is not None and (
+            attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < seq_len
+        ):
+            raise ValueError(
+                f"attention_mask must have the shape (batch, past + seq) = ({batch_size}, {seen_tokens + seq_len}) or "
+                f"(batch, seq) = ({batch_size}, {seq_len}), got {tuple(attention_mask.shape)}"
+            )
+        if self.config.use_position_embeddings and seen_tokens + seq_len > self.config.max_position_embeddings:
+            raise ValueError(
+                f"The model has learned positions for max_position_embeddings={self.config.max_position_embeddings} tokens, "
+                f"got {seen_tokens + seq_len}; shorten the input"
+            )
+        return seen_tokens
+
+
+def _segment_ids(position_ids, attention_mask):
+    """position_ids, attention_mask: (batch, seq) -> (batch, seq), or None if no sequence starts after the first token."""
+    if position_ids is None or position_ids.shape[1] == 1:
+        return None
+    starts = position_ids == 0
+    if attention_mask is not None:
+        starts = starts & attention_mask.bool()
+    # Reading the answer would stop a traced graph, and following the segments is right anyway.
+    if not torch.compiler.is_compiling() and not bool(starts[:, 1:].any()):
+        return None
+    return starts.cumsum(-1)
+
+
+def _same_segment(segment_ids, seen_tokens):
+    """Mask function over absolute positions; what was seen before belongs to the segment of the first token."""
+    if segment_ids is None:
+        return None
+    absolute_ids = torch.cat([segment_ids[:, :1].expand(-1, seen_tokens), segment_ids], dim=1)
+    return lambda batch, head, query, key: absolute_ids[batch, query] == absolute_ids[batch, key]
+
+
+class RebasedForCausalLM(RebasedPreTrainedModel, GenerationMixin):
+    """
+    [`RebasedModel`] with a language modeling head.
+
+    Args:
+        config (`RebasedConfig`): Sizes, kernel and the mixer of each layer.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: RebasedConfig):
+        super().__init__(config)
+        self.model = RebasedModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: RebasedCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        r"""
+        labels: (batch, seq)
+
+        Args:
+            labels (`torch.LongTensor`, *optional*): Tokens to predict, unshifted; -100 is ignored.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Logits for the last so many tokens, or for
+                these indices; 0 for all.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        if generation_config.is_assistant:
+            raise ValueError(
+                f"{type(self).__name__} cannot be the assistant of another model: its state cannot take tokens back"
+            )
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation must be None, got {generation_config.cache_implementation!r}; the state of "
+                f"{type(self).__name__} has a constant size anyway"
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
+            model_kwargs["past_key_values"] = RebasedCache(self.config)
+
+
+class RebasedForSequenceClassification(GenericForSequenceClassification, RebasedPreTrainedModel):
+    """
+    [`RebasedModel`] with a classifier on the last token that is not padding.
+
+    Args:
+        config (`RebasedConfig`): Sizes, kernel and the mixer of each layer; `num_labels` classes.
+    """
+
+    def __init__(self, config):
+        # The mixin would look the base model up among the registered ones, where remote code is not.
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = RebasedModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+
+__all__ = [
+    "RebasedCache",
+    "RebasedForCausalLM",
+    "RebasedForSequenceClassification",
+    "RebasedModel",
+    "RebasedPreTrainedModel",
+]
