@@ -172,8 +172,8 @@ def main() -> None:
     args = parse_arguments()
     set_seed(args.seed)
     started = time.perf_counter()
-    base, tokenizer = load_base(args.model)
     task, train_indices, eval_indices = make_questions(args.eval_size, args.seed)
+    base, tokenizer = load_base(args.model)
 
     def prompt_of(index: int) -> str:
         return args.prompt_template.format(question=task[index]["question"])

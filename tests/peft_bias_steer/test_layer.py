@@ -1,0 +1,102 @@
+import pytest
+import torch
+from torch import nn
+
+from peft_bias_steer import BiasSteerConfig, BiasSteerLayer
+
+
+class Returns(nn.Module):
+    """A layer that returns whatever it is given, as decoder layers differ in what they return."""
+
+    def forward(self, output):
+        return output
+
+
+@pytest.fixture
+def steered():
+    host = Returns()
+    layer = BiasSteerLayer(host, size=8)
+    for name in ["default", "other"]:
+        layer.update_layer(name, BiasSteerConfig(init_weights=False))
+    return host, layer
+
+
+def test_hidden_states_are_steered_in_tensors_tuples_and_lists(steered):
+    host, layer = steered
+    hidden, cache = torch.randn(2, 3, 8), object()
+    expected = hidden + layer.vector("default")
+
+    assert torch.equal(host(hidden), expected)
+    for container in (tuple, list):
+        output = host(container([hidden, cache]))
+        assert type(output) is container and output[1] is cache
+        assert torch.equal(output[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sum_is_taken_in_float32(steered, dtype):
+    host, layer = steered
+    hidden = torch.randn(64, 3, 8).to(dtype)
+    exact = (hidden.double() + layer.vector("default").double()).to(dtype)
+    of_rounded = hidden + layer.vector("default").to(dtype)
+
+    assert host(hidden).dtype == dtype
+    assert torch.equal(host(hidden), exact)
+    assert not torch.equal(of_rounded, exact)
+
+
+def test_active_adapters_add_up(steered):
+    host, layer = steered
+    hidden = torch.randn(2, 3, 8)
+    layer.set_adapter(["default", "other"])
+
+    torch.testing.assert_close(host(hidden), hidden + layer.vector("default") + layer.vector("other"))
+
+
+def test_scale_multiplies_the_vector(steered):
+    host, layer = steered
+    hidden = torch.randn(2, 3, 8)
+    layer.set_scale("default", -0.5)
+
+    torch.testing.assert_close(host(hidden), hidden - 0.5 * layer.vector("default"))
+    layer.set_scale("default", 0.0)
+    assert torch.equal(host(hidden), hidden)
+
+
+def test_each_row_can_have_its_own_adapter(steered):
+    host, layer = steered
+    hidden = torch.randn(4, 3, 8)
+    output = layer(hidden, adapter_names=["other", "__base__", "default", "absent"])
+
+    torch.testing.assert_close(output[0], hidden[0] + layer.vector("other"))
+    torch.testing.assert_close(output[2], hidden[2] + layer.vector("default"))
+    assert torch.equal(output[[1, 3]], hidden[[1, 3]])
+
+
+def test_gradient_is_the_sum_over_tokens(steered):
+    host, layer = steered
+    weights = torch.randn(2, 3, 8)
+    (host(torch.randn(2, 3, 8)) * weights).sum().backward()
+
+    torch.testing.assert_close(layer.vector("default").grad, weights.sum((0, 1)))
+
+
+def test_host_does_not_become_a_child_of_its_own_child(steered):
+    host, layer = steered
+
+    assert [name for name, _ in host.named_modules()] == [
+        "",
+        "bias_steer",
+        "bias_steer.bias_steer_vector",
+        "bias_steer.bias_steer_vector.default",
+        "bias_steer.bias_steer_vector.other",
+    ]
+
+
+def test_detaching_leaves_no_trace(steered):
+    host, layer = steered
+    hidden = torch.randn(2, 3, 8)
+    layer.detach_from_host()
+
+    assert host(hidden) is hidden
+    assert not list(host.children()) and not host._forward_hooks
