@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -14,7 +15,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_rebased import RebasedConfig
+from .configuration_rebased import LAYER_TYPES, RebasedConfig
 from .rebased_attention import rebased_attention, taylor_attention
 
 
@@ -355,6 +356,41 @@ class RebasedPreTrainedModel(PreTrainedModel):
                 init.ones_(module.gamma)
             if module.beta is not None:
                 init.zeros_(module.beta)
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """[`~PreTrainedModel.push_to_hub`], with a model card that shows how to use the model if there is none yet."""
+        token = kwargs.get("token")
+        repo_id = create_repo(repo_id, private=kwargs.get("private"), token=token, exist_ok=True).repo_id
+        if not file_exists(repo_id, "README.md", token=token):
+            self.model_card(repo_id).push_to_hub(repo_id, token=token)
+        return super().push_to_hub(repo_id, **kwargs)
+
+    def model_card(self, repo_id: str) -> ModelCard:
+        """Model card with the facts of the config and a usage snippet, which runs once a tokenizer is there too."""
+        data = ModelCardData(library_name="transformers", tags=["rebased", *(self.model_tags or [])])
+        generates = isinstance(self, GenerationMixin)
+        auto_class = "AutoModelForCausalLM" if generates else self._auto_class or "AutoModel"
+        use = "tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0])" if generates else "model(**inputs)"
+        counts = ", ".join(f"{self.config.layer_types.count(kind)} {kind}" for kind in LAYER_TYPES)
+        return ModelCard(f"""---
+{data.to_yaml()}
+---
+
+# {repo_id.rpartition("/")[2]}
+
+{type(self).__name__} with {self.num_parameters():,} parameters and the layers {counts}; attention kernel
+`{self.config.kernel}` ([ReBased, arXiv 2402.10644](https://arxiv.org/abs/2402.10644)). Training and prefill are linear in
+the sequence length; the state for decoding has a constant size.
+
+```python
+from transformers import AutoTokenizer, {auto_class}
+
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
+model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)
+inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
+print({use})
+```
+""")
 
 
 class RebasedModel(RebasedPreTrainedModel):
