@@ -234,15 +234,17 @@ def main():
     (output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     plot(before, after, output / "explained_variance.png")
 
-    print(f"\nSparse autoencoder, {arguments.d_sae} latents, on layer {arguments.layer} of {arguments.model}:")
-    print(f"{len(train)} tokens of {dataset_name}, {trainer.state.global_step} steps, {result['seconds']} s")
-    print(
-        f"{'latents per token':>18} {'before':>8} {'after':>8}   explained variance, {len(held_out)} held-out tokens"
-    )
-    for budget in after:
-        print(f"{budget:>18} {before[budget]:>8.3f} {after[budget]:>8.3f}")
-    print(f"Saved, and the same after AutoModel.from_pretrained: {output}")
-    print(f"Numbers: {output / 'result.json'}   plot: {output / 'explained_variance.png'}")
+    lines = [
+        f"Trained:    a sparse autoencoder, {arguments.d_sae} latents, on layer {arguments.layer} of {arguments.model}: "
+        f"{len(train)} tokens of {dataset_name}, {trainer.state.global_step} steps, {result['seconds']} s",
+        f"Held out:   explained variance of {len(held_out)} tokens, the same after saving and loading",
+        f"{'latents per token':>28} {'before':>8} {'after':>8}",
+        *(f"{budget:>28} {before[budget]:>8.3f} {after[budget]:>8.3f}" for budget in after),
+        f"Artefacts:  {output}/  {output}/result.json  {output}/explained_variance.png",
+    ]
+    summary = "\n".join(lines)
+    (output / "summary.txt").write_text(summary + "\n")
+    print(f"\n{summary}")
 
 
 if __name__ == "__main__":

@@ -257,11 +257,13 @@ def main() -> None:
     print()
     for index, old, new in list(zip(eval_indices, answers_before, answers_after))[:4]:
         print(f"{task[index]['question']}   right: {task[index]['answer']}\n  before: {old!r}\n  after:  {new!r}")
-    print(
-        f"\nTrained:    {trainable:,} of {total:,} parameters, {step} steps, {result['seconds']:.0f} s"
+    summary = (
+        f"Trained:    {trainable:,} of {total:,} parameters of {args.model}, {step} steps, {result['seconds']:.0f} s"
         f"\nHeld out:   {before:.1%} right before, {after:.1%} after ({args.eval_size} questions, greedy)"
         f"\nArtefacts:  {adapter_dir}/  {args.output_dir}/result.json  {args.output_dir}/reward.png"
     )
+    (args.output_dir / "summary.txt").write_text(summary + "\n")
+    print(f"\n{summary}")
 
 
 if __name__ == "__main__":
