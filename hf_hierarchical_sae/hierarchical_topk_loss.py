@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch.autograd.function import once_differentiable
+from transformers.utils import is_triton_available
 
 
 def hierarchical_topk_loss(
@@ -37,13 +38,14 @@ def hierarchical_topk_loss(
         budgets (`Sequence[int]`, *optional*): strictly increasing budgets in [1, k]; every prefix 1…k by default.
             `(k,)` is the plain TopK loss.
         budget_weights (`Sequence[float]`, *optional*): one weight per budget, normalised to sum 1; equal by default.
-        backend (`str`, defaults to `"auto"`): `"torch"`, or `"auto"` for the fastest form on the tensors' device.
+        backend (`str`, defaults to `"auto"`): `"torch"`, `"triton"`, or `"auto"`: Triton for CUDA tensors.
 
     Returns:
         `torch.Tensor`: the loss, a float32 scalar (float64 for float64 inputs).
 
     Raises:
-        `ValueError`: shapes, budgets or weights that do not fit together, or an unknown backend.
+        `ValueError`: shapes, budgets or weights that do not fit together, or an unknown or unsuitable backend.
+        `ImportError`: `backend="triton"` without triton.
     """
     _check_shapes(top_indices, top_values, W_dec, b_dec, target)
     budgets = resolve_budgets(budgets, top_indices.shape[1])
@@ -64,7 +66,7 @@ def hierarchical_topk_loss_reference(
     """The formula of [`hierarchical_topk_loss`] written down: the specification, at batch × k × d_in memory."""
     dtype = torch.promote_types(W_dec.dtype, torch.float32)
     budgets = resolve_budgets(budgets, top_indices.shape[1])
-    contributions = top_values.to(dtype).unsqueeze(-1) * W_dec[top_indices].to(dtype)
+    contributions = top_values.to(dtype).unsqueeze(-1) * W_dec.to(dtype)[top_indices]
     reconstructions = contributions.cumsum(dim=1) + b_dec.to(dtype)
     errors = (reconstructions - target.to(dtype).unsqueeze(1)).square().mean(dim=(0, 2))
     chosen = errors[torch.tensor(budgets, device=errors.device) - 1]
@@ -97,8 +99,13 @@ def budget_errors(
         `tuple[torch.Tensor, torch.Tensor]`: the mean squared error at each budget, (budgets,), and the
         reconstruction with all k latents, (batch, d_in). Both are differentiable.
     """
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"backend must be 'auto' or 'torch', got {backend!r}")
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
+    suits_triton = W_dec.is_cuda and W_dec.dtype != torch.float64 and is_triton_available()
+    if backend == "triton" or (backend == "auto" and suits_triton):
+        from .hierarchical_topk_loss_triton import budget_errors_triton
+
+        return budget_errors_triton(top_indices, top_values, W_dec, b_dec, target, budgets=budgets)
     return _HierarchicalTopK.apply(top_indices, top_values, W_dec, b_dec, target, tuple(budgets))
 
 

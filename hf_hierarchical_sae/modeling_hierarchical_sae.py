@@ -121,7 +121,7 @@ class HierarchicalSaeModel(PreTrainedModel):
         if keep is not None:
             flat = flat[keep]
         if self.training:
-            _check_finite(flat)
+            check_finite(flat)
         scaled = flat.to(torch.promote_types(flat.dtype, torch.float32)) * self.input_scale
         top_indices, top_values = self._encode_scaled(scaled, k)
         if self.training:
@@ -188,7 +188,7 @@ class HierarchicalSaeModel(PreTrainedModel):
             activations (`torch.Tensor`): (tokens, d_in), a sample of the training data; a few thousand are enough.
         """
         self._check_input(activations, None)
-        _check_finite(activations)
+        check_finite(activations)
         activations = activations.reshape(-1, self.config.d_in).float()
         center = geometric_median(activations)
         mean_square = (activations - center).square().mean()
@@ -422,7 +422,8 @@ def _restore(flat, keep, shape):
     return flat.reshape(*shape, flat.shape[1])
 
 
-def _check_finite(x):
+def check_finite(x: torch.Tensor):
+    """Raise a `ValueError` that counts NaN and infinite entries of (tokens, d_in) activations, if there are any."""
     # One pass and no copy in the usual case: a sum is finite unless an entry is not, or it overflows.
     if torch.isfinite(x.sum(dtype=torch.float64)):
         return

@@ -65,7 +65,8 @@ def parse_arguments():
     try:
         config = AutoConfig.from_pretrained(arguments.model).get_text_config(decoder=True)
     except (OSError, ValueError) as error:
-        parser.error(f"--model: expected a hub id or a folder with a model, got {arguments.model!r} ({error})")
+        reason = str(error).splitlines()[0]
+        parser.error(f"--model: expected a hub id or a folder with a model, got {arguments.model!r}: {reason}")
     arguments.d_sae = arguments.d_sae or 8 * config.hidden_size
     arguments.layer = config.num_hidden_layers // 2 if arguments.layer is None else arguments.layer
     if not 0 <= arguments.layer < config.num_hidden_layers:

@@ -1,0 +1,42 @@
+"""What a configuration accepts, and what it says about what it does not."""
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+from hf_hierarchical_sae import HierarchicalSaeConfig
+
+
+def test_a_saved_configuration_is_found_by_its_type(tmp_path):
+    config = HierarchicalSaeConfig(d_in=8, d_sae=32, k=4, budgets=[1, 4], model_name="a/b", layer=3)
+    config.save_pretrained(tmp_path)
+
+    loaded = AutoConfig.from_pretrained(tmp_path)
+
+    assert isinstance(loaded, HierarchicalSaeConfig)
+    assert loaded.to_diff_dict() == config.to_diff_dict()
+    assert loaded.hidden_size == 8
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"k": 900}, r"k must be in \[1, d_sae=512\], got 900"),
+        ({"k": 0}, r"k must be in \[1, d_sae=512\], got 0"),
+        ({"d_in": 0}, "must be positive"),
+        ({"budgets": [4, 2]}, r"budgets must be strictly increasing and in \[1, 16\], got \[4, 2\]"),
+        ({"budgets": [4, 17]}, r"in \[1, 16\], got \[4, 17\]"),
+        ({"budgets": []}, "strictly increasing"),
+        ({"budgets": "all"}, "budgets"),
+        ({"budgets": [1, 16], "budget_weights": [1.0]}, r"one weight per budget \(2\), got 1"),
+        ({"budgets": [1, 16], "budget_weights": [1.0, -1.0]}, "not negative"),
+        ({"selection": "top_p"}, "selection must be 'topk' or 'batch_topk', got 'top_p'"),
+        ({"selection": "batch_topk"}, r"take budgets=\[k\]"),
+        ({"matryoshka_prefixes": [16, 256], "budgets": [16]}, r"end in d_sae=512, got \[16, 256\]"),
+        ({"encoder_chunk_size": 0}, "encoder_chunk_size must be positive"),
+        ({"aux_loss_coefficient": -1.0}, "must not be negative"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused_in_one_sentence(change, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        HierarchicalSaeConfig(**{"d_in": 8, "d_sae": 512, "k": 16, **change})

@@ -1,0 +1,396 @@
+"""The model: what it computes, keeps, saves and refuses."""
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModel, Trainer, TrainingArguments
+
+from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, explained_variance
+from hf_hierarchical_sae.modeling_hierarchical_sae import geometric_median
+
+
+OBJECTIVES = {
+    "hierarchical": {},
+    "subset": {"budgets": [1, 4, 8], "budget_weights": [1.0, 2.0, 1.0]},
+    "topk": {"budgets": [8]},
+    "batch_topk": {"budgets": [8], "selection": "batch_topk"},
+    "matryoshka": {"budgets": [8], "matryoshka_prefixes": [8, 24, 64]},
+    "auxiliary": {"aux_loss_coefficient": 0.1, "dead_after_tokens": 1, "aux_k": 4},
+    "free decoder": {"normalize_decoder": False},
+    "chunked": {"encoder_chunk_size": 10},
+}
+objectives = pytest.mark.parametrize("options", OBJECTIVES.values(), ids=OBJECTIVES)
+
+
+def make_sae(**options):
+    config = HierarchicalSaeConfig(**{"d_in": 16, "d_sae": 64, "k": 8, **options})
+    return HierarchicalSaeModel(config).eval()
+
+
+def make_activations(tokens=256, scale=30.0):
+    """Correlated activations, far from the origin and of large scale, as a language model's are."""
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.randn(24, 16, generator=generator) * (torch.rand(tokens, 24, 1, generator=generator) < 0.2)
+    strength = torch.rand(tokens, 24, 1, generator=generator)
+    return scale * (mixing * strength).sum(dim=1) + 100
+
+
+def train(sae, activations, steps=30, lr=1e-2):
+    sae.train()
+    optimizer = torch.optim.Adam(sae.parameters(), lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = sae(activations).loss
+        loss.backward()
+        optimizer.step()
+    return sae.eval()
+
+
+def dense_forward(sae, x, k):
+    """The equations of the class docstring with dense tensors and stock autograd."""
+    latents = torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    values, indices = latents.topk(k, dim=1)
+    sparse = torch.zeros_like(latents).scatter(1, indices, values)
+    return sparse @ sae.W_dec + sae.b_dec
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_reconstruction_follows_the_equations_at_every_k(k):
+    sae, x = make_sae(), make_activations(20, scale=1.0)
+
+    torch.testing.assert_close(sae(x, k=k).reconstruction, dense_forward(sae, x, k), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [None, 10])
+def test_gradients_of_the_sparse_encoder_equal_dense_autograd(chunk):
+    sae = make_sae(budgets=[8], normalize_decoder=False, encoder_chunk_size=chunk).double()
+    x = make_activations(20, scale=1.0).double().requires_grad_()
+    tensors = [sae.encoder_weight, sae.b_enc, sae.W_dec, sae.b_dec, x]
+    expected = torch.autograd.grad((dense_forward(sae, x, 8) - x).square().mean(), tensors)
+
+    gradients = torch.autograd.grad(sae(x).loss, tensors)
+
+    for gradient, other in zip(gradients, expected):
+        torch.testing.assert_close(gradient, other)
+
+
+def test_loss_is_the_mean_error_over_budgets():
+    sae, x = make_sae(), make_activations(20, scale=1.0)
+    errors = [(dense_forward(sae, x, k) - x).square().mean() for k in range(1, 9)]
+
+    output = sae(x)
+
+    torch.testing.assert_close(output.budget_errors, torch.stack(errors))
+    torch.testing.assert_close(output.loss, torch.stack(errors).mean())
+
+
+def test_matryoshka_loss_is_the_mean_error_over_prefixes_of_the_dictionary():
+    sae, x = make_sae(**OBJECTIVES["matryoshka"]), make_activations(20, scale=1.0)
+    top_indices, top_values = sae.encode(x)
+    errors = [(sae.decode(top_indices, top_values * (top_indices < end)) - x).square().mean() for end in (8, 24, 64)]
+
+    torch.testing.assert_close(sae(x).loss, torch.stack(errors).mean())
+
+
+def test_batch_topk_keeps_k_latents_per_input_on_average_and_differently_many_per_input():
+    sae, x = make_sae(**OBJECTIVES["batch_topk"]).train(), make_activations(40, scale=1.0)
+    x[:20] *= 3
+
+    used = (sae(x).top_values > 0).sum(dim=1)
+
+    dense = torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    strongest = dense.flatten().topk(8 * 40).values[-1]
+    assert used.sum() == 8 * 40
+    assert torch.equal(used, (dense >= strongest).sum(dim=1))
+    assert used.max() > 8
+
+
+def test_batch_topk_uses_its_learned_threshold_at_inference_one_input_at_a_time():
+    sae, x = make_sae(**OBJECTIVES["batch_topk"]), make_activations()
+    sae.initialize_from_activations(x)
+    train(sae, x)
+    # The threshold is a running mean: it settles once the weights do.
+    sae.train()
+    for _ in range(400):
+        sae(x)
+    sae.eval()
+
+    together = sae(x)
+    alone = torch.cat([sae(token.unsqueeze(0)).reconstruction for token in x])
+
+    # float32 products of another batch size round differently.
+    torch.testing.assert_close(alone, together.reconstruction, rtol=1e-5, atol=1e-4)
+    assert 6 < (together.top_values > 0).sum(dim=1).float().mean() < 10
+
+
+@objectives
+def test_training_explains_more_variance(options):
+    sae, x = make_sae(**options), make_activations()
+    sae.initialize_from_activations(x)
+    before = explained_variance(sae, x, [8])[8]
+
+    train(sae, x, steps=60)
+
+    assert explained_variance(sae, x, [8])[8] > max(before + 0.2, 0.6)
+
+
+@objectives
+def test_explained_variance_is_equal_before_saving_and_after_loading(options, tmp_path):
+    sae, x = make_sae(**options), make_activations()
+    sae.initialize_from_activations(x)
+    train(sae, x)
+    before = explained_variance(sae, x)
+    assert sae.input_scale != 1
+
+    sae.save_pretrained(tmp_path / "unfolded")
+    sae.fold_input_scale()
+    sae.save_pretrained(tmp_path / "folded")
+
+    assert sae.input_scale == 1
+    assert explained_variance(AutoModel.from_pretrained(tmp_path / "unfolded"), x) == before
+    assert explained_variance(AutoModel.from_pretrained(tmp_path / "folded"), x) == before
+
+
+def test_what_is_saved_is_safetensors_with_unit_rows_and_a_config_that_names_its_origin(tmp_path):
+    sae = make_sae(model_name="a/b", layer=3, hook_point="output", dataset_name="c/d")
+    train(sae.train(), make_activations(scale=1.0))
+    sae.train()
+    with torch.no_grad():
+        sae.W_dec.mul_(1.5)
+
+    sae.save_pretrained(tmp_path)
+
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        norms = torch.linalg.vector_norm(file.get_tensor("W_dec"), dim=1)
+    torch.testing.assert_close(norms, torch.ones(64))
+    suffixes = {path.suffix for path in tmp_path.iterdir()}
+    assert suffixes == {".safetensors", ".json", ".py"}
+    config = AutoModel.from_pretrained(tmp_path).config
+    assert (config.model_name, config.layer, config.hook_point, config.dataset_name) == ("a/b", 3, "output", "c/d")
+
+
+def test_decoder_rows_keep_unit_norm_and_their_gradient_is_tangent():
+    sae, x = make_sae(), make_activations(scale=1.0)
+    train(sae, x, steps=3)
+    torch.testing.assert_close(torch.linalg.vector_norm(sae.W_dec, dim=1), torch.ones(64))
+
+    sae.zero_grad()
+    sae.train()
+    sae(x).loss.backward()
+
+    along = (sae.W_dec.grad * sae.W_dec).sum(dim=1)
+    # Rounding of a sum of 16 float32 products.
+    assert along.abs().max() < 1e-6 * sae.W_dec.grad.abs().max()
+    assert sae.W_dec.grad.abs().max() > 0
+
+
+def test_normalizing_twice_changes_nothing():
+    sae = make_sae()
+    with torch.no_grad():
+        sae.W_dec.mul_(torch.rand(64, 1) + 0.5)
+    sae.normalize_decoder()
+    once = sae.W_dec.detach().clone()
+
+    sae.normalize_decoder()
+
+    assert torch.equal(sae.W_dec, once)
+
+
+def test_any_leading_shape_gives_the_same_as_a_flat_batch():
+    sae, x = make_sae(), make_activations(24)
+    flat = sae(x)
+
+    shaped = sae(x.reshape(2, 3, 4, 16))
+
+    assert torch.equal(shaped.reconstruction, flat.reconstruction.reshape(2, 3, 4, 16))
+    assert torch.equal(shaped.top_indices, flat.top_indices.reshape(2, 3, 4, 8))
+    assert sae(x[0]).reconstruction.shape == (16,)
+    assert torch.equal(shaped.loss, flat.loss)
+
+
+def test_padding_takes_no_part_in_the_loss_or_the_counters():
+    sae, x = make_sae().train(), make_activations(24).reshape(4, 6, 16)
+    mask = torch.ones(4, 6)
+    mask[0, 4:] = mask[2, 1:] = 0
+    padded = x.clone()
+    padded[mask == 0] = torch.nan
+
+    output = sae(padded, attention_mask=mask)
+
+    assert torch.equal(output.loss, sae(x[mask.bool()]).loss)
+    assert (output.reconstruction[mask == 0] == 0).all() and (output.top_values[mask == 0] == 0).all()
+    assert torch.isfinite(output.reconstruction).all()
+
+
+def test_a_batch_of_padding_only_gives_zero_loss_and_zero_gradients():
+    sae = make_sae().train()
+
+    loss = sae(torch.zeros(2, 3, 16), attention_mask=torch.zeros(2, 3)).loss
+    loss.backward()
+
+    assert loss == 0
+    assert all((parameter.grad == 0).all() for parameter in sae.parameters())
+
+
+def test_a_smaller_k_is_a_prefix_of_a_larger_one():
+    sae, x = make_sae(), make_activations(20)
+
+    indices, values = sae.encode(x)
+    fewer_indices, fewer_values = sae.encode(x, k=3)
+
+    assert torch.equal(fewer_indices, indices[:, :3]) and torch.equal(fewer_values, values[:, :3])
+    assert (values.diff(dim=1) <= 0).all()
+
+
+def test_chunks_of_latents_select_what_the_whole_selects():
+    whole, x = make_sae(), make_activations(20)
+    chunked = make_sae(encoder_chunk_size=10)
+    chunked.load_state_dict(whole.state_dict())
+
+    indices, values = chunked.encode(x)
+    expected_indices, expected_values = whole.encode(x)
+
+    # One float32 product with another blocking of the sum.
+    torch.testing.assert_close(values, expected_values, rtol=1e-5, atol=1e-4)
+    assert torch.equal(indices, expected_indices)
+
+
+def test_latents_that_do_not_fire_are_counted_as_dead_and_the_count_is_saved(tmp_path):
+    sae, x = make_sae(dead_after_tokens=40), make_activations(20, scale=1.0)
+    with torch.no_grad():
+        sae.b_enc[:10] = -1e4
+    assert sae.dead_fraction == 0
+
+    sae.train()
+    for _ in range(2):
+        top = sae(x)
+    fired = torch.zeros(64, dtype=torch.bool)
+    fired[top.top_indices[top.top_values > 0]] = True
+
+    assert torch.equal(sae.tokens_since_fired, torch.where(fired, 0, 40))
+    assert sae.dead_fraction == float((~fired).float().mean()) > 0
+    sae.save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path).dead_fraction == sae.dead_fraction
+
+
+def test_evaluation_mode_leaves_the_counters_alone():
+    sae = make_sae()
+    sae(make_activations(20))
+
+    assert (sae.tokens_since_fired == 0).all()
+
+
+def test_the_auxiliary_loss_gives_dead_latents_a_gradient():
+    x = make_activations(40, scale=1.0) - 100
+    gradients = {}
+    for coefficient in (0.0, 0.1):
+        sae = make_sae(aux_loss_coefficient=coefficient, dead_after_tokens=40)
+        sae.load_state_dict({**sae.state_dict(), "W_dec": torch.eye(16).repeat(4, 1)})
+        with torch.no_grad():
+            sae.encoder_weight.copy_(sae.W_dec)
+            sae.b_enc[:10] = -0.5
+            sae.b_enc[10:] = 50.0
+        sae.train()(x).loss.backward()
+        gradients[coefficient] = sae.W_dec.grad[:10]
+
+    assert (gradients[0.0] == 0).all()
+    assert (gradients[0.1] != 0).any()
+
+
+def test_initialization_centres_on_the_geometric_median_with_unit_scale():
+    sae, x = make_sae(), make_activations()
+    x[0] += 1e6
+
+    sae.initialize_from_activations(x)
+
+    center = sae.b_dec / sae.input_scale
+    torch.testing.assert_close(center, geometric_median(x))
+    assert torch.linalg.vector_norm(center - x[1:].mean(dim=0)) < 30
+    assert sae.input_scale.log2() == sae.input_scale.log2().round()
+
+
+def test_encoder_starts_as_the_transposed_decoder():
+    sae = make_sae()
+
+    assert torch.equal(sae.W_enc, sae.W_dec.T)
+    assert sae.W_enc.shape == (16, 64)
+
+
+def test_geometric_median_is_where_the_summed_distance_is_smallest():
+    points = torch.randn(50, 3)
+    center = geometric_median(points)
+    distance = torch.linalg.vector_norm(points - center, dim=1).sum()
+
+    for direction in torch.randn(20, 3):
+        assert torch.linalg.vector_norm(points - center - 0.05 * direction, dim=1).sum() >= distance
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_parameters_gradients_and_loss_in_float32(dtype):
+    sae, x = make_sae().train(), make_activations(20)
+    sae.initialize_from_activations(x)
+    with torch.autocast("cpu", dtype=dtype):
+        output = sae(x)
+    output.loss.backward()
+
+    assert output.loss.dtype == output.top_values.dtype == torch.float32
+    assert {parameter.grad.dtype for parameter in sae.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_reconstruction_has_the_dtype_of_the_input(dtype):
+    assert make_sae()(make_activations(20).to(dtype)).reconstruction.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "x, message",
+    [
+        (torch.zeros(3, 17), r"shape \(..., d_in=16\), got \(3, 17\)"),
+        (torch.zeros(3, 16, dtype=torch.int64), "floating point, got torch.int64"),
+        (
+            torch.tensor([[0.0, torch.nan, torch.inf] + [0.0] * 13] * 2),
+            "got 2 NaN and 2 infinite of 32 entries in 2 tokens",
+        ),
+    ],
+)
+def test_activations_that_do_not_fit_are_refused_before_they_touch_a_weight(x, message):
+    sae = make_sae().train()
+    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+
+    with pytest.raises(ValueError, match=message):
+        sae(x)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
+
+
+@pytest.mark.parametrize("k", [0, 9])
+def test_k_beyond_the_trained_one_is_refused(k):
+    with pytest.raises(ValueError, match=rf"k must be in \[1, 8\], the trained budget, got {k}"):
+        make_sae()(make_activations(20), k=k)
+
+
+def test_a_mask_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \(20,\), got \(19,\)"):
+        make_sae()(make_activations(20), attention_mask=torch.ones(19))
+
+
+def test_constant_activations_cannot_initialize():
+    with pytest.raises(ValueError, match="all equal"):
+        make_sae().initialize_from_activations(torch.ones(5, 16))
+
+
+def test_trainer_trains_evaluates_and_its_model_loads(tmp_path):
+    sae, x = make_sae(), make_activations()
+    sae.initialize_from_activations(x)
+    data = torch.utils.data.StackDataset(hidden_states=x)
+    arguments = TrainingArguments(
+        tmp_path, max_steps=30, per_device_train_batch_size=64, learning_rate=1e-2, report_to="none"
+    )
+    trainer = Trainer(model=sae, args=arguments, train_dataset=data, eval_dataset=data)
+    before = trainer.evaluate()["eval_loss"]
+
+    trainer.train()
+
+    assert trainer.evaluate()["eval_loss"] < 0.7 * before
+    trainer.save_model(tmp_path / "final")
+    loaded = AutoModel.from_pretrained(tmp_path / "final")
+    assert explained_variance(loaded, x) == explained_variance(sae, x)

