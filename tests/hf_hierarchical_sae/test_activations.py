@@ -1,0 +1,484 @@
+"""Activations: a stream that is exact and resumable, and shards on disk that survive a kill."""
+
+import inspect
+import json
+import logging
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from hf_hierarchical_sae import (
+    ActivationShards,
+    HierarchicalSaeConfig,
+    HierarchicalSaeModel,
+    explained_variance,
+    iterate_activations,
+)
+
+
+TEXTS = ["To be, or not to be, that is the question.", "Whether", "tis nobler in the mind to suffer " * 3]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_language_model):
+    return AutoModelForCausalLM.from_pretrained(tiny_language_model).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_language_model):
+    return AutoTokenizer.from_pretrained(tiny_language_model)
+
+
+def stream(model, tokenizer, texts=TEXTS, layer=0, **options):
+    options = {"max_norm_ratio": None, "show_progress": False, **options}
+    return torch.cat(list(iterate_activations(model, tokenizer, texts, layer, **options)))
+
+
+def hidden_states(model, tokenizer, layer, texts=TEXTS, skip=1):
+    """Each text alone, from the model's own record: hidden_states[0] is the embedding."""
+    found = []
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            found.append(model(ids, output_hidden_states=True).hidden_states[layer + 1][0, skip:])
+    return torch.cat(found)
+
+
+def test_it_yields_the_layer_output_without_padding_and_first_positions(model, tokenizer):
+    torch.testing.assert_close(stream(model, tokenizer), hidden_states(model, tokenizer, 0))
+
+
+def test_first_positions_are_kept_on_request(model, tokenizer):
+    states = stream(model, tokenizer, skip_first_position=False)
+
+    torch.testing.assert_close(states, hidden_states(model, tokenizer, 0, skip=0))
+
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 300}
+LLAMA_LIKE = {**SIZES, "intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 8}
+ARCHITECTURES = {
+    "gpt2": (AutoModelForCausalLM, {"n_embd": 16, "n_layer": 3, "n_head": 2, "vocab_size": 300}),
+    "gpt_neox": (AutoModelForCausalLM, {**SIZES, "intermediate_size": 32}),
+    "opt": (AutoModelForCausalLM, {**SIZES, "ffn_dim": 32, "word_embed_proj_dim": 16}),
+    "bloom": (AutoModelForCausalLM, {"hidden_size": 16, "n_layer": 3, "n_head": 2, "vocab_size": 300}),
+    "mpt": (AutoModelForCausalLM, {"d_model": 16, "n_layers": 3, "n_heads": 2, "vocab_size": 300}),
+    "gemma2": (AutoModelForCausalLM, LLAMA_LIKE),
+    "mixtral": (AutoModelForCausalLM, {**LLAMA_LIKE, "num_local_experts": 3}),
+    "llama": (AutoModel, LLAMA_LIKE),
+    "bert": (AutoModel, {**SIZES, "intermediate_size": 32}),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_other_architectures_give_their_layer_output(architecture, tokenizer):
+    build, sizes = ARCHITECTURES[architecture]
+    config = AutoConfig.for_model(architecture, **sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    model = build.from_config(config).eval()
+
+    # A batch of padded contexts against one at a time: the order of float32 sums differs.
+    torch.testing.assert_close(
+        stream(model, tokenizer, layer=1), hidden_states(model, tokenizer, 1), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_the_forward_pass_stops_at_the_layer(model, tokenizer):
+    reached, hooks = [], len(model.model.layers[0]._forward_hooks)
+    handle = model.model.layers[1].register_forward_hook(lambda *given: reached.append(1))
+
+    stream(model, tokenizer, layer=0)
+    handle.remove()
+
+    assert not reached
+    assert len(model.model.layers[0]._forward_hooks) == hooks
+
+
+def test_tokens_of_outlying_norm_are_left_out(model, tokenizer):
+    with torch.no_grad():
+        embedding = model.get_input_embeddings().weight
+        question = tokenizer("q")["input_ids"][-1]
+        saved = embedding[question].clone()
+        embedding[question] *= 1000
+    try:
+        everything = stream(model, tokenizer)
+        usual = stream(model, tokenizer, max_norm_ratio=5.0)
+    finally:
+        with torch.no_grad():
+            embedding[question] = saved
+
+    assert len(everything) - len(usual) == "".join(TEXTS).count("q") == 1
+    assert torch.linalg.vector_norm(usual, dim=1).max() < torch.linalg.vector_norm(everything, dim=1).max() / 5
+
+
+def test_long_texts_are_cut_and_max_tokens_is_exact(model, tokenizer):
+    states = stream(model, tokenizer, context_length=10, max_tokens=50)
+
+    pieces = torch.tensor(tokenizer(TEXTS[0])["input_ids"][:10]).unsqueeze(0)
+    with torch.no_grad():
+        first = model(pieces, output_hidden_states=True).hidden_states[1][0, 1:]
+    assert states.shape == (50, 32)
+    torch.testing.assert_close(states[:9], first)
+
+
+def test_contexts_of_like_length_share_a_forward_pass_and_none_is_lost(model, tokenizer):
+    texts = [str(number) * (1 + number * 7 % 50) for number in range(40)]
+    stream = iterate_activations(model, tokenizer, texts, 0, batch_tokens=128, show_progress=False)
+
+    batches = list(stream.forward_batches())
+
+    found = sorted(tuple(row[: int(keep.sum())].tolist()) for ids, mask in batches for row, keep in zip(ids, mask))
+    assert found == sorted(tuple(tokenizer(text)["input_ids"]) for text in texts)
+    assert all(ids.numel() <= 128 for ids, _ in batches)
+    assert all(mask.sum(dim=1).min() > mask.shape[1] - 32 for _, mask in batches)
+
+
+def test_each_context_starts_with_the_token_that_the_tokenizer_puts_in_front(model, tokenizer):
+    class WithBos:
+        bos_token_id, pad_token_id = 1, 0
+
+        def __call__(self, text, **options):
+            return {"input_ids": [1, *tokenizer(text)["input_ids"]]}
+
+    stream = iterate_activations(model, WithBos(), TEXTS, 0, context_length=10, show_progress=False)
+    ids, mask = next(stream.forward_batches())
+
+    assert (ids[:, 0] == 1).all() and (ids[:, 1:] != 1).all()
+    given = torch.cat([row[1:][keep[1:].bool()] for row, keep in zip(ids, mask)]).tolist()
+    assert given == [token for text in TEXTS for token in tokenizer(text)["input_ids"]]
+
+
+def test_batches_hold_the_number_of_tokens_asked_for(model, tokenizer):
+    batches = list(iterate_activations(model, tokenizer, TEXTS, 0, batch_tokens=32, show_progress=False))
+
+    assert {len(batch) for batch in batches[:-1]} == {32}
+    assert 0 < len(batches[-1]) <= 32
+
+
+def test_several_layers_come_from_one_pass_with_the_same_tokens(model, tokenizer):
+    passes = []
+    handle = model.model.embed_tokens.register_forward_hook(lambda *given: passes.append(1))
+    both = stream(model, tokenizer, layer=[1, 0])
+    handle.remove()
+
+    assert len(passes) == 3
+    assert torch.equal(both[:, 0], stream(model, tokenizer, layer=1))
+    assert torch.equal(both[:, 1], stream(model, tokenizer, layer=-2))
+
+
+def test_what_is_left_out_is_counted_and_logged(model, tokenizer, caplog):
+    transformers.logging.set_verbosity_info()
+    transformers.logging.enable_propagation()
+    given = iterate_activations(model, tokenizer, TEXTS, 0, max_norm_ratio=1.2, show_progress=False)
+    try:
+        with caplog.at_level(logging.INFO):
+            tokens = sum(len(batch) for batch in given)
+    finally:
+        transformers.logging.set_verbosity_warning()
+        transformers.logging.disable_propagation()
+
+    assert given.counts["first_position"] == len(TEXTS)
+    assert given.counts["outlying_norm"] > 0
+    positions = sum(ids.numel() for ids, _ in given.forward_batches())
+    assert given.counts["tokens"] == tokens and given.counts.total() == positions
+    assert f"left out: 3 at the first position, {given.counts['outlying_norm']} of outlying norm" in caplog.text
+
+
+def test_shuffling_gives_the_same_tokens_in_an_order_that_the_seed_decides(model, tokenizer):
+    options = {"batch_tokens": 16, "shuffle_tokens": 64}
+    plain, first, again, other = (
+        stream(model, tokenizer, **given) for given in ({"batch_tokens": 16}, options, options, {**options, "seed": 1})
+    )
+
+    assert torch.equal(first, again)
+    assert not torch.equal(first, plain) and not torch.equal(first, other)
+    order = [rows.sum(dim=1).argsort() for rows in (first, plain)]
+    assert torch.equal(first[order[0]], plain[order[1]])
+
+
+@pytest.mark.parametrize("shuffle_tokens", [0, 64])
+@pytest.mark.parametrize("consumed", [0, 1, 5])
+def test_a_stream_continues_exactly_where_its_state_was_taken(model, tokenizer, shuffle_tokens, consumed):
+    texts = [f"{number} is a number, and so is {number + 1}." for number in range(20)]
+
+    def start():
+        return iterate_activations(
+            model,
+            tokenizer,
+            texts,
+            0,
+            batch_tokens=16,
+            context_length=12,
+            shuffle_tokens=shuffle_tokens,
+            max_tokens=333,
+            show_progress=False,
+        )
+
+    whole, interrupted, resumed = start(), start(), start()
+    expected = list(whole)
+    list(islice(interrupted, consumed))
+    resumed.load_state_dict(interrupted.state_dict())
+
+    assert torch.equal(torch.cat(list(resumed)), torch.cat(expected[consumed:]))
+    assert resumed.counts == whole.counts and whole.counts["tokens"] == 333
+
+
+def test_dropout_is_off_while_reading_and_as_before_afterwards(tokenizer):
+    config = AutoConfig.for_model("gpt2", **ARCHITECTURES["gpt2"][1], bos_token_id=1, eos_token_id=2)
+    model = AutoModelForCausalLM.from_config(config).train()
+
+    assert torch.equal(stream(model, tokenizer), stream(model, tokenizer))
+    assert model.training and model.transformer.drop.training
+
+
+def test_streaming_datasets_are_read(model, tokenizer):
+    datasets = pytest.importorskip("datasets")
+    streaming = datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
+
+    assert torch.equal(stream(model, tokenizer, streaming), stream(model, tokenizer))
+
+
+def test_rows_with_a_text_column_are_read(model, tokenizer):
+    rows = [{"body": text} for text in TEXTS]
+
+    assert torch.equal(stream(model, tokenizer, rows, text_column="body"), stream(model, tokenizer))
+
+
+def numbered_texts(pause=0.0):
+    for number in range(40):
+        time.sleep(pause)
+        yield {"text": f"{number}: to be, or not to be" * (1 + number % 5)}
+
+
+def harvest(path, folder, pause=0.0, layer=(0, 1), processes=(0, 1), **options):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    options = {"batch_tokens": 256, "context_length": 64, "show_progress": False, **options}
+    stream = iterate_activations(model, tokenizer, numbered_texts(pause), layer, **options)
+    stream.save_shards(folder, shard_tokens=400, process_index=processes[0], num_processes=processes[1])
+    return stream
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def harvested(tiny_language_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("harvested")
+    return folder, harvest(tiny_language_model, folder).counts
+
+
+def test_shards_hold_the_tokens_of_the_stream(model, tokenizer, harvested):
+    folder, counts = harvested
+    expected = stream(
+        model, tokenizer, list(numbered_texts()), 1, max_norm_ratio=5.0, batch_tokens=256, context_length=64
+    )
+
+    shards = ActivationShards(folder, layer=1)
+
+    assert len(list(folder.glob("shard-*.safetensors"))) > 3
+    assert len(shards) == counts["tokens"] == len(expected)
+    assert torch.equal(torch.cat(list(shards.batches(100))), expected)
+    numbers = torch.randperm(len(shards))
+    assert torch.equal(shards.rows(numbers), expected[numbers])
+    assert torch.equal(shards[-1]["hidden_states"], expected[-1])
+    shards.verify()
+
+
+def test_shards_are_mapped_not_read(harvested):
+    shards = ActivationShards(harvested[0], layer=0)
+
+    with open("/proc/self/maps") as maps:
+        mapped = [line for line in maps if str(harvested[0]) in line]
+    assert len(mapped) >= len(shards._shards)
+
+
+@pytest.mark.slow
+def test_a_killed_harvest_resumes_without_loss_or_repetition(tiny_language_model, harvested, tmp_path):
+    program = "\n".join(
+        [
+            "import sys, time",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "from hf_hierarchical_sae import iterate_activations",
+            inspect.getsource(numbered_texts),
+            inspect.getsource(harvest),
+            "harvest(sys.argv[1], sys.argv[2], pause=0.1)",
+        ]
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, tiny_language_model, tmp_path], stderr=subprocess.PIPE)
+    first, second = tmp_path / "shard-00000.safetensors", tmp_path / "shard-00001.safetensors"
+    while not second.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    errors = process.communicate()[1].decode()
+    assert process.returncode == -signal.SIGKILL, errors
+    assert not (tmp_path / "complete.json").exists()
+    written = first.stat().st_mtime_ns
+    with pytest.raises(ValueError, match=r"not finished, it has \d+ shards so far: run it again"):
+        ActivationShards(tmp_path, layer=0)
+
+    resumed = harvest(tiny_language_model, tmp_path)
+
+    assert first.stat().st_mtime_ns == written
+    assert contents(tmp_path) == contents(harvested[0])
+    assert resumed.counts == harvested[1]
+
+
+def test_several_processes_write_together_what_one_writes_alone(tiny_language_model, harvested, tmp_path):
+    harvest(tiny_language_model, tmp_path, processes=(1, 2))
+    mine = {file.name for file in tmp_path.glob("shard-*")}
+    harvest(tiny_language_model, tmp_path, processes=(0, 2))
+
+    assert contents(tmp_path) == contents(harvested[0])
+    assert len(mine) == len(list(harvested[0].glob("shard-*"))) // 2
+
+
+def tear(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [tear, empty, flip_a_bit, lambda path: path.unlink()])
+def test_a_damaged_shard_is_named_and_harvested_again(damage, tiny_language_model, harvested, tmp_path):
+    for name, content in contents(harvested[0]).items():
+        (tmp_path / name).write_bytes(content)
+    damage(tmp_path / "shard-00002.safetensors")
+
+    with pytest.raises(
+        ValueError, match="shard-00002.safetensors is (torn or missing|damaged).*run the harvest again"
+    ):
+        ActivationShards(tmp_path, layer=0).verify()
+
+    harvest(tiny_language_model, tmp_path)
+    assert contents(tmp_path) == contents(harvested[0])
+
+
+def test_half_precision_shards_are_read_as_float32(tiny_language_model, model, tokenizer, tmp_path):
+    given = iterate_activations(model, tokenizer, TEXTS, 1, show_progress=False)
+    given.save_shards(tmp_path, dtype=torch.bfloat16)
+
+    shards = ActivationShards(tmp_path)
+
+    assert shards.description["dtype"] == "bfloat16" and shards.description["layers"] == [1]
+    expected = stream(model, tokenizer, layer=1, max_norm_ratio=5.0).bfloat16().float()
+    assert torch.equal(next(shards.batches()), expected)
+    assert torch.equal(shards[3]["hidden_states"], expected[3])
+
+
+def test_max_tokens_ends_a_harvest_at_the_same_place_for_every_process(tiny_language_model, tmp_path):
+    for index in range(2):
+        harvest(tiny_language_model, tmp_path / "two", max_tokens=1000, processes=(index, 2))
+    counts = harvest(tiny_language_model, tmp_path / "one", max_tokens=1000).counts
+
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert 1000 <= counts.total() - counts["padding"] <= 1256
+
+
+@pytest.mark.slow
+def test_trainer_learns_from_shards(harvested, tmp_path):
+    shards = ActivationShards(harvested[0], layer=1)
+    sae = HierarchicalSaeModel(HierarchicalSaeConfig(d_in=32, d_sae=64, k=8))
+    everything = torch.cat(list(shards.batches()))
+    sae.initialize_from_activations(everything)
+    before = explained_variance(sae, everything)[8]
+    arguments = transformers.TrainingArguments(
+        output_dir=tmp_path,
+        max_steps=30,
+        per_device_train_batch_size=256,
+        learning_rate=1e-2,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+
+    transformers.Trainer(model=sae, args=arguments, train_dataset=shards).train()
+
+    assert explained_variance(sae, shards.batches())[8] > before + 0.05
+
+
+def test_nan_and_infinite_activations_are_counted_and_refused(tiny_language_model, tokenizer, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_language_model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer("q")["input_ids"][-1]] = torch.nan
+    message = r"expected finite activations, got \d+ NaN and 0 infinite of \d+ entries in \d+ tokens"
+
+    with pytest.raises(ValueError, match=message):
+        stream(model, tokenizer)
+    with pytest.raises(ValueError, match=message):
+        iterate_activations(model, tokenizer, TEXTS, 0, show_progress=False).save_shards(tmp_path)
+    assert not list(tmp_path.glob("shard-*"))
+
+
+def test_a_harvest_with_other_settings_or_text_is_refused(tiny_language_model, model, tokenizer, harvested):
+    with pytest.raises(ValueError, match=r"holds a harvest with layers=\[0, 1\], got layers=\[1\]"):
+        harvest(tiny_language_model, harvested[0], layer=1)
+    options = {"batch_tokens": 256, "context_length": 64, "show_progress": False}
+    other = iterate_activations(model, tokenizer, ["another text " * 99], [0, 1], **options)
+    with pytest.raises(ValueError, match="shard-00000.safetensors was harvested from another text"):
+        other.save_shards(harvested[0], shard_tokens=400)
+
+
+def test_a_folder_without_a_harvest_or_without_tokens_is_refused(model, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="expected a folder written by save_shards, got"):
+        ActivationShards(tmp_path)
+    with pytest.raises(ValueError, match="the dataset gave no tokens"):
+        iterate_activations(model, tokenizer, [], 0, show_progress=False).save_shards(tmp_path / "none")
+    iterate_activations(model, tokenizer, ["a"], 0, show_progress=False).save_shards(tmp_path / "one")
+    with pytest.raises(ValueError, match="the 1 shards in .* hold no tokens: harvest more text"):
+        ActivationShards(tmp_path / "one")
+
+
+def test_a_layer_that_was_not_harvested_is_refused(harvested):
+    with pytest.raises(ValueError, match=r"layer must be one of the harvested layers \[0, 1\], got 2"):
+        ActivationShards(harvested[0], layer=2)
+    with pytest.raises(IndexError, match="token numbers must be in"):
+        ActivationShards(harvested[0], layer=0).rows(torch.tensor([10**6]))
+
+
+def test_a_finished_harvest_says_how_many_shards_it_has(harvested):
+    count = len(list(harvested[0].glob("shard-*")))
+
+    assert json.loads((harvested[0] / "complete.json").read_text()) == {"num_shards": count}
+
+
+def test_a_column_that_does_not_exist_is_refused(model, tokenizer):
+    with pytest.raises(ValueError, match=r"text_column must name a column of the dataset \['body'\], got 'text'"):
+        stream(model, tokenizer, [{"body": "to be"}])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"context_length": 1}, "context_length must be at least 2, got 1"),
+        ({"batch_tokens": 0}, "batch_tokens must be at least 1, got 0"),
+        ({"max_tokens": 0}, "max_tokens must be positive or None, got 0 and 0"),
+        ({"layer": []}, r"layer must be in \[0, 1\], got \[\]"),
+    ],
+)
+def test_sizes_out_of_range_are_refused_at_once(model, tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        iterate_activations(model, tokenizer, TEXTS, **{"layer": 0, **options})
+
+
+def test_a_layer_that_does_not_exist_is_refused(model, tokenizer):
+    with pytest.raises(ValueError, match=r"layer must be in \[0, 1\], got 2"):
+        stream(model, tokenizer, layer=2)
+
+
+def test_a_dataset_without_text_is_refused(model, tokenizer):
+    with pytest.raises(ValueError, match="gave no tokens"):
+        stream(model, tokenizer, [])
