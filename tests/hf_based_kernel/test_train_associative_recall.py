@@ -1,0 +1,78 @@
+"""The example script itself, on a task that is small enough for a test."""
+
+import json
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, Trainer
+
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "hf_based_kernel" / "train_associative_recall.py"
+SMALL = [
+    "--seq_len",
+    "8",
+    "--num_pairs",
+    "2",
+    "--vocab_size",
+    "12",
+    "--hidden_size",
+    "16",
+    "--num_attention_heads",
+    "2",
+    "--feature_dim",
+    "4",
+    "--batch_size",
+    "64",
+    "--eval_examples",
+    "100",
+]
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+@pytest.mark.parametrize("kernel", ["rebased", "taylor"])
+def test_run_leaves_a_model_numbers_and_a_plot(monkeypatch, tmp_path, kernel):
+    run(monkeypatch, *SMALL, "--kernel", kernel, "--max_steps", 3, "--output_dir", tmp_path)
+
+    result = json.loads((tmp_path / "associative_recall.json").read_text())
+    assert (result["steps"], result["kernel"]) == (3, kernel)
+    assert 0 <= result["accuracy_before"] < 0.5
+    assert (tmp_path / "associative_recall.png").stat().st_size > 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() == result["parameters"]
+
+
+def test_interrupt_leaves_a_checkpoint_to_resume_from(monkeypatch, tmp_path, capsys):
+    training_step = Trainer.training_step
+
+    def interrupted_step(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        return training_step(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", interrupted_step)
+        run(patch, *SMALL, "--max_steps", 3, "--output_dir", tmp_path)
+    assert "Stopped at step 1 of 3" in capsys.readouterr().out
+    run(monkeypatch, *SMALL, "--max_steps", 3, "--output_dir", tmp_path, "--resume_from_checkpoint")
+    assert json.loads((tmp_path / "associative_recall.json").read_text())["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seq_len", "6"], "the task's sizes do not fit together: seq_len must be even and at least"),
+        (["--num_attention_heads", "64"], "the model's sizes do not fit together"),
+        (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
+        (["--output_dir", "empty", "--resume_from_checkpoint"], "--resume_from_checkpoint: empty holds no checkpoint"),
+    ],
+)
+def test_bad_input_is_one_clear_sentence(monkeypatch, tmp_path, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *SMALL, "--max_steps", "2", *arguments)
+    assert message in capsys.readouterr().err + str(stopped.value)

