@@ -314,15 +314,15 @@ def budget_errors_triton(
         reconstruction with all k latents, (batch, d_in); both float32.
 
     Raises:
-        `ValueError`: tensors that are not on a GPU, or not float32, bfloat16 or float16.
+        `ValueError`: tensors that are not on a GPU, or a decoder in float64.
     """
-    tensors = (top_values, W_dec, b_dec, target)
-    if not all(tensor.dtype in DTYPES for tensor in tensors):
-        found = ", ".join(str(tensor.dtype) for tensor in tensors)
-        raise ValueError(f"backend='triton' takes float32, bfloat16 or float16, got {found}: use backend='torch'")
+    if W_dec.dtype not in DTYPES:
+        raise ValueError(
+            f"backend='triton' needs W_dec in float32, bfloat16 or float16, got {W_dec.dtype}: use backend='torch'"
+        )
     if not W_dec.is_cuda and isinstance(_forward_kernel, triton.JITFunction):
         raise ValueError(f"backend='triton' needs tensors on a GPU, got {W_dec.device}: use backend='torch'")
-    contiguous = [tensor.contiguous() for tensor in (top_indices, *tensors)]
+    contiguous = [tensor.contiguous() for tensor in (top_indices, top_values, W_dec, b_dec, target)]
     errors, reconstruction = _HierarchicalTopKTriton.apply(*contiguous)
     if tuple(budgets) != tuple(range(1, top_indices.shape[1] + 1)):
         errors = errors[torch.tensor(budgets, device=errors.device) - 1]
