@@ -1,59 +1,341 @@
-"""Quality of a sparse autoencoder at every sparsity budget."""
+"""Quality of a sparse autoencoder at every sparsity budget, alone and inside its language model."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from transformers.utils import logging
 
-from .modeling_hierarchical_sae import HierarchicalSaeModel
+from .activations import ActivationStream, decoder_layers, evaluation_mode
+from .modeling_hierarchical_sae import HierarchicalSaeModel, check_finite
+
+
+logger = logging.get_logger(__name__)
+
+# A latent that fires on more than this share of all tokens counts as dense.
+DENSE = 0.1
+TABLE = {
+    "explained_variance": "expl. var.",
+    "fvu": "FVU",
+    "l2_ratio": "L2 ratio",
+    "cosine": "cosine",
+    "latents_per_token": "latents",
+    "dead_fraction": "dead",
+    "dense_fraction": "dense",
+    "cross_entropy": "CE",
+    "loss_recovered": "recovered",
+    "kl_divergence": "KL",
+}
+
+
+@dataclass(kw_only=True)
+class HierarchicalSaeEvaluation:
+    """
+    What [`evaluate_budgets`] found. Lists hold one number per budget; printing it gives a table.
+
+    Args:
+        budgets (`list[int]`): numbers of latents per token.
+        tokens (`int`): tokens evaluated.
+        explained_variance (`list[float]`): 1 − Σ‖x − x̂‖² / Σ‖x − mean‖², both sums and the mean over all tokens.
+        fvu (`list[float]`): fraction of variance unexplained, 1 − explained variance.
+        l2_ratio (`list[float]`): mean of ‖x̂‖ / ‖x‖.
+        cosine (`list[float]`): mean cosine of x and x̂.
+        latents_per_token (`list[float]`): mean number of latents that fire; below the budget where fewer are positive.
+        dead_fraction (`list[float]`): share of latents that fire on none of the tokens.
+        dense_fraction (`list[float]`): share of latents that fire on more than a tenth of the tokens.
+        density (`torch.Tensor`): (budgets, d_sae), share of tokens that each latent fires on.
+        cross_entropy (`list[float]`, *optional*): of the language model on the next token, in nats, with the
+            reconstruction in place of the layer's output, over the positions that are replaced.
+        loss_recovered (`list[float]`, *optional*): (zeros − spliced) / (zeros − clean), the share of the
+            cross-entropy between zeros in place of the output and the output itself that the reconstruction keeps.
+        kl_divergence (`list[float]`, *optional*): KL(clean ‖ spliced) of the next token, in nats.
+        clean_cross_entropy (`float`, *optional*): with nothing replaced.
+        zeros_cross_entropy (`float`, *optional*): with zeros in place of the layer's output.
+    """
+
+    budgets: list[int]
+    tokens: int
+    explained_variance: list[float]
+    fvu: list[float]
+    l2_ratio: list[float]
+    cosine: list[float]
+    latents_per_token: list[float]
+    dead_fraction: list[float]
+    dense_fraction: list[float]
+    density: torch.Tensor
+    cross_entropy: list[float] | None = None
+    loss_recovered: list[float] | None = None
+    kl_divergence: list[float] | None = None
+    clean_cross_entropy: float | None = None
+    zeros_cross_entropy: float | None = None
+
+    def to_dict(self) -> dict:
+        """Everything but the density of each latent, ready for JSON."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "density"}
+
+    def __str__(self) -> str:
+        columns = {name: title for name, title in TABLE.items() if getattr(self, name) is not None}
+        lines = [f"{'budget':>6}" + "".join(f" {title:>10}" for title in columns.values())]
+        for place, budget in enumerate(self.budgets):
+            lines.append(f"{budget:>6}" + "".join(f" {getattr(self, name)[place]:>10.4g}" for name in columns))
+        summary = f"{self.tokens} tokens, {self.density.shape[1]} latents"
+        if self.clean_cross_entropy is not None:
+            summary += f"; CE {self.clean_cross_entropy:.4g} clean, {self.zeros_cross_entropy:.4g} with zeros"
+        return "\n".join([*lines, summary])
 
 
 @torch.no_grad()
+def evaluate_budgets(
+    sae: HierarchicalSaeModel,
+    activations: torch.Tensor | Iterable[torch.Tensor] | ActivationStream,
+    budgets: Sequence[int] | None = None,
+    batch_size: int = 4096,
+) -> HierarchicalSaeEvaluation:
+    """
+    Quality with the k strongest latents of each input, for each budget k, from one encoding.
+
+    Given a stream from [`iterate_activations`], the language model is at hand: its cross-entropy and KL divergence
+    with the reconstruction in place of the layer's output come on top, at one more forward pass per budget. Positions
+    that the stream leaves out keep the model's own values there. For the numbers of the autoencoder alone, give
+    `(batch for batch in stream)`.
+
+    Args:
+        sae ([`HierarchicalSaeModel`]): left in evaluation mode or training mode as it came.
+        activations (`torch.Tensor`, iterable of them, or [`ActivationStream`]): (tokens, d_in) each, finite.
+        budgets (`Sequence[int]`, *optional*): by default 1, 2, 4, … and the trained k; for a batch_topk SAE, which
+            has no other, k.
+        batch_size (`int`, defaults to 4096): tokens at a time.
+
+    Returns:
+        [`HierarchicalSaeEvaluation`]
+
+    Raises:
+        `ValueError`: budgets out of range, fewer than 2 tokens, NaN or infinite activations, or a language model that
+            the autoencoder was not trained on.
+    """
+    budgets = _resolve(sae, budgets)
+    sums = _BudgetSums(sae, budgets)
+    with evaluation_mode(sae):
+        sae.normalize_decoder()
+        if isinstance(activations, ActivationStream):
+            _check_belongs(sae, activations)
+            return sums.result(_language_model_sums(sae, activations, sums))
+        for piece in [activations] if isinstance(activations, torch.Tensor) else activations:
+            for x in piece.to(sae.W_dec.device).split(batch_size):
+                for _ in sums.reconstructions(x):
+                    pass
+    return sums.result()
+
+
 def explained_variance(
     sae: HierarchicalSaeModel,
     activations: torch.Tensor | Iterable[torch.Tensor],
     budgets: Sequence[int] | None = None,
     batch_size: int = 4096,
 ) -> dict[int, float]:
+    """Explained variance of each budget, the first column of [`evaluate_budgets`], which takes the same arguments."""
+    evaluation = evaluate_budgets(sae, activations, budgets, batch_size)
+    return dict(zip(evaluation.budgets, evaluation.explained_variance))
+
+
+def plot_evaluations(evaluations: Mapping[str, HierarchicalSaeEvaluation], path: str | Path):
     """
-    Explained variance with the k strongest latents of each input, for each budget k:
-
-        1 − Σ ‖x − x̂‖² / Σ ‖x − mean‖²
-
-    with both sums, and the mean, over all tokens; an average of per-batch or per-token ratios is another number.
+    Draw explained variance against budget, and the histogram of latent densities at the largest budget, and save it.
 
     Args:
-        sae ([`HierarchicalSaeModel`]): left in evaluation mode or training mode as it came.
-        activations (`torch.Tensor` or iterable of them): (tokens, d_in) each.
-        budgets (`Sequence[int]`, *optional*): by default 1, 2, 4, … and the trained k.
-        batch_size (`int`, defaults to 4096): tokens at a time.
-
-    Returns:
-        `dict[int, float]`: explained variance of each budget.
+        evaluations (`Mapping[str, HierarchicalSaeEvaluation]`): one per autoencoder, by name.
+        path (`str` or `Path`): picture to write, of any format that matplotlib (the extra `plot`) knows.
     """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    quality, density = figure.subplots(1, 2)
+    ticks = sorted({budget for evaluation in evaluations.values() for budget in evaluation.budgets})
+    for name, evaluation in evaluations.items():
+        quality.plot(evaluation.budgets, evaluation.explained_variance, "o-", label=name, markersize=4)
+        fired = evaluation.density[-1][evaluation.density[-1] > 0].log10().cpu()
+        if len(fired):
+            density.hist(fired.numpy(), bins=40, histtype="step", label=name)
+    quality.set(xlabel="latents per token", ylabel="explained variance")
+    quality.set_xscale("log", base=2)
+    quality.set_xticks(ticks, [str(tick) for tick in ticks])
+    density.set(xlabel="log10 of the share of tokens that a latent fires on", ylabel="latents")
+    for axes in (quality, density):
+        axes.grid(alpha=0.3)
+    quality.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+class _BudgetSums:
+    """Running sums over tokens, on the autoencoder's device, that every number of the evaluation comes from."""
+
+    def __init__(self, sae, budgets):
+        self.sae, self.budgets = sae, budgets
+        # Sums are taken around b_dec: far from the origin, Σx² − n·mean² would lose its digits.
+        self.center = sae.b_dec / sae.input_scale
+        zeros = partial(torch.zeros, dtype=torch.float64, device=sae.W_dec.device)
+        self.errors, self.ratios, self.cosines = (zeros(len(budgets)) for _ in range(3))
+        self.total, self.squares = zeros(sae.config.d_in), zeros(())
+        self.fired = zeros(len(budgets), sae.config.d_sae)
+        self.tokens = 0
+
+    def reconstructions(self, x):
+        """Yield the reconstruction of x, (tokens, d_in), at each budget, each from the one before, and add them up."""
+        check_finite(x)
+        x = x.float()
+        is_batch_topk = self.sae.config.selection == "batch_topk"
+        top_indices, top_values = self.sae.encode(x, None if is_batch_topk else self.budgets[-1])
+        centered = (x - self.center).double()
+        self.total += centered.sum(dim=0)
+        self.squares += centered.square().sum()
+        self.tokens += len(x)
+        norms = torch.linalg.vector_norm(x, dim=1).clamp(min=1e-12)
+        # The unused places of a batch_topk SAE hold zeros, so its one budget takes all places.
+        ends = [top_indices.shape[1]] if is_batch_topk else self.budgets
+        reconstruction, start = self.center.expand_as(x), 0
+        counts = torch.zeros_like(self.fired[0])
+        for place, end in enumerate(ends):
+            indices, values = top_indices[:, start:end], top_values[:, start:end]
+            counts.index_add_(0, indices.flatten(), (values > 0).flatten().double())
+            reconstruction = reconstruction + F.embedding_bag(
+                indices, self.sae.W_dec, per_sample_weights=values.to(self.sae.W_dec.dtype), mode="sum"
+            )
+            lengths = torch.linalg.vector_norm(reconstruction, dim=1)
+            self.errors[place] += torch.linalg.vector_norm(x - reconstruction, dim=1).double().square().sum()
+            self.ratios[place] += (lengths / norms).double().sum()
+            products = torch.linalg.vecdot(x, reconstruction) / norms / lengths.clamp(min=1e-12)
+            self.cosines[place] += products.double().sum()
+            self.fired[place] += counts
+            yield reconstruction
+            start = end
+
+    def result(self, language_model=None):
+        tokens = self.tokens
+        if tokens < 2:
+            raise ValueError(f"the evaluation needs at least 2 tokens, got {tokens}")
+        variance = self.squares - self.total.square().sum() / tokens
+        if variance <= 0:
+            raise ValueError(f"the evaluation needs activations that vary, got {tokens} equal ones")
+        fvu = self.errors / variance
+        density = self.fired / tokens
+        return HierarchicalSaeEvaluation(
+            budgets=self.budgets,
+            tokens=tokens,
+            explained_variance=(1 - fvu).tolist(),
+            fvu=fvu.tolist(),
+            l2_ratio=(self.ratios / tokens).tolist(),
+            cosine=(self.cosines / tokens).tolist(),
+            latents_per_token=density.sum(dim=1).tolist(),
+            dead_fraction=(density == 0).double().mean(dim=1).tolist(),
+            dense_fraction=(density > DENSE).double().mean(dim=1).tolist(),
+            density=density.float().cpu(),
+            **(language_model or {}),
+        )
+
+
+def _resolve(sae, budgets):
     k = sae.config.k
-    budgets = sorted({*(2**i for i in range(k.bit_length())), k} if budgets is None else set(budgets))
-    if isinstance(activations, torch.Tensor):
-        activations = [activations]
-    was_training = sae.training
-    sae.eval()
-    device = sae.W_dec.device
-    errors = torch.zeros(len(budgets), dtype=torch.float64, device=device)
-    total = torch.zeros(sae.config.d_in, dtype=torch.float64, device=device)
-    squares, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
-    for piece in activations:
-        for x in piece.to(device).split(batch_size):
-            x = x.float()
-            # Sums are taken around b_dec: far from the origin, Σx² − n·mean² would lose its digits.
-            centered = (x - sae.b_dec / sae.input_scale).double()
-            total += centered.sum(dim=0)
-            squares += centered.square().sum()
-            tokens += len(x)
-            top_indices, top_values = sae.encode(x)
-            for place, budget in enumerate(budgets):
-                reconstruction = sae.decode(top_indices[:, :budget], top_values[:, :budget])
-                errors[place] += (x - reconstruction).double().square().sum()
-    sae.train(was_training)
-    if tokens < 2:
-        raise ValueError(f"explained variance needs at least 2 tokens, got {tokens}")
-    variance = squares - total.square().sum() / tokens
-    return dict(zip(budgets, (1 - errors / variance).tolist()))
+    if sae.config.selection == "batch_topk":
+        default, least = {k}, k
+    else:
+        default, least = {*(2**power for power in range(k.bit_length())), k}, 1
+    budgets = sorted(default if budgets is None else set(budgets))
+    if not budgets or budgets[0] < least or budgets[-1] > k:
+        raise ValueError(f"budgets must be in [{least}, {k}], the trained budget, got {budgets}")
+    return budgets
+
+
+def _check_belongs(sae, stream):
+    """The stream's language model and layer have to be those that the autoencoder was trained on."""
+    name = stream.model.config.name_or_path
+    if stream.hidden_size != sae.config.d_in:
+        raise ValueError(
+            f"the autoencoder takes activations of size {sae.config.d_in} (it was trained on "
+            f"{sae.config.model_name or 'an unnamed model'}), the language model {name} has hidden_size "
+            f"{stream.hidden_size}: give the model that it was trained on"
+        )
+    trained = stream.layers[0] if sae.config.layer is None else sae.config.layer
+    if stream.layers != [trained]:
+        raise ValueError(
+            f"the autoencoder was trained on layer {trained}, the stream gives {stream.layers}: read that layer alone"
+        )
+    if sae.config.model_name is not None and sae.config.model_name != name:
+        logger.warning(f"the autoencoder was trained on {sae.config.model_name}, the language model is {name}")
+
+
+def _language_model_sums(sae, stream, sums):
+    """Cross-entropy and KL at each budget, over the positions that are replaced and have a next token."""
+    model, layer = stream.model, decoder_layers(stream.model)[stream.layers[0]]
+    clean, zeros, predicted, limit = 0.0, 0.0, 0, stream.settings["max_tokens"]
+    spliced, divergence = (torch.zeros(len(sums.budgets), dtype=torch.float64) for _ in range(2))
+    is_quiet = not stream.settings["show_progress"]
+    for ids, mask in logging.tqdm(stream.forward_batches(), desc="evaluate", disable=is_quiet):
+        captured = []
+        logits = _logits(model, layer, ids, mask, captured.append)
+        states = captured[0]
+        keep = stream.kept(states.float().unsqueeze(2), mask)
+        places = (keep.cpu() & F.pad(mask[:, 1:], (0, 1)).bool()).to(logits.device)
+        targets = ids.roll(-1, dims=1).to(logits.device)[places]
+        expected = logits[places]
+        del logits
+
+        def losses(replacement, ids=ids, mask=mask, keep=keep, places=places, targets=targets, expected=expected):
+            logits = _logits(model, layer, ids, mask, lambda output: _replaced(output, keep, replacement))
+            return _cross_entropy_and_divergence(logits[places], targets, expected)
+
+        clean += _cross_entropy_and_divergence(expected, targets, expected)[0]
+        zeros += losses(torch.zeros_like(states[keep]))[0]
+        for place, reconstruction in enumerate(sums.reconstructions(states[keep].to(sae.W_dec.device))):
+            loss, kl = losses(reconstruction)
+            spliced[place] += loss
+            divergence[place] += kl
+        predicted += len(targets)
+        if limit is not None and sums.tokens >= limit:
+            break
+    if predicted == 0:
+        raise ValueError("the language model's loss needs texts of at least 3 tokens, got none")
+    return {
+        "cross_entropy": (spliced / predicted).tolist(),
+        "loss_recovered": ((zeros - spliced) / (zeros - clean)).tolist(),
+        "kl_divergence": (divergence / predicted).tolist(),
+        "clean_cross_entropy": clean / predicted,
+        "zeros_cross_entropy": zeros / predicted,
+    }
+
+
+def _logits(model, layer, ids, mask, edit):
+    """Logits, (contexts, positions, vocabulary), with `edit(output)` in place of the layer's output unless None."""
+
+    def hook(module, args, output):
+        is_tensor = isinstance(output, torch.Tensor)
+        edited = edit(output if is_tensor else output[0])
+        if edited is None:
+            return None
+        return edited if is_tensor else (edited, *output[1:])
+
+    handle = layer.register_forward_hook(hook)
+    try:
+        with evaluation_mode(model):
+            ids, mask = ids.to(model.device), mask.to(model.device)
+            return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    finally:
+        handle.remove()
+
+
+def _replaced(output, keep, replacement):
+    output = output.clone()
+    output[keep] = replacement.to(output)
+    return output
+
+
+def _cross_entropy_and_divergence(logits, targets, expected):
+    """Sums over (n, vocabulary) logits, a few rows at a time: a float32 copy of all would double the memory."""
+    loss = divergence = 0.0
+    for rows, ids, clean in zip(logits.split(256), targets.split(256), expected.split(256)):
+        log_probabilities, clean = rows.float().log_softmax(dim=1), clean.float().log_softmax(dim=1)
+        loss += F.nll_loss(log_probabilities, ids, reduction="sum").item()
+        divergence += F.kl_div(log_probabilities, clean, reduction="sum", log_target=True).item()
+    return loss, divergence
