@@ -1,12 +1,32 @@
 """One trainable residual-stream bias vector per decoder layer, as a PEFT tuner. Importing it registers the tuner."""
 
 from .config import BiasSteerConfig
+from .export import (
+    bias_ready_checkpoint,
+    export_control_vector,
+    export_stock_checkpoint,
+    from_control_vector,
+    inject_bias_gguf,
+    set_steering_vectors,
+    steering_vectors,
+)
 from .layer import BiasSteerLayer
 from .model import BiasSteerModel
 from .registration import register
 
 
 __version__ = "0.1.0"
-__all__ = ["BiasSteerConfig", "BiasSteerLayer", "BiasSteerModel"]
+__all__ = [
+    "BiasSteerConfig",
+    "BiasSteerLayer",
+    "BiasSteerModel",
+    "bias_ready_checkpoint",
+    "export_control_vector",
+    "export_stock_checkpoint",
+    "from_control_vector",
+    "inject_bias_gguf",
+    "set_steering_vectors",
+    "steering_vectors",
+]
 
 register()

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import struct
 import sys
 import tempfile
@@ -105,12 +106,16 @@ def _steering_layers(model: PeftModel) -> dict[str, BiasSteerLayer]:
     return cast("BiasSteerModel", model.base_model).steering_layers
 
 
-def _layers_by_index(model: PeftModel, adapter_names: list[str]) -> dict[int, BiasSteerLayer]:
+def _check_adapters(model: PeftModel, adapter_names: list[str]) -> None:
     if not isinstance(model, PeftModel):
         raise ValueError(f"expected a PeftModel with a BiasSteer adapter, got a {type(model).__name__}")
-    kinds = {name: config.peft_type for name, config in model.peft_config.items()}
+    kinds = {name: config.peft_type.value for name, config in model.peft_config.items()}
     if not adapter_names or any(kinds.get(name) != "BIAS_STEER" for name in adapter_names):
         raise ValueError(f"expected the name of a BiasSteer adapter, got {adapter_names}; the model has {kinds}")
+
+
+def _layers_by_index(model: PeftModel, adapter_names: list[str]) -> dict[int, BiasSteerLayer]:
+    _check_adapters(model, adapter_names)
     pattern = cast(BiasSteerConfig, model.peft_config[adapter_names[0]]).layers_pattern
     index_of = {host: index for index, host in enumerate(find_layers(_base(model), pattern)[1])}
     layers = {}
@@ -128,7 +133,13 @@ def _layers_by_index(model: PeftModel, adapter_names: list[str]) -> dict[int, Bi
 def _active_vectors(model: PeftModel) -> dict[int, torch.Tensor]:
     layers = _layers_by_index(model, model.active_adapters)
     sums = {index: layer.sum_vectors(model.active_adapters) for index, layer in layers.items()}
-    return {index: total.detach().float().cpu() for index, total in sums.items() if total is not None}
+    vectors = {index: total.detach().float().cpu() for index, total in sums.items() if total is not None}
+    broken = [index for index, vector in vectors.items() if not vector.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"expected finite vectors, got NaN or infinity in those of layers {broken}: nothing to export"
+        )
+    return vectors
 
 
 def export_stock_checkpoint(
@@ -197,11 +208,11 @@ def bias_ready_checkpoint(
 
 
 def _merged_weights(model: PeftModel) -> dict[str, torch.Tensor]:
-    _layers_by_index(model, model.active_adapters)
+    _check_adapters(model, model.active_adapters)
     was_merged = any(layer.merged for layer in _steering_layers(model).values())
-    if not was_merged:
-        model.merge_adapter()
     try:
+        if not was_merged:
+            model.merge_adapter(safe_merge=True)
         weights = _base(model).state_dict()
     finally:
         if not was_merged:
@@ -316,11 +327,12 @@ def _write_checkpoint(
             f"expected a base model that is not quantised, got {base.config.quantization_config}: load the base in "
             "full precision, attach the adapter to that, and export it"
         )
-    form = _find_stock_form(base, weights)
-    stock = form.skeleton()
-    foreign = sorted(form.weights.keys() - stock.state_dict().keys())
+    own = next(_candidate_forms(base, weights)).skeleton().state_dict()
+    foreign = [key for key in weights if key not in own and not key.endswith(".bias")]
     if foreign:
         raise ValueError(f"no stock class has the weights {foreign[:4]}…: unload what else was added to the model")
+    form = _find_stock_form(base, weights)
+    stock = form.skeleton()
     stock.load_state_dict(form.weights, assign=True)
     if base.can_generate():
         stock.generation_config = copy.deepcopy(base.generation_config)
@@ -357,9 +369,11 @@ def _verify_checkpoint(model: PeftModel | PreTrainedModel, model_class: type[Pre
     # a multiplicative walk through the vocabulary: distinct tokens without touching the random state
     input_ids = (torch.arange(1, length + 1, device=base.device) * 7919 % config.vocab_size)[None]
     inputs = {"input_ids": input_ids, **({"decoder_input_ids": input_ids} if config.is_encoder_decoder else {})}
-    was_training = model.training
+    # module by module: a PeftModel may be in training mode around a base that is not
+    modes = [(module, module.training) for module in model.modules()]
     expected = model.eval()(**inputs).logits.float()
-    model.train(was_training)
+    for module, mode in modes:
+        module.training = mode
     got = reloaded.to(base.device).eval()(**inputs).logits.float()
     # float16 and bfloat16 round the bias itself, and once more at every layer
     tolerance = (1e-4 if base.dtype in (torch.float32, torch.float64) else 5e-2) * expected.abs().max()
@@ -540,9 +554,9 @@ def inject_bias_gguf(model: PeftModel, gguf_in: str | os.PathLike, gguf_out: str
     field = reader.tensors[-1].field
     infos_end = field.offset + sum(part.nbytes for part in field.parts)
     magic_and_version, tensors_and_rest = reader.data[:8].tobytes(), reader.data[16:infos_end].tobytes()
-    old_data = reader.data[reader.data_offset :]
-    offset = _padded(len(old_data), reader.alignment)
-    infos, data = b"", b"\0" * (offset - len(old_data))
+    old_size = len(reader.data) - reader.data_offset
+    offset = _padded(old_size, reader.alignment)
+    infos, data = b"", b"\0" * (offset - old_size)
     for name, vector in vectors.items():
         values = vector.numpy().astype(f"{order}f4").tobytes()
         infos += struct.pack(f"{order}Q{len(name)}sIQIQ", len(name), name.encode(), 1, len(vector), 0, offset)
@@ -551,9 +565,10 @@ def inject_bias_gguf(model: PeftModel, gguf_in: str | os.PathLike, gguf_out: str
     count = struct.pack(f"{order}Q", len(reader.tensors) + len(vectors))
     head = magic_and_version + count + tensors_and_rest + infos
     unfinished = Path(f"{gguf_out}.unfinished")
-    with unfinished.open("wb") as file:
+    with open(gguf_in, "rb") as source, unfinished.open("wb") as file:
         file.write(head.ljust(_padded(len(head), reader.alignment), b"\0"))
-        file.write(memoryview(old_data))
+        source.seek(reader.data_offset)
+        shutil.copyfileobj(source, file)
         file.write(data)
     os.replace(unfinished, gguf_out)
 
