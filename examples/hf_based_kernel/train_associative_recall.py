@@ -199,20 +199,17 @@ def main():
     (output / "associative_recall.json").write_text(json.dumps(result, indent=2) + "\n")
     plot(trainer.state.log_history, 1 / arguments.num_pairs, output / "associative_recall.png")
 
-    print(
-        f"\nAssociative recall, {arguments.num_pairs} pairs in {arguments.seq_len} tokens of {arguments.vocab_size}:"
-    )
-    print(
-        f"{arguments.kernel} model, {model.num_parameters():,} parameters, {trainer.state.global_step} steps, ", end=""
-    )
-    print(f"{result['seconds']} s")
-    print(
-        f"accuracy on unseen sequences: {before:.3f} before, {after:.3f} after ({1 / arguments.num_pairs:.3f} by guessing"
-    )
-    print("among the sequence's values)")
-    print(
-        f"Model: {output}   numbers: {output / 'associative_recall.json'}   plot: {output / 'associative_recall.png'}"
-    )
+    lines = [
+        f"Trained:    a {arguments.kernel} model, {model.num_parameters():,} parameters, on associative recall "
+        f"({arguments.num_pairs} pairs in {arguments.seq_len} tokens of {arguments.vocab_size}), "
+        f"{trainer.state.global_step} steps, {result['seconds']} s",
+        f"Unseen:     accuracy {before:.3f} before, {after:.3f} after "
+        f"({1 / arguments.num_pairs:.3f} by guessing among the sequence's values)",
+        f"Artefacts:  {output}/  {output}/associative_recall.json  {output}/associative_recall.png",
+    ]
+    summary = "\n".join(lines)
+    (output / "summary.txt").write_text(summary + "\n")
+    print(f"\n{summary}")
 
 
 if __name__ == "__main__":

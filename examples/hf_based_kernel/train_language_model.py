@@ -319,18 +319,19 @@ def main():
     (output / "language_model.json").write_text(json.dumps(result, indent=2) + "\n")
     plot(trainer.state.log_history, before, after, output / "language_model.png")
 
-    print(
-        f"\nReBased language model, {model.num_parameters():,} parameters, layers {' '.join(model.config.layer_types)}:"
-    )
-    print(
-        f"{trainer.state.global_step} steps of {result['tokens_per_step']} tokens of {text_name}, {result['seconds']} s"
-    )
-    print(f"perplexity on {held_out.numel()} held-out tokens: {before:.1f} before, {after:.1f} after")
-    print(
-        f"Generated after AutoModelForCausalLM.from_pretrained, from a state of {state_bytes:,} bytes at any length:"
-    )
-    print("    " + text.replace("\n", "\n    "))
-    print(f"Model: {output}   numbers: {output / 'language_model.json'}   plot: {output / 'language_model.png'}")
+    lines = [
+        f"Trained:    a {arguments.kernel} language model, {model.num_parameters():,} parameters, layers "
+        f"{' '.join(model.config.layer_types)}: {trainer.state.global_step} steps of {result['tokens_per_step']} tokens "
+        f"of {text_name}, {result['seconds']} s",
+        f"Held out:   perplexity {before:.1f} before, {after:.1f} after ({held_out.numel()} tokens of a vocabulary of "
+        f"{len(tokenizer)})",
+        f"Generated after saving and loading, from a recurrent state of {state_bytes:,} bytes at any length:",
+        "    " + text.replace("\n", "\n    "),
+        f"Artefacts:  {output}/  {output}/language_model.json  {output}/language_model.png",
+    ]
+    summary = "\n".join(lines)
+    (output / "summary.txt").write_text(summary + "\n")
+    print(f"\n{summary}")
 
 
 if __name__ == "__main__":
