@@ -39,7 +39,7 @@ demo-sae: model  ## A sparse autoencoder for every budget up to 64: explained va
 	$(LAUNCH) examples/hf_hierarchical_sae/train_sae.py --model $(MODEL) --output_dir $(OUT)/sae
 
 demo-rebased: model  ## A small ReBased language model, and associative recall
-	$(LAUNCH) examples/hf_based_kernel/train_language_model.py --tokenizer $(MODEL) --output_dir $(OUT)/rebased
+	$(LAUNCH) examples/hf_based_kernel/train_language_model.py --train_tokenizer 2048 --output_dir $(OUT)/rebased
 	$(LAUNCH) examples/hf_based_kernel/train_associative_recall.py --output_dir $(OUT)/recall
 
 test: model  ## Run the whole test suite
