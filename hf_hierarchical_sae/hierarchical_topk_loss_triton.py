@@ -2,25 +2,23 @@
 
 Legend: B batch, K latents per input, D = d_in, F = d_sae. Everything is accumulated in float32.
 
-    forward    r = b − x; for j = 1…K: r += v_j W[i_j], error_j = ‖r‖²                  r stays in registers
-    suffix     s = 0; for j = K…1: s += c_j r, S[b, j] = s, r −= v_j W[i_j]              c_j = dL/d error_j · 2/(B·D)
-    latent f   dW[f] = Σ v_j S[b, j] and dv_j = ⟨W[f], S[b, j]⟩ over its pairs (b, j), found by sorting the indices
+    forward   r = b − x; for j = 1…K: r += v_j W[i_j], error_j = ‖r‖²                     r stays in registers
+    suffix    s = 0; for j = K…1: s += c_j r, S[b, j] = s, r −= v_j W[i_j]                 c_j = dL/d error_j · 2 / (B·D)
+    latent f  dW[f] = Σ v_j S[b, j] and dv_j = ⟨W[f], S[b, j]⟩ over its pairs (b, j), found by sorting the indices
 
-A subset of budgets or plain TopK only puts zeros in c. Programs advance through the decoder in slabs of columns that
-fit in the L2 cache, so device memory delivers each decoder row once per pass and not once per use: K rows per input,
-the floor of a kernel that walks through whole rows, are read from L2.
+A subset of budgets or plain TopK only puts zeros in c. Programs advance through the decoder in slabs of columns that fit
+in the L2 cache: device memory delivers each decoder row once per pass, and its K uses per input are served by L2.
 
-The decoder gradient has one form, sorted and without atomics, because it costs no more bytes: S is written and read
-once (8·B·K·D), as much as atomic additions read and write in device memory when each misses the L2 cache; training
-resumes bit for bit; and a latent that is active in every input does not serialise its rows. S exists for a window of
-columns at a time, so memory does not grow with K: at most 8 floats per element of `target` or half the decoder
-gradient, whichever is more, next to the residual, one float for 1024 / K elements of `target`, and the sorted order
-of the indices.
+The decoder gradient has one form, sorted and without atomics. It moves no more bytes: S is written and read once, as
+much as atomic additions read and write where they miss the L2 cache. It makes training resume bit for bit, and inputs
+that share a latent do not wait for one another. S exists for a window of columns at a time, which bounds it whatever K
+is: 8 floats per element of `target` or half the decoder gradient, whichever is more. Beside it stand two residuals,
+one float for every 1024 / K elements of `target` (partial sums of the errors) and the sorted order of the indices.
 
-Floor of forward and backward in bytes, with w bytes per element of `W_dec`: device memory 4·F·D·w + 8·B·K·D + 24·B·D,
-L2 2·B·K·D·w. At B = 4096, K = 32 / 64 / 128, D = 2304, F = 65,536 in float32 these are 5.1 / 7.5 / 12.3 GB and
-2.4 / 4.8 / 9.7 GB, so 1.5 / 2.2 / 3.7 ms at the 3.35 TB/s of an H100. Plain TopK that gathers rows from device memory
-(forward, and backward for the values) moves 3.0 / 5.4 / 10.3 GB: 0.9 / 1.6 / 3.1 ms.
+Floor of forward and backward, with w bytes per element of `W_dec`: 4·F·D·w + 8·B·K·D + 40·B·D bytes through device
+memory and 2·B·K·D·w through L2. For B = 4096, D = 2304, F = 65,536 and K = 32 / 64 / 128 in float32 that is 5.2 / 7.6 /
+12.5 GB, 1.6 / 2.3 / 3.7 ms at 3.35 TB/s (H100), and 2.4 / 4.8 / 9.7 GB in L2. Plain TopK that gathers its rows from
+device memory, once forward and once for dv, has 3.0 / 5.4 / 10.3 GB. Times on a GPU: not measured.
 """
 
 import re
@@ -279,13 +277,15 @@ class _HierarchicalTopKTriton(torch.autograd.Function):
         grad_values, grad_W_dec, grad = _backward(
             top_indices, top_values, W_dec, residual, scales, grad_reconstruction, needs_values, needs_W_dec
         )
-        grad_target = -grad if grad_reconstruction is None else grad_reconstruction - grad
+        grad_target = None
+        if needs_target:
+            grad_target = -grad if grad_reconstruction is None else grad_reconstruction - grad
         return (
             None,
             grad_values.to(top_values.dtype) if needs_values else None,
             grad_W_dec if needs_W_dec else None,
             grad.sum(dim=0).to(ctx.b_dec_dtype) if needs_b_dec else None,
-            grad_target.to(ctx.target_dtype) if needs_target else None,
+            None if grad_target is None else grad_target.to(ctx.target_dtype),
         )
 
 
