@@ -2,11 +2,12 @@
 
 from transformers import AutoConfig, AutoModel
 
-from .activations import iterate_activations
+from .activations import ActivationShards, ActivationStream, iterate_activations
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
-from .evaluation import explained_variance
+from .evaluation import HierarchicalSaeEvaluation, evaluate_budgets, explained_variance, plot_evaluations
 from .hierarchical_topk_loss import hierarchical_topk_loss
 from .modeling_hierarchical_sae import HierarchicalSaeModel, HierarchicalSaeOutput
+from .training_callback import HierarchicalSaeCallback
 
 
 __version__ = "0.1.0"
@@ -17,10 +18,16 @@ HierarchicalSaeConfig.register_for_auto_class()
 HierarchicalSaeModel.register_for_auto_class("AutoModel")
 
 __all__ = [
+    "ActivationShards",
+    "ActivationStream",
+    "HierarchicalSaeCallback",
     "HierarchicalSaeConfig",
+    "HierarchicalSaeEvaluation",
     "HierarchicalSaeModel",
     "HierarchicalSaeOutput",
+    "evaluate_budgets",
     "explained_variance",
     "hierarchical_topk_loss",
     "iterate_activations",
+    "plot_evaluations",
 ]

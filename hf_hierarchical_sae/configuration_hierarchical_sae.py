@@ -70,8 +70,9 @@ class HierarchicalSaeConfig(PreTrainedConfig):
                 f"budget_weights needs one weight per budget ({len(self.budgets or range(self.k))}), "
                 f"got {len(self.budget_weights)}"
             )
-        if min(self.budget_weights or [0.0]) < 0 or (self.budget_weights and sum(self.budget_weights) == 0):
-            raise ValueError(f"budget_weights must be not negative and not all zero, got {list(self.budget_weights)}")
+        weights = list(self.budget_weights or [1.0])
+        if min(weights) < 0 or sum(weights) == 0:
+            raise ValueError(f"budget_weights must be not negative and not all zero, got {weights}")
         if self.selection not in ("topk", "batch_topk"):
             raise ValueError(f"selection must be 'topk' or 'batch_topk', got {self.selection!r}")
         if self.matryoshka_prefixes is not None and self.matryoshka_prefixes[-1] != self.d_sae:

@@ -67,6 +67,7 @@ class HierarchicalSaeModel(PreTrainedModel):
         self.register_buffer("input_scale", torch.ones(()))
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("tokens_since_fired", torch.zeros(config.d_sae, dtype=torch.int64))
+        self._training_sums: torch.Tensor | None = None
         self.add_model_tags(["sparse-autoencoder", "hf_hierarchical_sae"])
         self.post_init()
 
@@ -130,6 +131,8 @@ class HierarchicalSaeModel(PreTrainedModel):
         loss = errors = None
         if return_loss:
             loss, errors, reconstruction = self._loss(scaled, top_indices, top_values, k)
+            if self.training and errors is not None and k is None:
+                self._add_training_sums(scaled, errors)
         else:
             reconstruction = _weighted_rows(top_indices, top_values, self.W_dec) + self.b_dec
         reconstruction = (reconstruction / self.input_scale).to(hidden_states.dtype)
@@ -213,6 +216,32 @@ class HierarchicalSaeModel(PreTrainedModel):
         # Rows that are at unit norm up to rounding stay as they are: normalising twice changes nothing.
         is_off = ((norms - 1).abs() > 1e-6) & (norms > 0)
         self.W_dec.div_(torch.where(is_off, norms, 1.0))
+
+    def pop_training_metrics(self) -> dict[str, float]:
+        """
+        Explained variance of the training batches since the last call, at powers of two among the trained budgets and
+        at the last one, and the fraction of dead latents. Every process has to call it: they add up their batches.
+
+        Returns:
+            `dict[str, float]`: `explained_variance_<budget>` (for a Matryoshka SAE, of each prefix) and
+            `dead_fraction`; empty if there was no training batch.
+        """
+        if self.config.matryoshka_prefixes is not None:
+            names = list(self.config.matryoshka_prefixes)
+        else:
+            names = list(resolve_budgets(self.config.budgets, self.config.k))
+        sums = self._training_sums
+        if sums is None:
+            sums = torch.zeros(len(names) + self.config.d_in + 2, dtype=torch.float64, device=self.b_dec.device)
+        self._training_sums = None
+        _sum_over_processes(sums)
+        errors, total, squares, tokens = sums.split([len(names), self.config.d_in, 1, 1])
+        if tokens < 2:
+            return {}
+        values = 1 - errors / (squares - total.square().sum() / tokens)
+        shown = {name for name in names if name.bit_count() == 1} | {names[-1]}
+        metrics = {f"explained_variance_{name}": value for name, value in zip(names, values.tolist()) if name in shown}
+        return {**metrics, "dead_fraction": self.dead_fraction}
 
     def train(self, mode: bool = True):
         if not mode and self.W_dec.device.type != "meta":
@@ -365,6 +394,14 @@ reconstruction = sae.decode(top_indices, top_values)
         reconstruction = _weighted_rows(dead[places], values.relu().to(residual.dtype), W_dec)
         return (reconstruction - residual).square().mean()
 
+    @torch.no_grad()
+    def _add_training_sums(self, scaled, errors):
+        # float64: far from the origin, Σx² − n·mean² loses its digits.
+        x = scaled.double()
+        tokens = x.new_tensor([len(x)])
+        sums = torch.cat([errors.double() * x.numel(), x.sum(dim=0), x.square().sum().reshape(1), tokens])
+        self._training_sums = sums if self._training_sums is None else self._training_sums + sums
+
     def _dead_latents(self):
         return self.tokens_since_fired >= self.config.dead_after_tokens
 
@@ -376,13 +413,17 @@ reconstruction = sae.decode(top_indices, top_values)
         counts = torch.zeros(self.config.d_sae + 3, dtype=torch.float32, device=top_values.device)
         counts.index_add_(0, top_indices.flatten(), fired.flatten().float())
         counts[-3:] = torch.stack([counts.new_tensor(len(top_values)), smallest.float(), counts.new_tensor(1.0)])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(counts)
+        _sum_over_processes(counts)
         tokens, threshold, processes = counts[-3:]
         self.tokens_since_fired.add_(tokens.long()).masked_fill_(counts[:-3] > 0, 0)
         if self.config.selection == "batch_topk":
             is_first = self.threshold == 0
             self.threshold.lerp_(threshold / processes, torch.where(is_first, 1.0, 0.01))
+
+
+def _sum_over_processes(tensor):
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
 
 
 @torch.no_grad()

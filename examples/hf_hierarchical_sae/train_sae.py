@@ -29,7 +29,13 @@ from transformers import (
     set_seed,
 )
 
-from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, explained_variance, iterate_activations
+from hf_hierarchical_sae import (
+    HierarchicalSaeCallback,
+    HierarchicalSaeConfig,
+    HierarchicalSaeModel,
+    explained_variance,
+    iterate_activations,
+)
 
 
 DEMO_MODEL = Path("outputs/SmolLM2-135M-Instruct")
@@ -201,7 +207,7 @@ def main():
         model=sae,
         args=training,
         train_dataset=torch.utils.data.StackDataset(hidden_states=train),
-        callbacks=[interrupt],
+        callbacks=[HierarchicalSaeCallback(), interrupt],
     )
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     if interrupt.interrupted:
