@@ -14,7 +14,7 @@ from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, PeftType, get_peft_model
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -109,7 +109,7 @@ def _steering_layers(model: PeftModel) -> dict[str, BiasSteerLayer]:
 def _check_adapters(model: PeftModel, adapter_names: list[str]) -> None:
     if not isinstance(model, PeftModel):
         raise ValueError(f"expected a PeftModel with a BiasSteer adapter, got a {type(model).__name__}")
-    kinds = {name: config.peft_type.value for name, config in model.peft_config.items()}
+    kinds = {name: PeftType(config.peft_type).value for name, config in model.peft_config.items()}
     if not adapter_names or any(kinds.get(name) != "BIAS_STEER" for name in adapter_names):
         raise ValueError(f"expected the name of a BiasSteer adapter, got {adapter_names}; the model has {kinds}")
 
@@ -550,7 +550,8 @@ def inject_bias_gguf(model: PeftModel, gguf_in: str | os.PathLike, gguf_out: str
     vectors = {f"blk.{index}.ffn_down.bias": vector for index, vector in sorted(_active_vectors(model).items())}
     reader = _read_gguf(gguf_in)
     _check_gguf_fits(reader, model, vectors)
-    order = "<" if reader.endianess.name == "LITTLE" else ">"
+    swapped = ">" if sys.byteorder == "little" else "<"
+    order = swapped if reader.byte_order == "S" else "="
     field = reader.tensors[-1].field
     infos_end = field.offset + sum(part.nbytes for part in field.parts)
     magic_and_version, tensors_and_rest = reader.data[:8].tobytes(), reader.data[16:infos_end].tobytes()
