@@ -1,0 +1,233 @@
+"""What transformers, PEFT and torch offer every language model, on this one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, pipeline
+
+from hf_based_kernel import RebasedConfig, RebasedForCausalLM
+
+
+LAYER_TYPES = ["conv", "linear_attention", "sliding_attention"]
+
+
+def tiny_model(**options):
+    options = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "layer_types": LAYER_TYPES,
+        "num_attention_heads": 2,
+        "feature_dim": 4,
+        "sliding_window": 5,
+        "pad_token_id": 0,
+        "initializer_range": 0.3,
+        **options,
+    }
+    return RebasedForCausalLM(RebasedConfig(**options)).eval()
+
+
+def tokens(*shape):
+    return torch.randint(2, 64, shape)
+
+
+def gradients(model, input_ids, **options):
+    model.zero_grad()
+    model(input_ids, labels=input_ids, **options).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_close(got, expected, **tolerance):
+    for name in expected:
+        torch.testing.assert_close(
+            got[name], expected[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance
+        )
+
+
+@pytest.mark.parametrize("mode", [{"do_sample": False}, {"do_sample": False, "num_beams": 3}], ids=["greedy", "beams"])
+def test_batch_with_left_padding_generates_what_each_row_would(mode):
+    model = tiny_model()
+    rows = [tokens(length) for length in (4, 9, 6)]
+    batch, mask = (
+        torch.stack([torch.nn.functional.pad(row, (9 - len(row), 0)) for row in rows_])
+        for rows_ in (rows, [torch.ones_like(row) for row in rows])
+    )
+    got = model.generate(batch, attention_mask=mask, max_new_tokens=8, **mode)[:, 9:]
+    expected = [model.generate(row[None], max_new_tokens=8, **mode)[0, len(row) :] for row in rows]
+    assert torch.equal(got, torch.stack(expected))
+
+
+def test_sampling_with_state_matches_sampling_without():
+    model, prompt, samples = tiny_model(), tokens(2, 7), []
+    for use_cache in (True, False):
+        torch.manual_seed(1)
+        options = {"do_sample": True, "top_k": 8, "num_return_sequences": 2, "max_new_tokens": 10}
+        samples.append(model.generate(prompt, use_cache=use_cache, **options))
+    assert torch.equal(*samples)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
+    model, input_ids = tiny_model().train(), tokens(2, 12)
+    expected = gradients(model, input_ids)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert_close(gradients(model, input_ids), expected, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_compiled_model_gives_the_same_gradients():
+    # Traced with its backward pass, in one graph; code generation, which takes a minute, is torch's own matter.
+    model, input_ids = tiny_model(num_hidden_layers=2, layer_types=LAYER_TYPES[:2]).train(), tokens(2, 150)
+    expected = gradients(model, input_ids)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(input_ids, labels=input_ids).loss.backward()
+    model.zero_grad()
+    compiled(input_ids, labels=input_ids).loss.backward()
+    # The same sums, some of them fused in another order.
+    assert_close({name: p.grad for name, p in model.named_parameters()}, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_and_autocast_stay_close_to_float32():
+    model, input_ids = tiny_model(initializer_range=0.1), tokens(2, 40)
+    expected = model(input_ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(input_ids, labels=input_ids)
+    low = model.to(torch.bfloat16)(input_ids).logits
+    # Eight bits of mantissa, through some ten roundings.
+    torch.testing.assert_close(mixed.logits.float(), expected, rtol=0, atol=0.05 * expected.abs().max().item())
+    torch.testing.assert_close(low.float(), expected, rtol=0, atol=0.05 * expected.abs().max().item())
+    assert mixed.loss.isfinite()
+
+
+def test_autocast_training_step_has_finite_gradients():
+    model, input_ids = tiny_model().train(), tokens(2, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        grads = gradients(model, input_ids)
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
+def test_embeddings_resize_and_stay_tied(tmp_path):
+    model = tiny_model()
+    model.resize_token_embeddings(70)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model(torch.tensor([[69]])).logits.shape == (1, 1, 70)
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_embeddings_can_be_given_in_the_place_of_tokens():
+    model, input_ids = tiny_model(), tokens(2, 8)
+    embedded = model.get_input_embeddings()(input_ids)
+    assert torch.equal(model(inputs_embeds=embedded).logits, model(input_ids).logits)
+    # A matrix product of another shape may round the last bit otherwise.
+    torch.testing.assert_close(model(input_ids, logits_to_keep=1).logits, model(input_ids).logits[:, -1:])
+
+
+def test_hidden_states_and_attentions_are_returned_on_request():
+    outputs = tiny_model()(tokens(1, 6), output_hidden_states=True)
+    assert [state.shape for state in outputs.hidden_states] == [(1, 6, 32)] * 4
+    model = tiny_model(attn_implementation="eager")
+    (weights,) = model(tokens(1, 6), output_attentions=True).attentions
+    assert weights.shape == (1, 2, 6, 6)
+
+
+def test_pipeline_and_streamer_give_the_text_that_generate_gives(tiny_language_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_language_model)
+    model = tiny_model(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    options = {"do_sample": False, "max_new_tokens": 6}
+    inputs = tokenizer("good morrow", return_tensors="pt", return_token_type_ids=False)
+    expected = tokenizer.decode(model.generate(**inputs, **options)[0], skip_special_tokens=True)
+    answer = pipeline("text-generation", model=model, tokenizer=tokenizer)("good morrow", **options)
+    assert answer[0]["generated_text"] == expected
+    streamer = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
+    model.generate(**inputs, streamer=streamer, **options)
+    assert "".join(streamer) == expected
+
+
+def test_lora_trains_saves_and_loads(tmp_path):
+    base, input_ids = tiny_model(), tokens(2, 10)
+    expected = base(input_ids).logits
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "v_proj", "in_proj"], task_type="CAUSAL_LM"))
+    assert torch.equal(model(input_ids).logits, expected)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):
+        model(input_ids, labels=input_ids).loss.backward()
+        optimizer.step()
+    tuned = model(input_ids).logits
+    assert not torch.allclose(tuned, expected)
+    model.save_pretrained(tmp_path)
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids).logits, expected)
+    loaded = PeftModel.from_pretrained(model.unload(), tmp_path)
+    assert torch.equal(loaded(input_ids).logits, tuned)
+
+
+def test_prefill_allocates_nothing_of_seq_by_seq():
+    model, seq_len = tiny_model(vocab_size=8, hidden_size=8, num_hidden_layers=2, layer_types=LAYER_TYPES[:2]), 4096
+    activity = [torch.profiler.ProfilerActivity.CPU]
+    with torch.no_grad(), torch.profiler.profile(activities=activity, profile_memory=True) as profile:
+        model(torch.randint(8, (1, seq_len)), use_cache=True)
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert 0 < largest < seq_len**2 * 4 / 16
+
+
+PARALLEL = """
+import copy
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_based_kernel import RebasedForCausalLM
+
+dist.init_process_group("gloo")
+model = RebasedForCausalLM.from_pretrained(sys.argv[1]).train()
+input_ids = torch.load(sys.argv[2])
+local_ids = input_ids.chunk(2)[dist.get_rank()]
+
+model(input_ids, labels=input_ids).loss.backward()
+expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+model.zero_grad()
+
+parallel = DistributedDataParallel(copy.deepcopy(model))
+parallel(local_ids, labels=local_ids).loss.backward()
+for name, p in parallel.module.named_parameters():
+    torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5)
+
+for layer in model.model.layers:
+    fully_shard(layer)
+fully_shard(model)
+model(local_ids, labels=local_ids).loss.backward()
+for name, p in model.named_parameters():
+    torch.testing.assert_close(p.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-5)
+dist.destroy_process_group()
+print("same gradients")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    torch.save(tokens(4, 12), tmp_path / "ids.pt")
+    (tmp_path / "parallel.py").write_text(PARALLEL)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    done = subprocess.run(
+        [*launch, "parallel.py", "model", "ids.pt"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("same gradients") == 2
