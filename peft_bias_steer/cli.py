@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -48,7 +49,7 @@ def load_vectors(adapter: str) -> dict[int, torch.Tensor]:
     Raises:
         ValueError: If it is an adapter of another kind, or steers modules other than layers.
     """
-    config = PeftConfig.from_pretrained(adapter)
+    config = BiasSteerConfig.from_pretrained(adapter)
     if not isinstance(config, BiasSteerConfig):
         raise ValueError(f"expected a BiasSteer adapter, got one of type {config.peft_type} in {adapter}")
     vectors = {}
@@ -158,7 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.disable_progress_bar()
     try:
         args.run(args)
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, SafetensorError, ValueError) as error:
         raise SystemExit(f"bias-steer: {error}") from error
 
 

@@ -1,0 +1,232 @@
+"""The command `bias-steer` on adapters in a folder and on the Hub, and what it says when it is used wrongly."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_bias_steer import BiasSteerConfig, from_control_vector, steering_vectors
+from peft_bias_steer.analysis import vector_statistics
+from peft_bias_steer.cli import load_vectors, main
+
+
+INPUT_IDS = torch.arange(40).view(2, 20)
+
+
+def make_adapter(base_path, output_dir, config):
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_path), config).eval()
+    model.save_pretrained(output_dir)
+    return model
+
+
+@pytest.fixture(scope="module")
+def steered(tiny_language_model, tmp_path_factory):
+    """A steered model and the folder of its adapter."""
+    folder = str(tmp_path_factory.mktemp("adapter"))
+    config = BiasSteerConfig(init_weights=False, task_type="CAUSAL_LM")
+    return make_adapter(tiny_language_model, folder, config), folder
+
+
+@pytest.fixture(params=["folder", "hub"])
+def adapter(request, steered, hub):
+    """The same adapter as a folder and as an id on the Hub."""
+    if request.param == "folder":
+        return steered[1]
+    HfApi().create_repo("tester/steered", exist_ok=True)
+    HfApi().upload_folder(repo_id="tester/steered", folder_path=steered[1])
+    return "tester/steered"
+
+
+def run(capsys, *arguments):
+    main([str(argument) for argument in arguments])
+    return capsys.readouterr().out
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=INPUT_IDS).logits
+
+
+def test_inspect_prints_the_statistics_of_the_vectors(adapter, steered, capsys):
+    expected = vector_statistics(steering_vectors(steered[0]))
+
+    table = run(capsys, "inspect", adapter)
+    data = json.loads(run(capsys, "inspect", adapter, "--json"))
+
+    assert all(f"{norm:.4f}" in table for norm in expected.norms)
+    assert f"stable rank {expected.stable_rank:.2f} of 2" in table
+    assert data["layers"] == [0, 1] and data["norms"] == pytest.approx(expected.norms)
+
+
+def test_inspect_does_not_need_the_base_model(steered, tmp_path, capsys):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes(Path(steered[1], name).read_bytes())
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "no/such-model"}))
+
+    assert json.loads(run(capsys, "inspect", tmp_path, "--json"))["layers"] == [0, 1]
+
+
+def test_inspect_draws_a_plot(steered, tmp_path, capsys):
+    run(capsys, "inspect", steered[1], "--plot", tmp_path / "plot.png")
+
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_lens_shows_the_tokens_of_each_layer(adapter, steered, capsys, tiny_language_model):
+    model, _ = steered
+    tokenizer = AutoTokenizer.from_pretrained(tiny_language_model)
+    head = model.base_model.model.lm_head.weight.detach()
+
+    data = json.loads(run(capsys, "lens", adapter, "--top_k", 3, "--json"))
+    table = run(capsys, "lens", adapter, "--top_k", 1, "--reading", "cosine")
+
+    assert "promoted (cosine)" in table
+    for layer, vector in steering_vectors(model).items():
+        best = (head @ vector).topk(3)
+        assert [entry["token_id"] for entry in data[layer]["raw"]["promoted"]] == best.indices.tolist()
+        assert data[layer]["raw"]["promoted"][0]["token"] == tokenizer.decode([best.indices[0]])
+
+
+def test_export_writes_a_stock_checkpoint_with_its_tokenizer(adapter, steered, tmp_path, capsys):
+    run(capsys, "export", adapter, "--format", "stock", "--output", tmp_path / "out")
+
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    # float32 after two layers of width 32: the sums are only ordered differently
+    torch.testing.assert_close(logits(reloaded), logits(steered[0]), atol=2e-6, rtol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("abc").input_ids
+
+
+def test_export_writes_a_control_vector_and_says_what_it_left_out(steered, tmp_path, capsys, tiny_language_model):
+    model, folder = steered
+    arguments = ["export", folder, "--format", "control-vector", "--output", str(tmp_path / "v.gguf")]
+
+    with pytest.raises(SystemExit, match="bias-steer: llama.cpp takes no vector for layer 0.*drop_first_layer"):
+        main(arguments)
+    main([*arguments, "--drop_first_layer"])
+
+    vectors = steering_vectors(model)
+    assert f"the vector of layer 0, of norm {vectors[0].norm():.4g}" in capsys.readouterr().err
+    returned = from_control_vector(tmp_path / "v.gguf", AutoModelForCausalLM.from_pretrained(tiny_language_model))
+    assert torch.equal(steering_vectors(returned)[1], vectors[1])
+
+
+def test_export_adds_the_vectors_to_a_gguf_model(steered, tmp_path, capsys):
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "in.gguf", "llama")
+    writer.add_uint32("llama.block_count", 2)
+    writer.add_uint32("llama.embedding_length", 32)
+    writer.add_tensor("token_embd.weight", torch.randn(4, 32).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    run(
+        capsys, "export", steered[1], "--format", "gguf", "--gguf_in", tmp_path / "in.gguf", "--output", tmp_path / "o"
+    )
+
+    names = [tensor.name for tensor in gguf.GGUFReader(tmp_path / "o").tensors]
+    assert names == ["token_embd.weight", "blk.0.ffn_down.bias", "blk.1.ffn_down.bias"]
+
+
+def test_export_writes_a_bias_ready_base(tiny_language_model, tmp_path, capsys):
+    run(capsys, "export", tiny_language_model, "--format", "bias-ready", "--output", tmp_path / "out")
+
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert not weights["model.layers.0.mlp.down_proj.bias"].any()
+    base, ready = (AutoModelForCausalLM.from_pretrained(path) for path in (tiny_language_model, tmp_path / "out"))
+    assert torch.equal(logits(base), logits(ready))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("abc").input_ids
+
+
+def test_base_model_can_be_named_when_the_adapter_names_none_or_another(
+    steered, tiny_language_model, tmp_path, capsys
+):
+    config = json.loads(Path(steered[1], "adapter_config.json").read_text())
+    (tmp_path / "adapter_model.safetensors").write_bytes(Path(steered[1], "adapter_model.safetensors").read_bytes())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+
+    with pytest.raises(SystemExit, match="does not name its base model: pass it as --base_model"):
+        main(["lens", str(tmp_path)])
+    data = json.loads(run(capsys, "lens", tmp_path, "--base_model", tiny_language_model, "--json"))
+    assert len(data) == 2
+
+
+def test_wrong_uses_end_with_one_sentence(steered, tiny_language_model, tmp_path):
+    _, folder = steered
+    make_adapter(tiny_language_model, tmp_path / "lora", LoraConfig(target_modules=["q_proj"]))
+    make_adapter(tiny_language_model, tmp_path / "linear", BiasSteerConfig(target_modules=["q_proj"]))
+    (tmp_path / "empty").mkdir()
+    out = ["--output", str(tmp_path / "out")]
+    wrong = {
+        "BiasSteer adapter, got one of type": ["inspect", str(tmp_path / "lora")],
+        "vectors on layers only, got .*q_proj": ["inspect", str(tmp_path / "linear")],
+        "adapter_config.json": ["inspect", str(tmp_path / "empty")],
+        "needs --gguf_in": ["export", folder, "--format", "gguf", *out],
+        "no other does": ["export", folder, "--format", "stock", "--gguf_in", "x.gguf", *out],
+        "No such file": ["export", folder, "--format", "gguf", "--gguf_in", str(tmp_path / "x.gguf"), *out],
+        "top_k must be in": ["lens", folder, "--top_k", "0"],
+    }
+
+    for message, arguments in wrong.items():
+        with pytest.raises(SystemExit, match=f"^bias-steer: .*{message}"):
+            main(arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_adapter_file_is_named_as_such(steered, tmp_path, hub):
+    (tmp_path / "adapter_config.json").write_bytes(Path(steered[1], "adapter_config.json").read_bytes())
+    whole = Path(steered[1], "adapter_model.safetensors").read_bytes()
+    (tmp_path / "adapter_model.safetensors").write_bytes(whole[:-7])
+
+    with pytest.raises(SystemExit, match="complete safetensors file, got .* bytes"):
+        main(["inspect", str(tmp_path)])
+    HfApi().create_repo("tester/truncated")
+    HfApi().upload_folder(repo_id="tester/truncated", folder_path=tmp_path)
+    for command in ("inspect", "lens"):
+        with pytest.raises(SystemExit, match="^bias-steer: .*not fully covered"):
+            main([command, "tester/truncated"])
+
+
+def test_vectors_come_in_the_order_of_the_layers(tmp_path, tiny_language_model):
+    config = AutoModelForCausalLM.from_pretrained(tiny_language_model).config
+    config.num_hidden_layers = 11
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), BiasSteerConfig(init_weights=False))
+    model.save_pretrained(tmp_path)
+
+    vectors = load_vectors(str(tmp_path))
+
+    assert list(vectors) == list(range(11))
+    assert all(torch.equal(vector, steering_vectors(model)[layer]) for layer, vector in vectors.items())
+
+
+def test_help_shows_examples_that_parse(capsys, monkeypatch):
+    import shlex
+
+    from peft_bias_steer import cli
+
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("bias-steer ")]
+
+    assert {line.split()[1] for line in lines} == {"inspect", "lens", "export"} and len(lines) == 7
+    assert all(cli._parser().parse_args(shlex.split(line)[1:]).adapter for line in lines)
+
+
+@pytest.mark.slow
+def test_the_installed_command_runs():
+    command = Path(sys.executable).with_name("bias-steer")
+    done = subprocess.run([command, "export", "--help"], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    assert "--drop_first_layer" in done.stdout and "llama.cpp" in done.stdout
