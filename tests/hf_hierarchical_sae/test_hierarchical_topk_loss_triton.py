@@ -197,17 +197,29 @@ def test_errors_and_reconstruction_and_their_gradients_equal_the_torch_form():
 
 
 @interpreted
-@pytest.mark.parametrize("needed", ["top_values", "W_dec", "b_dec", "target"])
-def test_only_the_gradients_that_are_needed_are_computed(needed):
+@pytest.mark.parametrize(
+    "needed, flags",
+    [("top_values", {(True, False)}), ("W_dec", {(False, True)}), ("b_dec", set()), ("target", set())],
+)
+def test_only_the_gradients_that_are_needed_are_computed(monkeypatch, needed, flags):
+    from hf_hierarchical_sae import hierarchical_topk_loss_triton as module
+
     names = ("top_values", "W_dec", "b_dec", "target")
     indices, *tensors = make_inputs(5, 4, 9, 20)
     (expected,) = torch.autograd.grad(
         hierarchical_topk_loss(indices, *tensors, backend="triton"), [tensors[names.index(needed)]]
     )
     tensors = [tensor.detach().requires_grad_(name == needed) for name, tensor in zip(names, tensors)]
+    launched, launch = [], module._launch
 
+    def record(kernel, *arguments, **constants):
+        launched.append(constants)
+        launch(kernel, *arguments, **constants)
+
+    monkeypatch.setattr(module, "_launch", record)
     hierarchical_topk_loss(indices, *tensors, backend="triton").backward()
 
+    assert {(sizes["NEEDS_VALUES"], sizes["NEEDS_W_DEC"]) for sizes in launched if "NEEDS_VALUES" in sizes} == flags
     assert [tensor.grad is not None for tensor in tensors] == [name == needed for name in names]
     assert torch.equal(tensors[names.index(needed)].grad, expected)
 
