@@ -37,6 +37,9 @@ class BiasSteerLayer(nn.Module, BaseTunerLayer):
         # in a tuple, because as an attribute it would be registered as a child: a cycle in the module tree
         self._host = (host,)
         self.size = size
+        # other code of PEFT asks every tuner layer for these two
+        self.in_features = getattr(host, "in_features", getattr(host, "nx", size))
+        self.out_features = size
         self.bias_steer_vector = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []

@@ -8,6 +8,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .export import keep_biases_on_save, refuse_lossy_rollout_sync
 from .layer import BiasSteerLayer
 from .residual import find_layers, merge_sites, residual_width
 
@@ -163,18 +164,65 @@ class BiasSteerModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        for layer in self.steering_layers.values():
-            merge_sites(layer.get_base_layer())
+        layers = self.steering_layers.values()
+        refuse_lossy_rollout_sync([site for layer in layers for site in merge_sites(layer.get_base_layer())])
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        if safe_merge:
+            self._check_finite(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _check_finite(self, adapter_names: list[str] | None) -> None:
+        # before any layer is merged: a refused merge must not leave half of the layers merged
+        for name, layer in self.steering_layers.items():
+            vector = layer.sum_vectors(adapter_names or layer.active_adapters)
+            if vector is not None and not torch.isfinite(vector).all():
+                raise ValueError(
+                    f"NaNs or infinities detected in the vectors of {adapter_names or layer.active_adapters} at {name}: "
+                    "nothing was merged"
+                )
+
+    @torch.no_grad()
+    def check_merge(self, *args, tolerance: float = 1e-3, **kwargs) -> float:
+        """
+        Merges on trial and compares the model's output before and after. The model is left unmerged.
+
+        Args:
+            args, kwargs: An input for the model, as for a forward pass.
+            tolerance (`float`, *optional*, defaults to 0.001):
+                Largest difference to accept, relative to the largest number in the output. bfloat16 needs about 0.05.
+
+        Returns:
+            The difference that was found.
+
+        Raises:
+            ValueError: If the merged model computes something else.
+        """
+        expected = self.model(*args, **kwargs)[0]
+        self.merge_adapter(safe_merge=True)
+        try:
+            difference = ((self.model(*args, **kwargs)[0] - expected).abs().max() / expected.abs().max()).item()
+        finally:
+            self.unmerge_adapter()
+        if not difference <= tolerance:
+            raise ValueError(f"merging changes the output by {difference:.1e}, expected at most {tolerance:.1e}")
+        return difference
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
         layers = self.steering_layers.values()
         if merge:
             self._check_merge_allowed()
+            if safe_merge:
+                self._check_finite(adapter_names)
             for layer in layers:
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        merged = any(layer.merged for layer in layers)
         for layer in layers:
             layer.detach_from_host()
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        if merged:
+            keep_biases_on_save(model)
+        return model
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):

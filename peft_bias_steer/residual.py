@@ -1,5 +1,6 @@
 """The residual stream of an architecture: its layers, its width, and where it can hold an exact bias."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,14 +11,80 @@ from transformers.pytorch_utils import Conv1D
 
 LAYER_LISTS = ("layers", "layer", "h", "block", "blocks")
 
-# path of the module whose bias is added, unscaled and unnormalised, to the output of the layer
+# Submodule whose bias reaches the output of the layer as it is (up to `FACTORS`), and the layers of transformers for
+# which a test has verified that. Layers without any: RMSNorm after the MLP, gated or purely routed experts.
 SITES = {
-    "mlp.down_proj": "LlamaDecoderLayer MistralDecoderLayer Qwen2DecoderLayer Qwen3DecoderLayer Phi3DecoderLayer",
-    "mlp.c_proj": "GPT2Block",
-    "mlp.dense_4h_to_h": "GPTNeoXLayer",
-    "mlp.fc2": "PhiDecoderLayer",
+    "mlp.down_proj": (
+        "AXK1DecoderLayer AXK2DecoderLayer ApertusDecoderLayer ArceeDecoderLayer BailingHybridDecoderLayer "
+        "BitNetDecoderLayer Cohere2DecoderLayer CohereDecoderLayer CwmDecoderLayer DeepseekV32DecoderLayer "
+        "DeepseekV3DecoderLayer DiffLlamaDecoderLayer DogeDecoderLayer Dots3NoteTextDecoderLayer "
+        "Emu3DecoderLayer Ernie4_5DecoderLayer Ernie4_5_MoeDecoderLayer ExaoneMoeDecoderLayer "
+        "FlintDecoderLayer GemmaDecoderLayer Glm4MoeDecoderLayer Glm4MoeLiteDecoderLayer GlmDecoderLayer "
+        "GlmMoeDsaDecoderLayer GraniteDecoderLayer GraniteSWADecoderLayer HYV3DecoderLayer HeliumDecoderLayer "
+        "HunYuanDenseV1DecoderLayer Jais2DecoderLayer LagunaDecoderLayer LlamaDecoderLayer "
+        "MiMoV2FlashDecoderLayer MiniCPM3DecoderLayer Ministral3DecoderLayer MinistralDecoderLayer "
+        "MistralDecoderLayer MllamaSelfAttentionDecoderLayer NemotronDecoderLayer OlmoDecoderLayer "
+        "OlmoHybridLinearAttentionDecoderLayer Phi3DecoderLayer Phi4MultimodalDecoderLayer Qwen2DecoderLayer "
+        "Qwen3DecoderLayer Qwen3_5DecoderLayer SeedOssDecoderLayer SmolLM3DecoderLayer StableLmDecoderLayer "
+        "VaultGemmaDecoderLayer YoutuDecoderLayer"
+    ),
+    "mlp.shared_experts.down_proj": (
+        "AXK2DecoderLayer AriaTextDecoderLayer BailingHybridDecoderLayer "
+        "DeepseekV2DecoderLayer DeepseekV32DecoderLayer DeepseekV3DecoderLayer Dots3NoteTextDecoderLayer "
+        "Ernie4_5_MoeDecoderLayer ExaoneMoeDecoderLayer Glm4MoeDecoderLayer Glm4MoeLiteDecoderLayer "
+        "GlmMoeDsaDecoderLayer HYV3DecoderLayer LagunaDecoderLayer MiniMaxM3VLDecoderLayer "
+        "SolarOpenDecoderLayer YoutuDecoderLayer"
+    ),
+    "output.LayerNorm": (
+        "BertGenerationLayer BertLayer BigBirdLayer CamembertLayer Data2VecTextLayer ElectraLayer ErnieLayer "
+        "GitLayer RemBertLayer RoCBertLayer RoFormerLayer RobertaLayer XLMRobertaLayer"
+    ),
+    "fc2": (
+        "BigBirdPegasusDecoderLayer BioGptDecoderLayer BlenderbotDecoderLayer MBartDecoderLayer "
+        "OPTDecoderLayer PegasusDecoderLayer WhisperDecoderLayer XGLMDecoderLayer"
+    ),
+    "final_layer_norm": (
+        "BartDecoderLayer BlenderbotSmallDecoderLayer MarianDecoderLayer MvpDecoderLayer PLBartDecoderLayer "
+        "TrOCRDecoderLayer"
+    ),
+    "mlp.dense_4h_to_h": "BloomBlock FalconDecoderLayer GPTNeoXJapaneseLayer GPTNeoXLayer PersimmonDecoderLayer",
+    "feed_forward.down_proj": "BambaDecoderLayer FalconH1DecoderLayer JambaMambaDecoderLayer Llama4TextDecoderLayer",
+    "mixer.out_proj": "FalconMambaBlock Mamba2Block MambaBlock NemotronHBlock",
+    "mlp.c_proj": "GPT2Block GPTBigCodeBlock GPTNeoBlock Starcoder2DecoderLayer",
+    "layer.2.DenseReluDense.wo": "MT5Block T5Block UMT5Block",
+    "mlp.fc2": "MoshiDecoderLayer NanoChatDecoderLayer PhiDecoderLayer",
+    "output.dense": "MegatronBertLayer RobertaPreLayerNormLayer XLMRobertaXLLayer",
+    "feed_forward.w2": "Lfm2DecoderLayer Lfm2MoeDecoderLayer",
+    "mlp.fc_out": "CodeGenBlock GPTJBlock",
+    "feed_forward.shared_expert.down_proj": "Llama4TextDecoderLayer",
+    "feed_forward_layer_norm": "ProphetNetDecoderLayer",
+    "ff.layer_norm": "XLNetLayer",
+    "ffn.2": "EncoderLayer",
+    "ffn.down_proj": "MptBlock",
+    "ln_2": "Block",
+    "mamba.out_proj": "Zamba2MambaDecoderLayer",
+    "mamba_decoder.mamba.out_proj": "Zamba2HybridLayer",
+    "mixer.down_proj": "NemotronHBlock",
+    "mixer.o_proj": "NemotronHBlock",
+    "mixer.shared_experts.down_proj": "NemotronHBlock",
+    "mlp": "JetMoeDecoderLayer",
+    "mlp.experts.down_proj_bias": "GptOssDecoderLayer",
+    "mlp.shared_mlp.down_proj": "HunYuanMoEV1DecoderLayer",
+    "mlp_block.down_proj": "RecurrentGemmaDecoderLayer",
+    "mlps.1.down_proj": "LongcatFlashDecoderLayer",
+    "self_attn.o_proj": "Cohere2MoeDecoderLayer",
+    "shared_mlp.output_linear": "GraniteMoeHybridDecoderLayer",
+    "layer.1.DenseReluDense.wo": "MT5Block T5Block UMT5Block",
 }
-SITE_OF_LAYER = {name: path for path, names in SITES.items() for name in names.split()}
+# what these layers multiply their MLP's output by
+FACTORS = ("residual_multiplier", "residual_scale")
+REFUSED = {
+    "several residual streams, so there is no one vector to add": (
+        "deepseek_v4 gemma3n_text glm5_next hy_v4 qwen4_exp_text reformer"
+    ),
+    "two stacks of layers that it runs in turn, several times over": "hrm_text",
+    "a residual stream that it halves every few layers, at inference only": "rwkv",
+}
 
 
 @dataclass
@@ -61,13 +128,30 @@ def merge_sites(module: nn.Module) -> list[MergeSite]:
     """
     if isinstance(module, nn.Linear | Conv1D):
         return [MergeSite(module)]
-    path = SITE_OF_LAYER.get(type(module).__name__)
-    if path is None:
-        raise ValueError(
-            f"{type(module).__name__} has no known place for a bias that is added to its output as it is: "
-            "keep the adapter unmerged, save it with save_pretrained() and load it with PeftModel.from_pretrained()"
-        )
-    return [MergeSite(module.get_submodule(path))]
+    # FSDP2 puts a class of its own in front of the layer's
+    layer_class = next(c for c in type(module).__mro__ if not c.__module__.startswith("torch."))
+    known = layer_class.__module__.startswith("transformers.models.")
+    for path, names in SITES.items() if known else ():
+        if layer_class.__name__ in names.split() and (site := _site_at(module, path)) is not None:
+            return [site]
+    raise ValueError(
+        f"{layer_class.__name__} has no known place for a bias that is added to its output as it is: keep the adapter "
+        "unmerged, save it with save_pretrained() and load it with PeftModel.from_pretrained()"
+    )
+
+
+def _site_at(layer: nn.Module, path: str) -> MergeSite | None:
+    if getattr(layer, "do_layer_norm_before", True) is False:  # OPT-350m normalises after the MLP
+        path = "final_layer_norm"
+    parent, _, attribute = path.rpartition(".")
+    if not attribute.endswith("bias"):
+        parent, attribute = path, "bias"
+    try:
+        module = layer.get_submodule(parent)
+    except AttributeError:
+        return None
+    factor = next((getattr(layer, name) for name in FACTORS if hasattr(layer, name)), 1.0)
+    return MergeSite(module, attribute, 1 / factor)
 
 
 def find_layers(model: PreTrainedModel, layers_pattern: list[str] | str | None = None) -> tuple[str, nn.ModuleList]:
@@ -82,27 +166,43 @@ def find_layers(model: PreTrainedModel, layers_pattern: list[str] | str | None =
         The name of the `nn.ModuleList` inside `model`, and the list.
 
     Raises:
-        ValueError: If no such list is found.
+        ValueError: If no such list is found, or if the architecture has more than one residual stream.
     """
-    names = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or LAYER_LISTS
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"cannot tell the layers of a {type(model).__name__}: name the modules in target_modules")
+    residual_width(model)
+    names = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or LAYER_LISTS
     decoder = model.get_decoder()
-    found = [
-        (name.count("."), name, module)
-        for name, module in decoder.named_modules()
-        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in names
-    ]
+    found = _layer_lists(decoder, names) or _layer_lists(model, names)
     if not found:
         raise ValueError(
-            f"no nn.ModuleList named {' or '.join(names)} in {type(decoder).__name__}: name the list of layers in "
+            f"no nn.ModuleList named {' or '.join(names)} in {type(model).__name__}: name the list of layers in "
             "layers_pattern, or the modules to steer in target_modules"
         )
     # the outermost list: others belong to parts of a layer
-    layers = min(found, key=lambda entry: entry[0])[2]
+    layers = min(found, key=lambda entry: entry[0])[1]
     return next(name for name, module in model.named_modules() if module is layers), layers
 
 
+def _layer_lists(module: nn.Module, names: Sequence[str]) -> list[tuple[int, nn.ModuleList]]:
+    return [
+        (name.count("."), child)
+        for name, child in module.named_modules()
+        if isinstance(child, nn.ModuleList) and name.rpartition(".")[2] in names
+    ]
+
+
 def residual_width(model: PreTrainedModel) -> int:
-    """Width of the residual stream, from the config: sharded weights do not show their shape."""
-    return model.config.get_text_config(decoder=True).hidden_size
+    """
+    Width of the residual stream, from the config: sharded weights do not show their shape.
+
+    Raises:
+        ValueError: If the architecture has no single residual stream to add a vector to.
+    """
+    config = model.config.get_text_config(decoder=True)
+    for reason, model_types in REFUSED.items():
+        if config.model_type in model_types.split():
+            raise ValueError(f"{config.model_type} cannot be steered: it has {reason}")
+    if getattr(config, "hidden_size", None) is None:
+        raise ValueError(f"{config.model_type} cannot be steered: its config names no hidden_size")
+    return config.hidden_size
