@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch.autograd.function import once_differentiable
-from transformers.utils import is_triton_available
+from transformers.utils import is_numba_available, is_triton_available
 
 
 def hierarchical_topk_loss(
@@ -99,14 +99,24 @@ def budget_errors(
         `tuple[torch.Tensor, torch.Tensor]`: the mean squared error at each budget, (budgets,), and the
         reconstruction with all k latents, (batch, d_in). Both are differentiable.
     """
-    if backend not in ("auto", "torch", "triton"):
-        raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
+    if backend not in ("auto", "torch", "triton", "numba"):
+        raise ValueError(f"backend must be 'auto', 'torch', 'triton' or 'numba', got {backend!r}")
     suits_triton = W_dec.is_cuda and W_dec.dtype != torch.float64 and is_triton_available()
     if backend == "triton" or (backend == "auto" and suits_triton):
         from .hierarchical_topk_loss_triton import budget_errors_triton
 
         return budget_errors_triton(top_indices, top_values, W_dec, b_dec, target, budgets=budgets)
+    if backend == "numba" or (backend == "auto" and suits_numba(top_values, W_dec, b_dec, target)):
+        from .hierarchical_topk_loss_numba import budget_errors_numba
+
+        return budget_errors_numba(top_indices, top_values, W_dec, b_dec, target, budgets=budgets)
     return _HierarchicalTopK.apply(top_indices, top_values, W_dec, b_dec, target, tuple(budgets))
+
+
+def suits_numba(*tensors: torch.Tensor) -> bool:
+    """Whether the compiled CPU form takes these tensors: float32 on CPU, and numba is installed."""
+    fits = all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
+    return fits and not torch.compiler.is_compiling() and is_numba_available()
 
 
 def resolve_budgets(budgets: Sequence[int] | None, k: int) -> tuple[int, ...]:

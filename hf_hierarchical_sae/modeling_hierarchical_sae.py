@@ -13,7 +13,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
-from .hierarchical_topk_loss import budget_errors, normalized_weights, resolve_budgets
+from .hierarchical_topk_loss import budget_errors, normalized_weights, resolve_budgets, suits_numba
 
 
 @dataclass
@@ -454,6 +454,17 @@ def _weighted_rows(indices, values, weight):
     return F.embedding_bag(indices, weight, per_sample_weights=values.to(weight.dtype), mode="sum")
 
 
+def _add_rows(indices, values, rows, total):
+    """total[indices[b, j]] += values[b, j] · rows[b], in place: (tokens, k) twice, (tokens, d_in), (d_sae, d_in)."""
+    if suits_numba(values, rows, total) and indices.numel():
+        from .hierarchical_topk_loss_numba import add_rows_numba
+
+        return add_rows_numba(indices, values, rows, total)
+    scaled = torch.empty_like(rows)
+    for index, value in zip(indices.t().contiguous(), values.t().contiguous()):
+        total.index_add_(0, index, torch.mul(rows, value.unsqueeze(1), out=scaled))
+
+
 def _restore(flat, keep, shape):
     """(kept, n) back to (*shape, n), with zeros where `keep` is False."""
     if keep is not None:
@@ -492,13 +503,10 @@ class _SparseEncoder(torch.autograd.Function):
         scaled, encoder_weight, b_dec, values, indices = ctx.saved_tensors
         grad = grad_values.to(scaled.dtype) * (values > 0)
         centered = scaled - b_dec
-        columns, grad_columns = indices.t().contiguous(), grad.t().contiguous()
         grad_weight = torch.zeros_like(encoder_weight, dtype=scaled.dtype)
-        rows = torch.empty_like(centered)
-        for index, column in zip(columns, grad_columns):
-            grad_weight.index_add_(0, index, torch.mul(centered, column.unsqueeze(1), out=rows))
+        _add_rows(indices, grad, centered, grad_weight)
         grad_b_enc = torch.zeros(len(encoder_weight), dtype=scaled.dtype, device=scaled.device)
-        grad_b_enc.index_add_(0, columns.flatten(), grad_columns.flatten())
+        grad_b_enc.index_add_(0, indices.flatten(), grad.flatten())
         # Summed over the batch, the gradient of the input is one product with the summed gradient of the latents.
         grad_b_dec = -(grad_b_enc @ encoder_weight.to(scaled.dtype))
         grad_scaled = _weighted_rows(indices, grad, encoder_weight) if ctx.needs_input_grad[0] else None

@@ -1,10 +1,13 @@
 """The loss: the reference against a hand-written loop, every other form against the reference."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_hierarchical_sae import hierarchical_topk_loss_numba
 from hf_hierarchical_sae.hierarchical_topk_loss import (
     budget_errors,
     hierarchical_topk_loss,
@@ -31,9 +34,9 @@ def value_and_gradients(function, inputs, **options):
     return loss, torch.autograd.grad(loss, tensors)
 
 
-def assert_equal_to_reference(inputs, *, rtol=1e-9, atol=1e-12, **options):
+def assert_equal_to_reference(inputs, *, rtol=1e-9, atol=1e-12, backend="torch", **options):
     expected, expected_gradients = value_and_gradients(hierarchical_topk_loss_reference, inputs, **options)
-    loss, gradients = value_and_gradients(hierarchical_topk_loss, inputs, **options)
+    loss, gradients = value_and_gradients(hierarchical_topk_loss, inputs, backend=backend, **options)
     torch.testing.assert_close(loss, expected, rtol=rtol, atol=atol)
     for gradient, other in zip(gradients, expected_gradients):
         torch.testing.assert_close(gradient, other, rtol=rtol, atol=atol)
@@ -58,7 +61,7 @@ def test_reference_matches_a_loop_over_tokens_and_budgets(budgets, weights):
         indices, values, W_dec, b_dec, target, budgets=budgets, budget_weights=weights
     )
 
-    assert float(loss) == pytest.approx(expected, rel=1e-12)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
 @settings(max_examples=60, deadline=None)
@@ -130,13 +133,69 @@ def test_low_precision_inputs_accumulate_in_float32(dtype):
     assert hierarchical_topk_loss(*inputs).dtype == torch.float32
 
 
-def test_saved_for_backward_does_not_grow_with_k():
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_numba_form_equals_the_reference_at_any_size(data):
+    batch, d_sae, d_in = (data.draw(st.integers(1, 40)) for _ in range(3))
+    k = data.draw(st.integers(1, d_sae))
+    budgets = data.draw(st.none() | st.sets(st.integers(1, k), min_size=1).map(sorted))
+    inputs = make_inputs(batch, k, d_sae, d_in, dtype=torch.float32, distinct=data.draw(st.booleans()))
+
+    # float32 sums of up to 40 terms in another order.
+    assert_equal_to_reference(inputs, rtol=1e-4, atol=1e-5, budgets=budgets, backend="numba")
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_numba_form_is_the_same_with_more_threads(threads):
+    inputs = make_inputs(9, 5, 20, 50, dtype=torch.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_equal_to_reference(inputs, rtol=1e-4, atol=1e-5, backend="numba")
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_numba_reconstruction_is_differentiable_like_that_of_torch():
+    indices, *tensors = make_inputs(9, 5, 20, 50, dtype=torch.float32)
+    gradients = {}
+    for backend in ("torch", "numba"):
+        errors, reconstruction = budget_errors(indices, *tensors, budgets=(2, 5), backend=backend)
+        gradients[backend] = torch.autograd.grad(errors.sum() + reconstruction.sin().sum(), tensors)
+
+    for gradient, expected in zip(gradients["numba"], gradients["torch"]):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_numba_takes_float32_only_and_checks_what_it_addresses():
+    with pytest.raises(ValueError, match="backend='numba' needs float32 on cpu, got torch.float64"):
+        hierarchical_topk_loss(*make_inputs(3, 4, 6, 2), backend="numba")
+    indices, *tensors = make_inputs(3, 4, 6, 2, dtype=torch.float32)
+    with pytest.raises(IndexError, match=r"\[0, d_sae=6\), got -1 to"):
+        hierarchical_topk_loss(indices.index_fill(0, torch.tensor([0]), -1), *tensors, backend="numba")
+
+
+def test_without_numba_the_torch_form_runs_and_an_explicit_request_is_refused(monkeypatch):
+    inputs = make_inputs(3, 4, 6, 2, dtype=torch.float32)
+    expected = hierarchical_topk_loss(*inputs, backend="torch")
+    monkeypatch.setattr(hierarchical_topk_loss_numba, "njit", None)
+    with pytest.raises(ImportError, match="pip install numba"):
+        hierarchical_topk_loss(*inputs, backend="numba")
+    # The package exports the function under the module's name.
+    module = sys.modules["hf_hierarchical_sae.hierarchical_topk_loss"]
+    monkeypatch.setattr(module, "is_numba_available", lambda: False)
+
+    assert torch.equal(hierarchical_topk_loss(*inputs), expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_saved_for_backward_does_not_grow_with_k(backend):
     def saved_bytes(k):
         total = []
         pack = torch.autograd.graph.saved_tensors_hooks(lambda t: total.append(t.nbytes) or t, lambda t: t)
         indices, values, W_dec, b_dec, target = make_inputs(32, k, 64, 48, dtype=torch.float32)
         with pack:
-            hierarchical_topk_loss(indices, values, W_dec, b_dec, target)
+            hierarchical_topk_loss(indices, values, W_dec, b_dec, target, backend=backend)
         return sum(total) - indices.nbytes - values.nbytes
 
     # Twice as many latents, each with an index and a value: what is left is the residual and the dictionary. The

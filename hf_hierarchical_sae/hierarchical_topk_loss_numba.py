@@ -1,0 +1,185 @@
+"""Compiled CPU form of the HierarchicalTopK loss, and the sparse encoder's gradient, in float32.
+
+Both walk token by token, so that a token's residual stays in the cache while its rows of the dictionary pass by; the
+torch forms go latent by latent over the whole batch instead. Threads share the columns, so no two write to one entry.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+try:
+    from numba import float32, njit
+except ImportError:
+    njit = None
+
+
+def compiled(function: Callable) -> Callable:
+    """Machine code for `function`, kept in a cache on disk; without numba the function itself, which is never run."""
+    if njit is None:
+        return function
+    # Sums may be reordered, which lets them use vector instructions; NaN and infinity keep their meaning.
+    return njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})(function)
+
+
+@compiled
+def _forward(start, stop, indices, values, W_dec, b_dec, target, place, residual, squares):
+    # indices, values (B, K), W_dec (F, D), b_dec (D), target, residual (B, D); place (K): which budget ends at latent
+    # j, or -1; squares (budgets) float64.
+    bias = b_dec[start:stop]
+    for b in range(indices.shape[0]):
+        r, x = residual[b, start:stop], target[b, start:stop]
+        for d in range(len(r)):
+            r[d] = bias[d] - x[d]
+        for j in range(indices.shape[1]):
+            v, row = values[b, j], W_dec[indices[b, j], start:stop]
+            square = float32(0)
+            for d in range(len(r)):
+                moved = r[d] + v * row[d]
+                r[d] = moved
+                square += moved * moved
+            if place[j] >= 0:
+                squares[place[j]] += square
+
+
+@compiled
+def _backward(start, stop, indices, values, W_dec, scales, residual, grad, grad_W_dec, grad_values):
+    # scales (K): gradient of the loss by the residual's square after latent j, times 2, or 0; residual and grad (B, D)
+    # are used up: grad comes as the reconstruction's gradient and ends as that of b_dec; grad_values (B, K).
+    for b in range(indices.shape[0]):
+        r, s = residual[b, start:stop], grad[b, start:stop]
+        for j in range(indices.shape[1] - 1, -1, -1):
+            v, scale = values[b, j], scales[j]
+            row, grad_row = W_dec[indices[b, j], start:stop], grad_W_dec[indices[b, j], start:stop]
+            product = float32(0)
+            for d in range(len(r)):
+                above = s[d] + scale * r[d]
+                s[d] = above
+                product += row[d] * above
+                grad_row[d] += v * above
+                r[d] -= v * row[d]
+            grad_values[b, j] = product
+
+
+@compiled
+def _add_rows(start, stop, indices, values, rows, total):
+    # total[indices[b, j]] += values[b, j] · rows[b]; indices, values (B, K), rows (B, D), total (F, D)
+    for b in range(indices.shape[0]):
+        row = rows[b, start:stop]
+        for j in range(indices.shape[1]):
+            v, target = values[b, j], total[indices[b, j], start:stop]
+            if v != 0:
+                for d in range(len(row)):
+                    target[d] += v * row[d]
+
+
+class _HierarchicalTopKNumba(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, top_indices, top_values, W_dec, b_dec, target, budgets):
+        batch, k = top_indices.shape
+        place = torch.full((k,), -1)
+        place[torch.tensor(budgets) - 1] = torch.arange(len(budgets))
+        residual = torch.empty_like(target)
+        squares = torch.zeros(torch.get_num_threads(), len(budgets), dtype=torch.float64)
+        tensors = (top_indices, top_values, W_dec, b_dec, target, place, residual)
+        _over_columns(_forward, target.shape[1], tensors, [(part,) for part in squares])
+        ctx.save_for_backward(top_indices, top_values, W_dec, residual, place)
+        ctx.set_materialize_grads(False)
+        return (squares.sum(dim=0) / residual.numel()).float(), residual + target
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_errors, grad_reconstruction):
+        top_indices, top_values, W_dec, last_residual, place = ctx.saved_tensors
+        scales = torch.zeros(len(place))
+        if grad_errors is not None:
+            scales[place >= 0] = grad_errors * (2 / last_residual.numel())
+        grad = torch.zeros_like(last_residual) if grad_reconstruction is None else grad_reconstruction.clone()
+        grad_values = torch.empty(torch.get_num_threads(), *top_values.shape)
+        grad_W_dec = torch.zeros_like(W_dec)
+        tensors = (top_indices, top_values, W_dec, scales, last_residual.clone(), grad, grad_W_dec)
+        _over_columns(_backward, grad.shape[1], tensors, [(part,) for part in grad_values])
+        grad_target = None
+        if ctx.needs_input_grad[4]:
+            grad_target = -grad if grad_reconstruction is None else grad_reconstruction - grad
+        return None, grad_values.sum(dim=0), grad_W_dec, grad.sum(dim=0), grad_target, None
+
+
+def budget_errors_numba(
+    top_indices: torch.Tensor,
+    top_values: torch.Tensor,
+    W_dec: torch.Tensor,
+    b_dec: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    budgets: Sequence[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Numba form of `budget_errors`: the same arguments and results, for float32 tensors on CPU.
+
+    Args:
+        top_indices (`torch.Tensor`): (batch, k).
+        top_values (`torch.Tensor`): (batch, k).
+        W_dec (`torch.Tensor`): (d_sae, d_in).
+        b_dec (`torch.Tensor`): (d_in,).
+        target (`torch.Tensor`): (batch, d_in).
+        budgets (`Sequence[int]`): strictly increasing budgets in [1, k].
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the mean squared error at each budget, (budgets,), and the
+        reconstruction with all k latents, (batch, d_in).
+
+    Raises:
+        `ImportError`: numba is not installed.
+        `ValueError`: tensors that are not float32 on CPU.
+        `IndexError`: indices outside [0, d_sae).
+    """
+    _check(top_indices, len(W_dec), (top_values, W_dec, b_dec, target))
+    contiguous = [tensor.contiguous() for tensor in (top_indices, top_values, W_dec, b_dec, target)]
+    return _HierarchicalTopKNumba.apply(*contiguous, tuple(budgets))
+
+
+def add_rows_numba(indices: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, total: torch.Tensor):
+    """
+    total[indices[b, j]] += values[b, j] · rows[b], in place, without autograd.
+
+    Args:
+        indices (`torch.Tensor`): (batch, k).
+        values (`torch.Tensor`): (batch, k).
+        rows (`torch.Tensor`): (batch, d_in).
+        total (`torch.Tensor`): (d_sae, d_in), contiguous.
+    """
+    _check(indices, len(total), (values, rows, total))
+    tensors = (indices.contiguous(), values.contiguous(), rows.contiguous(), total)
+    _over_columns(_add_rows, rows.shape[1], tensors, [()] * torch.get_num_threads())
+
+
+def _check(indices, d_sae, tensors):
+    if njit is None:
+        raise ImportError("backend='numba' needs the package numba: `pip install numba`, or use backend='torch'")
+    if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
+        found = ", ".join(f"{tensor.dtype} on {tensor.device}" for tensor in tensors)
+        raise ValueError(f"backend='numba' needs float32 on cpu, got {found}: use backend='torch'")
+    # Compiled code does not check what it addresses.
+    low, high = (int(bound) for bound in indices.aminmax())
+    if low < 0 or high >= d_sae:
+        raise IndexError(f"top_indices must be in [0, d_sae={d_sae}), got {low} to {high}")
+
+
+def _over_columns(kernel, width, tensors, private):
+    """Run `kernel` on one slice of the columns per thread, each with the tensors that only it writes to."""
+    threads = len(private)
+    bounds = [width * thread // threads for thread in range(threads + 1)]
+    shared = [tensor.detach().numpy() for tensor in tensors]
+    jobs = [
+        (start, stop, *shared, *(tensor.numpy() for tensor in own))
+        for start, stop, own in zip(bounds, bounds[1:], private)
+    ]
+    if threads == 1:
+        kernel(*jobs[0])
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda job: kernel(*job), jobs))
