@@ -363,16 +363,15 @@ def _weights(feature_dim, coefficients, like):
     return torch.tensor(rows, dtype=like.dtype, device=like.device)
 
 
-def _windows(x):
-    """x: (..., feature_dim, tokens) -> view (..., diagonals, feature_dim, tokens) of x, rolled by 0, 1, … rows."""
-    feature_dim = x.shape[-2]
-    doubled = torch.cat([x, x[..., : feature_dim // 2, :]], dim=-2)
-    return doubled.unfold(-2, feature_dim, 1).transpose(-1, -2)
+def _doubled(x):
+    """x: (..., feature_dim, tokens) -> rows r … r + feature_dim of it are x, rolled by r = 0 … feature_dim // 2 rows."""
+    return torch.cat([x, x[..., : x.shape[-2] // 2, :]], dim=-2)
 
 
 def _features(x, coefficients):
     """x: (..., feature_dim, tokens) -> (..., state_size, tokens), unweighted."""
-    rows = [(x.unsqueeze(-3) * _windows(x)).flatten(-3, -2)]
+    windows = _doubled(x).unfold(-2, x.shape[-2], 1).transpose(-1, -2)
+    rows = [(x.unsqueeze(-3) * windows).flatten(-3, -2)]
     if coefficients[1]:
         rows.append(x)
     if coefficients[0]:
@@ -382,18 +381,19 @@ def _features(x, coefficients):
 
 def _features_backward(grad, x, coefficients):
     """grad: (..., state_size, tokens), x: (..., feature_dim, tokens) -> gradient of x, like x."""
-    feature_dim = x.shape[-2]
-    diagonals = feature_dim // 2 + 1
-    products = grad[..., : diagonals * feature_dim, :].unflatten(-2, (diagonals, feature_dim))
+    feature_dim, doubled = x.shape[-2], _doubled(x)
+    overhang = feature_dim // 2
+    grad_x, grad_doubled = torch.zeros_like(x), torch.zeros_like(doubled)
     # Product (r, i) sends its gradient to row i, times row i + r, and to row i + r, times row i.
-    grad_x = (products * _windows(x)).sum(-3)
-    other = (products * x.unsqueeze(-3)).unbind(-3)
-    for r in range(diagonals):
-        grad_x[..., r:, :] += other[r][..., : feature_dim - r, :]
-        if r:
-            grad_x[..., :r, :] += other[r][..., feature_dim - r :, :]
+    for r in range(overhang + 1):
+        products = grad[..., r * feature_dim : (r + 1) * feature_dim, :]
+        grad_x.addcmul_(products, doubled[..., r : r + feature_dim, :])
+        grad_doubled[..., r : r + feature_dim, :].addcmul_(products, x)
+    grad_x += grad_doubled[..., :feature_dim, :]
+    grad_x[..., :overhang, :] += grad_doubled[..., feature_dim:, :]
     if coefficients[1]:
-        grad_x += grad[..., diagonals * feature_dim : (diagonals + 1) * feature_dim, :]
+        linear = packed_size(feature_dim)
+        grad_x += grad[..., linear : linear + feature_dim, :]
     return grad_x
 
 
@@ -452,8 +452,8 @@ class _Chunk(NamedTuple):
 def _chunk(q, k, v, attention_mask, segment_ids, *, start, stop, scale):
     mask = None if attention_mask is None else attention_mask[:, start:stop]
     return _Chunk(
-        queries=_heads_first(q[:, start:stop]).mT.contiguous() * scale,
-        keys=_heads_first(k[:, start:stop]).mT.contiguous(),
+        queries=_features_first(q[:, start:stop]) * scale,
+        keys=_features_first(k[:, start:stop]),
         values=_heads_first(_with_ones(v[:, start:stop], mask)),
         segments=_segments(segment_ids, start, stop, q.shape[2]),
     )
@@ -462,6 +462,11 @@ def _chunk(q, k, v, attention_mask, segment_ids, *, start, stop, scale):
 def _heads_first(x):
     """x: (batch, tokens, num_heads, dim) -> (batch * num_heads, tokens, dim) in the accumulation dtype."""
     return x.to(_accumulation_dtype(x)).transpose(1, 2).flatten(0, 1)
+
+
+def _features_first(x):
+    """x: (batch, tokens, num_heads, dim) -> (batch * num_heads, dim, tokens), contiguous, in the accumulation dtype."""
+    return x.to(_accumulation_dtype(x)).permute(0, 2, 3, 1).contiguous().flatten(0, 1)
 
 
 def _heads_last(x, batch_size):
@@ -496,7 +501,7 @@ class _ChunkedAttention(torch.autograd.Function):
         coefficients,
     ):
         batch_size, seq_len, num_heads, feature_dim = q.shape
-        weights = _weights(feature_dim, coefficients, torch.empty(0, dtype=_accumulation_dtype(q), device=q.device))
+        weights = _weights(feature_dim, coefficients, q.new_empty(0, dtype=_accumulation_dtype(q)))[:, None]
         out = torch.empty_like(v)
         denominators = v.new_empty((batch_size, seq_len, num_heads, 1), dtype=weights.dtype)
         state = None if initial_state is None else initial_state.flatten(0, 1)
@@ -513,11 +518,10 @@ class _ChunkedAttention(torch.autograd.Function):
                 if keep_states:
                     states.append(state)
             if stop < seq_len or return_state:
-                added = torch.bmm(
-                    _features(chunk.keys, coefficients) * weights[:, None],
-                    _only(segments and segments.last, chunk.values),
-                )
-                state = added if state is None else added + _only(segments and segments.carry, state)
+                values = _only(segments and segments.last, chunk.values)
+                # The weights belong to the features, but the product has fewer columns than a chunk has tokens.
+                added = torch.bmm(_features(chunk.keys, coefficients), values).mul_(weights)
+                state = added if state is None else added.add_(_only(segments and segments.carry, state))
             total = sums[..., -1:] + eps
             out[:, start:stop] = _heads_last(sums[..., :-1] / total, batch_size)
             denominators[:, start:stop] = _heads_last(total, batch_size)
@@ -548,10 +552,11 @@ def _chunked_backward(ctx, grad_out, grad_state):
         grad_sums = _grad_sums(*(_heads_first(x[:, start:stop]) for x in (grad_out, out, denominators)))
         grad_queries, grad_keys, grad_values = _scores_backward(chunk, grad_sums, coefficients)
         if grad_state is not None:
-            features = _features(chunk.keys, coefficients) * weights[:, None]
-            grad_values += _only(segments and segments.last, torch.bmm(features.mT, grad_state))
+            weighted = grad_state * weights
+            features = _features(chunk.keys, coefficients)
+            grad_values += _only(segments and segments.last, torch.bmm(features.mT, weighted))
             values = _only(segments and segments.last, chunk.values)
-            grad_features = torch.bmm(grad_state, values.mT) * weights[:, None]
+            grad_features = torch.bmm(weighted, values.mT)
             grad_keys += _features_backward(grad_features, chunk.keys, coefficients)
             grad_state = _only(segments and segments.carry, grad_state)
         state = states[start // chunk_size]
@@ -560,7 +565,7 @@ def _chunked_backward(ctx, grad_out, grad_state):
             grad_features = torch.bmm(state, grad_earlier.mT)
             grad_queries += _features_backward(grad_features, chunk.queries, coefficients)
             added = torch.bmm(_features(chunk.queries, coefficients), grad_earlier)
-            grad_state = added if grad_state is None else added + grad_state
+            grad_state = added if grad_state is None else added.add_(grad_state)
         grad_q[:, start:stop] = _heads_last(grad_queries.mT.mul(scale), batch_size)
         grad_k[:, start:stop] = _heads_last(grad_keys.mT, batch_size)
         grad_v[:, start:stop] = _heads_last(grad_values[..., :-1], batch_size)
