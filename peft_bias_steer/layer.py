@@ -135,7 +135,7 @@ class BiasSteerLayer(nn.Module, BaseTunerLayer):
             return
         total = self.sum_vectors(self.merged_adapters + names).detach()
         if safe_merge and not torch.isfinite(total).all():
-            raise ValueError(f"NaNs or infinities in the vectors of {names}: nothing was merged into this layer")
+            raise ValueError(f"NaNs detected in the vectors of {names}: nothing was merged into this layer")
         if not self.merged:
             self._merged_sites = [(site, site.bias) for site in merge_sites(self.get_base_layer())]
         for site, original in self._merged_sites:

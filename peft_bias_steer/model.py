@@ -175,12 +175,13 @@ class BiasSteerModel(BaseTuner):
     def _check_finite(self, adapter_names: list[str] | None) -> None:
         # before any layer is merged: a refused merge must not leave half of the layers merged
         for name, layer in self.steering_layers.items():
-            vector = layer.sum_vectors(adapter_names or layer.active_adapters)
-            if vector is not None and not torch.isfinite(vector).all():
-                raise ValueError(
-                    f"NaNs or infinities detected in the vectors of {adapter_names or layer.active_adapters} at {name}: "
-                    "nothing was merged"
-                )
+            for adapter in adapter_names or layer.active_adapters:
+                vector = layer.sum_vectors([adapter])
+                if vector is not None and not torch.isfinite(vector).all():
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: its vector at "
+                        f"{name} is not finite. Nothing was merged"
+                    )
 
     @torch.no_grad()
     def check_merge(self, *args, tolerance: float = 1e-3, **kwargs) -> float:

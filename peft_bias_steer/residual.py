@@ -36,8 +36,8 @@ SITES = {
         "SolarOpenDecoderLayer YoutuDecoderLayer"
     ),
     "output.LayerNorm": (
-        "BertGenerationLayer BertLayer BigBirdLayer CamembertLayer Data2VecTextLayer ElectraLayer ErnieLayer "
-        "GitLayer RemBertLayer RoCBertLayer RoFormerLayer RobertaLayer XLMRobertaLayer"
+        "BertGenerationLayer BertLayer BigBirdLayer CamembertLayer Data2VecTextLayer DebertaLayer DebertaV2Layer "
+        "ElectraLayer ErnieLayer GitLayer RemBertLayer RoCBertLayer RoFormerLayer RobertaLayer XLMRobertaLayer"
     ),
     "fc2": (
         "BigBirdPegasusDecoderLayer BioGptDecoderLayer BlenderbotDecoderLayer MBartDecoderLayer "

@@ -1,0 +1,267 @@
+"""
+Every causal language model of the installed transformers that can be built tiny is steered exactly, or refused.
+
+`python tests/peft_bias_steer/test_architectures.py` writes what these tests found to docs/bias_steer_architectures.md;
+the tests themselves compare with that file.
+"""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from peft_bias_steer import BiasSteerConfig
+from peft_bias_steer.residual import find_layers, merge_sites
+
+
+TABLE = Path(__file__).parents[2] / "docs" / "bias_steer_architectures.md"
+CONFIGS = {config_class.model_type: config_class for config_class in MODEL_FOR_CAUSAL_LM_MAPPING}
+# one size for every name that configurations give to the same thing
+SIZES = {
+    "hidden_size d_model n_embd n_embed embed_dim emb_dim dim": 32,
+    "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers": 2,
+    "num_encoder_layers": 2,
+    "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads": 4,
+    "num_encoder_attention_heads num_decoder_attention_heads": 4,
+    "num_key_value_heads linear_num_key_heads": 2,
+    "intermediate_size ffn_dim d_ff d_inner decoder_ffn_dim encoder_ffn_dim n_inner ffn_hidden_size": 48,
+    "head_dim d_kv d_head dim_head kv_channels linear_key_head_dim linear_value_head_dim": 8,
+    "max_position_embeddings n_positions n_ctx vocab_size vocab_size_per_layer_input n_words": 64,
+    "num_experts num_local_experts n_routed_experts moe_num_experts linear_num_value_heads mamba_n_heads": 4,
+    "num_experts_per_tok num_experts_per_token moe_k": 2,
+    "moe_intermediate_size shared_expert_intermediate_size mamba_d_head": 16,
+    "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim rotary_dim": 8,
+    "hidden_size_per_layer_input mamba_d_state state_size": 8,
+    "n_group num_expert_group topk_group pad_token_id bos_token_id eos_token_id": 1,
+    "num_kv_shared_layers": 0,
+    "first_k_dense_replace": 1,
+    "residual_multiplier": 0.5,
+}
+SIZES = {name: size for names, size in SIZES.items() for name in names.split()}
+TWO_KINDS = {"layer_types": ["linear_attention", "full_attention"]}
+SPECIAL = {
+    "dots1": {"n_shared_experts": 1},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "bamba": {"attn_layer_indices": [1]},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": TWO_KINDS,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "longcat_flash": {"head_dim": 8},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
+    "prophetnet": {"num_decoder_layers": 2, "num_encoder_layers": 2},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "zaya": {"num_experts_per_tok": 1},
+}
+CANNOT_BUILD = {
+    "cohere_compass_text": "its default configuration does not fit the model",
+    "dbrx": "its attention settings cannot be made small",
+    "dots3_note": "its settings name layers that a small model lacks",
+    "gemma3n": "it needs timm",
+    "gemma4_assistant": "it drafts tokens for another model",
+    "gemma4_unified_assistant": "it drafts tokens for another model",
+    "musicgen": "it is not built from this configuration alone",
+    "musicgen_melody": "it is not built from this configuration alone",
+    "qwen4_exp": "its default configuration is incomplete",
+    "qwen4_exp_text": "its default configuration is incomplete",
+    "xlstm": "its kernels take no small sizes",
+    "zamba": "its shared layers need a deeper model",
+}
+CANNOT_DECODE = {"prophetnet"}  # generate() fails on the base model too
+COUNTS_OTHERWISE = {"longcat_flash", "prophetnet"}  # half layers; encoder layers
+CANNOT_CHECKPOINT = {"git"}  # the base model changes its inputs in place
+HEADER = """# Which architectures are steered
+
+Every type of `AutoModelForCausalLM` in transformers {version}, built with random weights and a few layers, and compared
+with an oracle that adds the same vectors by hand: hidden states and logits, greedy decoding with and without cache,
+gradients of every vector in training, gradient checkpointing in both modes. "Merge site" is the bias that holds a vector
+once it is merged (checked by comparing logits, and by unmerging bit for bit); "none" means that no bias of the layer
+reaches its output as it is, so the adapter stays unmerged. Written by
+`python tests/peft_bias_steer/test_architectures.py`; CI fails if it says anything else than what the code does.
+
+| type | layers | steering | merge site |
+|---|---|---|---|
+"""
+IDS = torch.tensor([[5, 9, 3, 17, 40, 22], [8, 30, 12, 55, 4, 6]])
+
+
+def tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
+    default = config_class()
+    names, aliases = set(default.to_dict()), config_class.attribute_map or {}
+    sizes = {name: size for name, size in SIZES.items() if name in names and aliases.get(name) not in names}
+    if "kv_lora_rank" in names:  # latent attention has as many key as query heads, and derives the size of a head
+        sizes["num_key_value_heads"] = 4
+    if "qk_rope_head_dim" in names:
+        sizes.pop("head_dim", None)
+    sizes |= SPECIAL.get(config_class.model_type, {})
+    for name in config_class.sub_configs or {}:
+        if isinstance(getattr(default, name, None), PreTrainedConfig):
+            sizes[name] = tiny_config(type(getattr(default, name)))
+    for name in {"layer_types", "layers_block_type"} & names - set(aliases) - set(sizes):
+        if kinds := list(dict.fromkeys(getattr(default, name) or [])):  # one layer of each kind, two at least
+            sizes[name] = (kinds * 2)[: max(2, len(kinds))]
+            sizes |= {count: len(sizes[name]) for count in ("num_hidden_layers", "n_layer") if count in sizes}
+    return config_class(**sizes)
+
+
+def build(config: PreTrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    if hasattr(model, "set_default_language"):
+        model.set_default_language("en_XX")
+    for parameter in model.parameters():  # biases and norms that start at 0 and 1 would hide mistakes
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+def add_to_output(layer: nn.Module, vector: torch.Tensor) -> None:
+    """The oracle: the layer's forward, and then the vector, by hand."""
+    forward = layer.forward
+
+    def steered(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        if isinstance(output, torch.Tensor):
+            return output + vector
+        return type(output)([output[0] + vector, *output[1:]])
+
+    layer.forward = steered
+
+
+def hidden_states_and_logits(model):
+    with torch.no_grad():
+        output = model(IDS, output_hidden_states=True)
+    return [*(output.hidden_states or []), output.logits]
+
+
+def decode(model, use_cache: bool):
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    output = model.generate(IDS, use_cache=use_cache, output_logits=True, return_dict_in_generate=True, **options)
+    return [output.sequences, *output.logits]
+
+
+def train(model, vectors):
+    model.train()
+    torch.manual_seed(0)
+    logits = model(IDS, use_cache=False).logits
+    gradients = torch.autograd.grad(logits.float().square().mean(), vectors)
+    model.eval()
+    return [logits.detach(), *gradients]
+
+
+def assert_steered_exactly(base: PreTrainedModel) -> None:
+    oracle = copy.deepcopy(base)
+    model = get_peft_model(base, BiasSteerConfig())
+    vectors, by_hand = [], []
+    for name, layer in model.base_model.steering_layers.items():
+        nn.init.normal_(layer.vector("default"), std=0.3)
+        vectors.append(layer.vector("default"))
+        by_hand.append(vectors[-1].detach().clone().requires_grad_())
+        add_to_output(oracle.get_submodule(name), by_hand[-1])
+
+    def compare(function, *args):
+        # the same operations on the same numbers; but BLAS may round by the alignment of the memory it is given
+        for ours, theirs in zip(function(model, *args), function(oracle, *args), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+    compare(hidden_states_and_logits)
+    assert_training_is_exact(model, oracle, vectors, by_hand)
+    if base.can_generate() and base.config.model_type not in CANNOT_DECODE:
+        compare(decode, True)
+        compare(decode, False)
+
+
+def assert_training_is_exact(model, oracle, vectors, by_hand) -> None:
+    ours, theirs = train(model, vectors), train(oracle, by_hand)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
+    for gradient, expected in zip(ours[1:], theirs[1:]):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)  # float32 sums in another order
+    if not model.supports_gradient_checkpointing or model.config.model_type in CANNOT_CHECKPOINT:
+        return
+    model.enable_input_require_grads()
+    for use_reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.train()
+        torch.manual_seed(0)
+        loss = model(IDS, use_cache=False).logits.float().square().mean()
+        for vector in vectors:
+            vector.grad = None
+        loss.backward()
+        for vector, expected in zip(vectors, theirs[1:]):
+            torch.testing.assert_close(vector.grad, expected, rtol=1e-4, atol=1e-6)
+    model.gradient_checkpointing_disable()
+    model.disable_input_require_grads()
+    model.eval()
+
+
+def assert_merged_exactly(base: PreTrainedModel) -> None:
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = get_peft_model(base, BiasSteerConfig())
+    for layer in model.base_model.steering_layers.values():
+        nn.init.normal_(layer.vector("default"), std=0.3)
+    with torch.no_grad():
+        expected = model(IDS).logits
+        model.merge_adapter()
+        merged = model(IDS).logits
+    model.unmerge_adapter()
+    # the bias is added before the residual, the vector after it: the sums round differently
+    torch.testing.assert_close(merged, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    after = model.unload().state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def describe_sites(base: PreTrainedModel) -> str:
+    names = {id(module): name for name, module in base.named_modules()}
+    sites = {}
+    for layer in find_layers(base)[1]:
+        for site in merge_sites(layer):
+            path = names[id(site.module)].removeprefix(names[id(layer)] + ".")
+            sites[f"`{path}.{site.attribute}`" + (" / multiplier" if site.factor != 1 else "")] = None
+    return ", ".join(sites)
+
+
+def verdict(model_type: str) -> tuple[str, str, str]:
+    """Layers, how they are steered, where they can be merged: a row of the table. Raises if anything is inexact."""
+    if model_type in CANNOT_BUILD:
+        return "", f"not built here: {CANNOT_BUILD[model_type]}", ""
+    base = build(tiny_config(CONFIGS[model_type]))
+    try:
+        path, layers = find_layers(base)
+    except ValueError as refusal:
+        return "", f"refused: {refusal}", ""
+    if model_type not in COUNTS_OTHERWISE:
+        assert len(layers) == base.config.get_text_config(decoder=True).num_hidden_layers
+    assert_steered_exactly(copy.deepcopy(base))
+    try:
+        sites = describe_sites(base)
+    except ValueError:
+        return f"`{path}`", "exact", "none"
+    assert_merged_exactly(base)
+    return f"`{path}`", "exact", sites
+
+
+def row(model_type: str) -> str:
+    return f"| {model_type} | {' | '.join(verdict(model_type))} |"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_architecture_is_steered_exactly_or_refused_as_the_table_says(model_type):
+    assert row(model_type) in TABLE.read_text().splitlines()
+
+
+def main() -> None:
+    text = HEADER.format(version=transformers.__version__)
+    TABLE.write_text(text + "".join(f"{row(model_type)}\n" for model_type in CONFIGS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,369 @@
+"""What users of PEFT expect of any tuner."""
+
+import pytest
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.helpers import check_if_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from peft_bias_steer import BiasSteerConfig, BiasSteerLayer
+
+
+SMALL_BERT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+@torch.no_grad()
+def logits(model, tokens, **kwargs):
+    return model.eval()(tokens, **kwargs).logits
+
+
+@pytest.fixture
+def two_adapters(llama, set_vectors):
+    model = get_peft_model(llama(), BiasSteerConfig(), adapter_name="first")
+    model.add_adapter("second", BiasSteerConfig(layers_to_transform=[0, 2]))
+    set_vectors(model, "first")
+    set_vectors(model, "second")
+    return model.eval()
+
+
+def of_each(model, function, names=("__base__", "first", "second")):
+    results = []
+    for name in names:
+        if name == "__base__":
+            with model.disable_adapter():
+                results.append(function(model))
+        else:
+            model.set_adapter(name)
+            results.append(function(model))
+    return results
+
+
+def test_every_row_of_a_batch_can_have_its_own_adapter(two_adapters, tokens):
+    expected = of_each(two_adapters, lambda model: logits(model, tokens))
+    mixed = logits(two_adapters, tokens, adapter_names=["__base__", "first", "second"])
+
+    for row in range(3):
+        torch.testing.assert_close(mixed[row], expected[row][row], rtol=1e-5, atol=1e-6)
+
+
+def generate(model, inputs, **options):
+    return model.generate(
+        input_ids=inputs, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0, **options
+    )
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_mixed_batches_generate_what_each_adapter_generates(two_adapters, tokens, num_beams):
+    expected = of_each(two_adapters, lambda model: generate(model, tokens, num_beams=num_beams))
+    names = ["__base__", "first", "second"]
+    mixed = generate(two_adapters, tokens, num_beams=num_beams, adapter_names=names)
+
+    assert not torch.equal(expected[0][1], expected[1][1])
+    for row in range(3):
+        assert torch.equal(mixed[row], expected[row][row])
+    # no hook is left behind
+    assert torch.equal(generate(two_adapters, tokens, num_beams=num_beams), expected[2])
+
+
+def test_mixed_batches_with_beams_leave_the_encoder_unrepeated(tokens, set_vectors):
+    torch.manual_seed(0)
+    base = BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=64,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            init_std=0.3,
+            forced_eos_token_id=None,
+        )
+    ).eval()
+    config = BiasSteerConfig(target_modules=r"model\.(encoder|decoder)\.layers\.\d+", task_type="SEQ_2_SEQ_LM")
+    model = get_peft_model(base, config, adapter_name="first")
+    model.add_adapter("second", config)
+    set_vectors(model, "first", std=2.0)
+    set_vectors(model, "second", std=2.0)
+    model.eval()
+    expected = of_each(model, lambda model: generate(model, tokens, num_beams=2))
+    mixed = generate(model, tokens, num_beams=2, adapter_names=["__base__", "first", "second"])
+
+    for row in range(3):
+        assert torch.equal(mixed[row], expected[row][row])
+
+
+def test_weighted_adapter_is_the_weighted_sum(two_adapters, tokens):
+    two_adapters.set_scale("second", 2.0)
+    two_adapters.add_weighted_adapter(["first", "second"], [0.5, -1.0], "mix")
+    two_adapters.set_adapter("mix")
+
+    for layer in two_adapters.base_model.steering_layers.values():
+        expected = 0.5 * layer.vector("first")
+        if "second" in layer.bias_steer_vector:
+            expected = expected - 2.0 * layer.vector("second")
+        torch.testing.assert_close(layer.vector("mix"), expected)
+    assert not torch.equal(logits(two_adapters, tokens), of_each(two_adapters, lambda m: logits(m, tokens))[1])
+
+
+def test_weighted_adapter_is_saved_and_loaded_like_any_other(llama, two_adapters, tokens, tmp_path):
+    two_adapters.add_weighted_adapter(["first", "second"], [0.5, 1.0], "mix")
+    two_adapters.set_adapter("mix")
+    two_adapters.save_pretrained(tmp_path, selected_adapters=["mix"])
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "mix")
+
+    assert torch.equal(logits(loaded, tokens), logits(two_adapters, tokens))
+
+
+def test_scale_goes_from_the_base_model_to_the_adapter(llama, two_adapters, tokens):
+    two_adapters.set_adapter("first")
+    full = logits(two_adapters, tokens)
+    two_adapters.set_scale("first", 0.0)
+
+    assert torch.equal(logits(two_adapters, tokens), logits(llama(), tokens))
+    two_adapters.set_scale("first", 1.0)
+    assert torch.equal(logits(two_adapters, tokens), full)
+
+
+def test_modules_to_save_are_trained_and_saved(tokens, tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return BertForSequenceClassification(BertConfig(**SMALL_BERT, num_labels=3))
+
+    model = get_peft_model(build(), BiasSteerConfig(task_type="SEQ_CLS", modules_to_save=["classifier"]))
+    assert list(model.base_model.steering_layers) == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(tokens, labels=torch.tensor([0, 1, 2])).loss.backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    keys = set(load_file(tmp_path / "adapter_model.safetensors"))
+    loaded = PeftModel.from_pretrained(build(), tmp_path)
+
+    assert {key.split(".")[-2] for key in keys} == {"classifier", "bias_steer_vector"}
+    torch.testing.assert_close(logits(loaded, tokens), logits(model, tokens), rtol=0, atol=0)
+    assert not torch.equal(logits(loaded, tokens), logits(build(), tokens))
+
+
+def test_encoder_without_a_decoder_is_steered(tokens, set_vectors, add_by_plain_hooks):
+    torch.manual_seed(0)
+    base, oracle = (BertModel(BertConfig(**SMALL_BERT)).eval() for _ in range(2))
+    oracle.load_state_dict(base.state_dict())
+    model = get_peft_model(base, BiasSteerConfig(task_type="FEATURE_EXTRACTION"))
+    add_by_plain_hooks(oracle.encoder.layer, set_vectors(model))
+
+    torch.testing.assert_close(model(tokens).last_hidden_state, oracle(tokens).last_hidden_state)
+
+
+def test_decoder_of_a_sequence_to_sequence_model_is_steered(tokens, set_vectors, add_by_plain_hooks):
+    config = T5Config(vocab_size=64, d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    base, oracle = (T5ForConditionalGeneration(config).eval() for _ in range(2))
+    oracle.load_state_dict(base.state_dict())
+    model = get_peft_model(base, BiasSteerConfig(task_type="SEQ_2_SEQ_LM"))
+    add_by_plain_hooks(oracle.decoder.block, set_vectors(model))
+
+    torch.testing.assert_close(logits(model, tokens, labels=tokens), logits(oracle, tokens, labels=tokens))
+    torch.testing.assert_close(generate(model, tokens), generate(oracle, tokens))
+
+
+def test_text_tower_of_a_vision_language_model_is_steered(tokens):
+    text = {**SMALL_BERT, "num_key_value_heads": 2, "head_dim": 8}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    base = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
+    model = get_peft_model(base, BiasSteerConfig())
+
+    names = list(model.base_model.steering_layers)
+    assert names == ["model.language_model.layers.0", "model.language_model.layers.1"]
+    assert all(len(layer.vector("default")) == 32 for layer in model.base_model.steering_layers.values())
+
+
+def test_adapter_can_be_injected_and_its_state_restored_without_peft_model(llama, tokens):
+    model = inject_adapter_in_model(BiasSteerConfig(init_weights=False), llama())
+    state = get_peft_model_state_dict(model)
+    fresh = inject_adapter_in_model(BiasSteerConfig(), llama(), adapter_name="other")
+    result = set_peft_model_state_dict(fresh, state, adapter_name="other")
+
+    assert not result.unexpected_keys
+    assert torch.equal(logits(fresh, tokens), logits(model, tokens))
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_adapter_can_be_injected_by_the_keys_of_a_state_dict(llama, tokens, low_cpu_mem_usage):
+    trained = inject_adapter_in_model(BiasSteerConfig(init_weights=False, layers_to_transform=[0, 2]), llama())
+    state = get_peft_model_state_dict(trained)
+    model = inject_adapter_in_model(
+        BiasSteerConfig(target_modules=["layers.0", "layers.2"]),
+        llama(),
+        state_dict=state,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+    assert {p.device.type for p in model.parameters()} == ({"cpu", "meta"} if low_cpu_mem_usage else {"cpu"})
+    set_peft_model_state_dict(model, state, low_cpu_mem_usage=low_cpu_mem_usage)
+
+    assert torch.equal(logits(model, tokens), logits(trained, tokens))
+
+
+def test_transformers_loads_the_adapter_natively(llama, tokens, set_vectors, tmp_path):
+    peft_model = get_peft_model(llama(), BiasSteerConfig())
+    set_vectors(peft_model)
+    peft_model.save_pretrained(tmp_path)
+    assert check_if_peft_model(str(tmp_path))
+    model = llama()
+    model.load_adapter(str(tmp_path))
+
+    assert torch.equal(logits(model, tokens), logits(peft_model, tokens))
+    model.disable_adapters()
+    assert torch.equal(logits(model, tokens), logits(llama(), tokens))
+    model.enable_adapters()
+    model.delete_adapter("default")
+    assert torch.equal(logits(model, tokens), logits(llama(), tokens))
+
+
+def test_transformers_keeps_the_vectors_of_a_half_precision_model_in_float32(llama, tokens, set_vectors, tmp_path):
+    peft_model = get_peft_model(llama().to(torch.bfloat16), BiasSteerConfig())
+    set_vectors(peft_model)
+    peft_model.save_pretrained(tmp_path)
+    model = llama().to(torch.bfloat16)
+    model.load_adapter(str(tmp_path))
+
+    assert torch.equal(logits(model, tokens), logits(peft_model, tokens))
+
+
+def test_hotswapping_replaces_the_vectors_in_place(llama, tokens, set_vectors, tmp_path):
+    model = get_peft_model(llama(), BiasSteerConfig())
+    set_vectors(model)
+    expected = logits(model, tokens)
+    state = get_peft_model_state_dict(model)
+    state = {key: value.clone() for key, value in state.items()}
+    served = get_peft_model(llama(), BiasSteerConfig())
+    parameters = [layer.vector("default") for layer in served.base_model.steering_layers.values()]
+    set_peft_model_state_dict(served, state)
+
+    assert torch.equal(logits(served, tokens), expected)
+    after = [layer.vector("default") for layer in served.base_model.steering_layers.values()]
+    assert all(new is old for new, old in zip(after, parameters))
+
+
+@pytest.mark.parametrize("lora_first", [False, True])
+def test_beside_lora_each_saves_only_its_own(llama, tokens, lora_first, tmp_path):
+    base = llama()
+    configs = [BiasSteerConfig(init_weights=False), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)]
+    with pytest.warns(UserWarning, match="Already found a `peft_config` attribute"):
+        for config, name in zip(configs[:: -1 if lora_first else 1], ["one", "two"]):
+            inject_adapter_in_model(config, base, adapter_name=name)
+    name = "two" if lora_first else "one"
+    state = get_peft_model_state_dict(base, adapter_name=name)
+
+    assert len(state) == 3 and all(key.endswith(".bias_steer.bias_steer_vector.weight") for key in state)
+    restored = inject_adapter_in_model(BiasSteerConfig(), llama(), adapter_name=name)
+    set_peft_model_state_dict(restored, state, adapter_name=name)
+    steering = [m.vector(name) for m in base.modules() if isinstance(m, BiasSteerLayer)]
+    again = [m.vector(name) for m in restored.modules() if isinstance(m, BiasSteerLayer)]
+    assert all(torch.equal(one, other) for one, other in zip(steering, again))
+
+
+def test_vectors_and_lora_on_the_same_module_both_act(llama, tokens):
+    model = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), llama(), "lora")
+    alone = [layer.self_attn.q_proj(torch.ones(1, 32)) for layer in model.model.layers]
+    with pytest.warns(UserWarning, match="Already found"):
+        inject_adapter_in_model(BiasSteerConfig(target_modules=["q_proj"], init_weights=False), model, "steer")
+    layers = [module for module in model.modules() if isinstance(module, BiasSteerLayer)]
+    for layer in layers:
+        layer.set_adapter("steer")
+
+    assert len(layers) == 3
+    for steering, decoder, expected in zip(layers, model.model.layers, alone):
+        assert decoder.self_attn.q_proj.active_adapters == ["lora"]
+        torch.testing.assert_close(decoder.self_attn.q_proj(torch.ones(1, 32)), expected + steering.vector("steer"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_bases_get_float32_vectors(llama, tokens, set_vectors, add_by_plain_hooks, dtype):
+    model = get_peft_model(llama().to(dtype), BiasSteerConfig())
+    vectors = set_vectors(model)
+    oracle = llama().to(dtype)
+    add_by_plain_hooks(oracle.model.layers, vectors)
+
+    assert all(vector.dtype == torch.float32 for vector in vectors)
+    assert logits(model, tokens).dtype == dtype
+    assert torch.equal(logits(model, tokens), logits(oracle, tokens))
+
+
+def test_vectors_take_the_dtype_of_the_base_on_request(llama):
+    model = get_peft_model(llama().to(torch.bfloat16), BiasSteerConfig(), autocast_adapter_dtype=False)
+
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_without_a_graph_break(two_adapters, tokens, backend):
+    two_adapters.base_model.set_adapter(["first", "second"])
+    expected = logits(two_adapters, tokens)
+    torch.compiler.reset()
+    compiled = torch.compile(two_adapters, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        output = compiled(tokens).logits
+
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(llama, tokens):
+    gradients = []
+    for use_reentrant in (None, False, True):
+        model = get_peft_model(llama(), BiasSteerConfig(init_weights=False)).train()
+        torch.manual_seed(3)
+        for layer in model.base_model.steering_layers.values():
+            nn.init.normal_(layer.vector("default"))
+        if use_reentrant is not None:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model(tokens, labels=tokens).loss.backward()
+        gradients.append([layer.vector("default").grad for layer in model.base_model.steering_layers.values()])
+
+    for other in gradients[1:]:
+        for gradient, expected in zip(other, gradients[0]):
+            torch.testing.assert_close(gradient, expected)
+
+
+def test_adapter_file_of_thirty_layers_is_at_most_eighty_kilobytes(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=576, intermediate_size=8, num_hidden_layers=30, num_attention_heads=9
+    )
+    get_peft_model(LlamaForCausalLM(config), BiasSteerConfig()).save_pretrained(tmp_path)
+
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size <= 80_000
