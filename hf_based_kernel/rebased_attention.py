@@ -289,14 +289,16 @@ def rebased_attention_step(
     dtype = _accumulation_dtype(q)
     queries, keys = q[:, 0].to(dtype) * scale, k[:, 0].to(dtype)
     values = _with_ones(v, attention_mask)[:, 0]
+    query_rows, key_rows = query_features(torch.stack([queries, keys]), coefficients)
     # The token's own term comes from its score: through the features, a score near zero would lose its digits.
     sums = _polynomial((queries * keys).sum(-1, keepdim=True), coefficients) * values
     if initial_state is not None:
-        sums = sums + torch.matmul(query_features(queries, coefficients)[..., None, :], initial_state)[..., 0, :]
+        sums = sums + torch.matmul(query_rows[..., None, :], initial_state)[..., 0, :]
     out = (sums[..., :-1] / (sums[..., -1:] + eps)).to(v.dtype)[:, None]
     if not return_state:
         return out
-    features, values = key_features(keys, coefficients)[..., None], values[..., None, :]
+    features = (key_rows * _weights(q.shape[-1], coefficients, keys))[..., None]
+    values = values[..., None, :]
     return out, features * values if initial_state is None else torch.addcmul(initial_state, features, values)
 
 
