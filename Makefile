@@ -48,7 +48,7 @@ test: model  ## Run the whole test suite
 quality: $(VENV)/.installed  ## Lint, format check, type check, spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/ty check --python $(VENV)
+	$(BIN)/ty check --python $(VENV) --extra-search-path .
 	$(BIN)/codespell
 
 style: $(VENV)/.installed  ## Rewrite the code in the project's format
