@@ -3,11 +3,12 @@
 Source: "Train One Sparse Autoencoder Across Multiple Sparsity Budgets", arXiv 2505.24473.
 """
 
+import importlib.util
 from collections.abc import Sequence
 
 import torch
 from torch.autograd.function import once_differentiable
-from transformers.utils import is_numba_available, is_triton_available
+from transformers.utils import is_triton_available
 
 
 def hierarchical_topk_loss(
@@ -116,7 +117,8 @@ def budget_errors(
 def suits_numba(*tensors: torch.Tensor) -> bool:
     """Whether the compiled CPU form takes these tensors: float32 on CPU, and numba is installed."""
     fits = all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
-    return fits and not torch.compiler.is_compiling() and is_numba_available()
+    # Not transformers' is_numba_available: it also asks for the numpy of an old librosa.
+    return fits and not torch.compiler.is_compiling() and importlib.util.find_spec("numba") is not None
 
 
 def resolve_budgets(budgets: Sequence[int] | None, k: int) -> tuple[int, ...]:

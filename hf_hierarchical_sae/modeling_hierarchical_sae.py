@@ -322,7 +322,7 @@ reconstruction = sae.decode(top_indices, top_values)
         for start in range(0, self.config.d_sae, chunk):
             rows = slice(start, start + chunk)
             latents = F.linear(centered, self.encoder_weight[rows], self.b_enc[rows])
-            best, where = latents.topk(min(k, latents.shape[1]), dim=1)
+            best, where = _topk(latents, min(k, latents.shape[1]))
             candidates = torch.cat([values, best.to(values.dtype)], dim=1)
             values, order = candidates.topk(min(k, candidates.shape[1]), dim=1)
             indices = torch.cat([indices, where + start], dim=1).gather(1, order)
@@ -454,6 +454,17 @@ def _weighted_rows(indices, values, weight):
     return F.embedding_bag(indices, weight, per_sample_weights=values.to(weight.dtype), mode="sum")
 
 
+def _topk(x, k, groups=16):
+    """`x.topk(k, dim=1)` for long rows: the k largest lie in the k columns with the largest maxima over groups."""
+    if x.shape[1] % groups or x.shape[1] // groups < 4 * k:
+        return x.topk(k, dim=1)
+    folded = x.unflatten(1, (groups, -1))
+    columns = folded.amax(dim=1).topk(k, dim=1, sorted=False).indices
+    candidates = folded.gather(2, columns.unsqueeze(1).expand(-1, groups, -1)).flatten(1)
+    values, places = candidates.topk(k, dim=1)
+    return values, columns.gather(1, places % k) + places // k * folded.shape[2]
+
+
 def _add_rows(indices, values, rows, total):
     """total[indices[b, j]] += values[b, j] · rows[b], in place: (tokens, k) twice, (tokens, d_in), (d_sae, d_in)."""
     if suits_numba(values, rows, total) and indices.numel():
@@ -532,8 +543,12 @@ class _TangentGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
-        along = torch.bmm(grad.unsqueeze(1), weight.unsqueeze(2)).squeeze(2)
-        return torch.addcmul(grad, along, weight, value=-1)
+        # In place: only this node holds the gradient of the weight it passed on. On CPU in blocks that fit the cache.
+        block = 1024 if grad.device.type == "cpu" else len(grad)
+        for part, rows in zip(grad.split(block), weight.split(block)):
+            along = torch.bmm(part.unsqueeze(1), rows.unsqueeze(2)).squeeze(2)
+            part.addcmul_(along, rows, value=-1)
+        return grad
 
 
 __all__ = ["HierarchicalSaeModel", "HierarchicalSaeOutput"]

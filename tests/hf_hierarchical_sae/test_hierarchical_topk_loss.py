@@ -1,6 +1,6 @@
 """The loss: the reference against a hand-written loop, every other form against the reference."""
 
-import sys
+import importlib.util
 
 import pytest
 import torch
@@ -175,15 +175,20 @@ def test_numba_takes_float32_only_and_checks_what_it_addresses():
         hierarchical_topk_loss(indices.index_fill(0, torch.tensor([0]), -1), *tensors, backend="numba")
 
 
+@pytest.mark.parametrize("dtype, form", [(torch.float32, "Numba"), (torch.float64, "_HierarchicalTopKBackward")])
+def test_auto_takes_numba_for_float32_on_cpu(dtype, form):
+    errors, _ = budget_errors(*make_inputs(3, 4, 6, 2, dtype=dtype), budgets=(4,))
+
+    assert form in type(errors.grad_fn).__name__
+
+
 def test_without_numba_the_torch_form_runs_and_an_explicit_request_is_refused(monkeypatch):
     inputs = make_inputs(3, 4, 6, 2, dtype=torch.float32)
     expected = hierarchical_topk_loss(*inputs, backend="torch")
     monkeypatch.setattr(hierarchical_topk_loss_numba, "njit", None)
     with pytest.raises(ImportError, match="pip install numba"):
         hierarchical_topk_loss(*inputs, backend="numba")
-    # The package exports the function under the module's name.
-    module = sys.modules["hf_hierarchical_sae.hierarchical_topk_loss"]
-    monkeypatch.setattr(module, "is_numba_available", lambda: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
 
     assert torch.equal(hierarchical_topk_loss(*inputs), expected)
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from safetensors import safe_open
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, explained_variance
@@ -253,6 +255,36 @@ def test_chunks_of_latents_select_what_the_whole_selects():
     # One float32 product with another blocking of the sum.
     torch.testing.assert_close(values, expected_values, rtol=1e-5, atol=1e-4)
     assert torch.equal(indices, expected_indices)
+
+
+@pytest.mark.parametrize("d_sae, k", [(2048, 8), (2048, 1), (2040, 8), (256, 16)])
+def test_selection_among_many_latents_is_exact(d_sae, k):
+    sae, x = make_sae(d_sae=d_sae, k=k), make_activations(30, scale=1.0)
+    dense = torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc)
+
+    indices, values = sae.encode(x)
+
+    # The same float32 products, blocked differently.
+    torch.testing.assert_close(values, dense.topk(k, dim=1).values, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(dense.gather(1, indices), values, rtol=1e-5, atol=1e-4)
+    assert all(len(set(row.tolist())) == k for row in indices)
+
+
+def test_chunks_bound_the_memory_of_many_latents():
+    largest = []
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            largest.extend(part.numel() for part in pytree.tree_leaves(result) if isinstance(part, torch.Tensor))
+            return result
+
+    sae, x = make_sae(d_sae=2**17, k=4, encoder_chunk_size=2**12), make_activations(300, scale=1.0)
+    with torch.no_grad(), Largest():
+        sae.encode(x)
+
+    # Views of the encoder's weight (2^17 × 16) are no allocation; the pre-activations of a chunk are.
+    assert max(largest) <= max(300 * 2**12, 2**17 * 16) < 300 * 2**17
 
 
 def test_latents_that_do_not_fire_are_counted_as_dead_and_the_count_is_saved(tmp_path):

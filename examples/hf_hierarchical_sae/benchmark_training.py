@@ -1,0 +1,294 @@
+# /// script
+# dependencies = ["hf_hierarchical_sae[cpu]", "sae-lens==6.54.0", "dictionary-learning==0.1.0", "eai-sparsify==1.3.3"]
+# ///
+"""Time and memory of the loss and of a whole training step on CPU, beside other libraries, one thread.
+
+    accelerate launch --cpu examples/hf_hierarchical_sae/benchmark_training.py --output_dir outputs/sae_benchmark
+
+Contestants take turns within each round; a number is the median CPU time over rounds. Memory is the growth of the
+peak resident set of a fresh process in which only that contestant runs. A library that is not installed is left out.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, hierarchical_topk_loss
+from hf_hierarchical_sae.hierarchical_topk_loss import hierarchical_topk_loss_reference
+
+
+SIZES = {"A": (512, 64, 16384, 576), "B": (2048, 32, 32768, 576)}
+LEARNING_RATE = 1e-3
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["A", "B"], help="A, B, or batch,k,d_sae,d_in (default: A B)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that the medians are taken over (default: 5)")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile the reference (minutes)")
+    parser.add_argument("--hardware", default="not stated", help="what the machine is, for the head of the tables")
+    parser.add_argument("--output_dir", default="outputs/sae_benchmark", help="where the tables are written")
+    parser.add_argument("--measure_memory", help="used by the script itself: run this one contestant once")
+    return parser.parse_args()
+
+
+def size_of(name):
+    return SIZES[name] if name in SIZES else tuple(int(number) for number in name.split(","))
+
+
+def loss_contestants(batch, k, d_sae, d_in, with_compile):
+    """Name → a call that runs the loss forward and backward, with a dense gradient of the decoder."""
+    indices = torch.rand(batch, d_sae).topk(k, dim=1).indices
+    values = torch.rand(batch, k).sort(dim=1, descending=True).values.requires_grad_()
+    W_dec = F.normalize(torch.randn(d_sae, d_in), dim=1).requires_grad_()
+    b_dec, target = torch.zeros(d_in, requires_grad=True), torch.randn(batch, d_in)
+
+    def run(function, **options):
+        def call():
+            values.grad = W_dec.grad = b_dec.grad = None
+            function(indices, values, W_dec, b_dec, target, **options).backward()
+
+        return call
+
+    def embedding_bag(indices, values, W_dec, b_dec, target):
+        reconstruction = F.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum") + b_dec
+        return F.mse_loss(reconstruction, target)
+
+    def dense(indices, values, W_dec, b_dec, target):
+        latents = torch.zeros(batch, d_sae).scatter(1, indices, values)
+        return F.mse_loss(latents @ W_dec + b_dec, target)
+
+    contestants = {
+        "HierarchicalTopK, compiled (numba)": run(hierarchical_topk_loss, backend="numba"),
+        "HierarchicalTopK, torch": run(hierarchical_topk_loss, backend="torch"),
+        "HierarchicalTopK, reference": run(hierarchical_topk_loss_reference),
+        "plain TopK, embedding_bag": run(embedding_bag),
+        "plain TopK, dense": run(dense),
+    }
+    if with_compile:
+        compiled = torch.compile(hierarchical_topk_loss_reference)
+        contestants["HierarchicalTopK, torch.compile of the reference"] = run(compiled)
+    return contestants
+
+
+def our_step(batch, k, d_sae, d_in, x, budgets):
+    sae = HierarchicalSaeModel(HierarchicalSaeConfig(d_in=d_in, d_sae=d_sae, k=k, budgets=budgets)).train()
+    sae.initialize_from_activations(x)
+    # What stock Trainer does in a step: its default optimizer is the fused one.
+    optimizer = torch.optim.AdamW(sae.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+
+    def step():
+        sae(x).loss.backward()
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def sae_lens_step(batch, k, d_sae, d_in, x):
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.saes.sae import TrainStepInput
+
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=k)).train()
+    optimizer = torch.optim.Adam(sae.parameters(), lr=LEARNING_RATE)
+    given = TrainStepInput(sae_in=x, coefficients={}, dead_neuron_mask=None, n_training_steps=1, is_logging_step=False)
+
+    def step():
+        sae.training_forward_pass(step_input=given).loss.backward()
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def dictionary_learning_step(batch, k, d_sae, d_in, x):
+    from dictionary_learning.trainers.top_k import TopKTrainer
+
+    trainer = TopKTrainer(
+        steps=1000, activation_dim=d_in, dict_size=d_sae, k=k, layer=0, lm_name="none", lr=LEARNING_RATE,
+        warmup_steps=10, device="cpu",
+    )  # fmt: skip
+    return lambda: trainer.update(1, x)
+
+
+def sparsify_step(batch, k, d_sae, d_in, x):
+    # Its decoder is written in Triton, which needs a GPU, unless it is told otherwise.
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    sae = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=k))
+    optimizer = torch.optim.Adam(sae.parameters(), lr=LEARNING_RATE)
+
+    def step():
+        sae.set_decoder_norm_to_unit_norm()
+        sae(x).fvu.backward()
+        sae.remove_gradient_parallel_to_decoder_directions()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def step_contestants(batch, k, d_sae, d_in, only=None):
+    """Name → a call that runs one training step: encode, select, loss, backward, optimizer."""
+    x = torch.randn(batch, d_in) @ torch.randn(d_in, d_in) * d_in**-0.5
+    size = (batch, k, d_sae, d_in, x)
+    makers = {
+        "ours, HierarchicalTopK (all budgets)": lambda: our_step(*size, budgets=None),
+        "ours, plain TopK": lambda: our_step(*size, budgets=[k]),
+    }
+    peers = {
+        "sae_lens": ("SAELens 6.54, TopK", sae_lens_step),
+        "dictionary_learning": ("dictionary_learning 0.1, TopK", dictionary_learning_step),
+        "sparsify": ("sparsify 1.3, TopK", sparsify_step),
+    }
+    for module, (name, maker) in peers.items():
+        if importlib.util.find_spec(module):
+            makers[name] = lambda maker=maker: maker(*size)
+    return {name: maker() for name, maker in makers.items() if only in (None, name)}
+
+
+def stages(batch, k, d_sae, d_in, rounds):
+    """Stage of our step → CPU milliseconds, floating point operations, and bytes that it cannot do without."""
+    x = torch.randn(batch, d_in) @ torch.randn(d_in, d_in) * d_in**-0.5
+    sae = HierarchicalSaeModel(HierarchicalSaeConfig(d_in=d_in, d_sae=d_sae, k=k)).train()
+    sae.initialize_from_activations(x)
+    optimizer = torch.optim.AdamW(sae.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    top_indices, top_values = sae.encode(x)
+    values = top_values.detach().requires_grad_()
+    sae(x).loss.backward()
+
+    def loss():
+        hierarchical_topk_loss(top_indices, values, sae.W_dec, sae.b_dec, x).backward()
+
+    def encoder_backward():
+        torch.autograd.grad(top_values.sum(), sae.encoder_weight, retain_graph=True)
+
+    with torch.no_grad():
+        calls = {
+            "matmul": lambda: F.linear(x, sae.encoder_weight, sae.b_enc),
+            "encode": torch.no_grad()(lambda: sae.encode(x)),
+            "encoder backward": torch.enable_grad()(encoder_backward),
+            "loss": torch.enable_grad()(loss),
+            "optimizer": optimizer.step,
+        }
+        times = medians(calls, rounds)
+    dictionary, selected, latents = d_sae * d_in * 4, batch * k * d_in, batch * d_sae * 4
+    return {
+        "encoder matmul": (times["matmul"], 2 * batch * d_in * d_sae, dictionary + latents),
+        "top-k": (times["encode"] - times["matmul"], 0, latents),
+        "loss, forward and backward": (times["loss"], 10 * selected, 16 * selected + dictionary),
+        "encoder backward": (times["encoder backward"], 2 * selected, 8 * selected + dictionary),
+        "optimizer": (times["optimizer"], 0, 14 * dictionary),
+    }
+
+
+def medians(contestants, rounds):
+    """Median CPU milliseconds of each call; they take turns, after one call of each that is not counted."""
+    times = {name: [] for name in contestants}
+    for turn in range(rounds + 1):
+        for name, call in contestants.items():
+            start = time.process_time()
+            call()
+            if turn:
+                times[name].append(1000 * (time.process_time() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_memory(kind, size, name):
+    """MiB by which a fresh process grows when it runs this contestant twice."""
+    command = [sys.executable, __file__, "--sizes", ",".join(map(str, size)), "--measure_memory", f"{kind}:{name}"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def measure_memory(kind, name, size):
+    def resident(line):
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(rf"{line}:\s+(\d+) kB", status)[1]) / 1024
+
+    if kind == "loss":
+        call = loss_contestants(*size, with_compile="torch.compile" in name)[name]
+        # Machine code is compiled at the first call: on a small problem, so that only the problem's own memory counts.
+        loss_contestants(4, 2, 8, 16, with_compile=False).get(name, lambda: None)()
+        before = resident("VmRSS")
+    else:
+        step_contestants(4, 2, 64, 16, only=name)[name]()
+        before = resident("VmRSS")
+        call = step_contestants(*size, only=name)[name]
+    # Importing has left a peak of its own: start a new one.
+    Path("/proc/self/clear_refs").write_text("5")
+    call()
+    call()
+    print(resident("VmHWM") - before)
+
+
+def table(title, times, memory, baseline):
+    lines = [f"| {title} | CPU ms | ratio | peak MiB |", "|---|---:|---:|---:|"]
+    for name, milliseconds in sorted(times.items(), key=lambda item: item[1]):
+        ratio = milliseconds / times[baseline]
+        lines.append(f"| {name} | {milliseconds:.0f} | {ratio:.2f} | {memory[name]:.0f} |")
+    return "\n".join(lines)
+
+
+def stage_table(measured, whole):
+    lines = [
+        "| stage of our step | CPU ms | share | GFLOP/s | least bytes, MB | GB/s |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, (milliseconds, operations, least) in measured.items():
+        rates = f"{operations / milliseconds / 1e6:.0f} | {least / 1e6:.0f} | {least / milliseconds / 1e6:.1f}"
+        lines.append(f"| {name} | {milliseconds:.0f} | {milliseconds / whole:.0%} | {rates} |")
+    rest = whole - sum(milliseconds for milliseconds, *_ in measured.values())
+    lines.append(
+        f"| the rest (unit norm, clipping, new gradients, counters) | {rest:.0f} | {rest / whole:.0%} | | | |"
+    )
+    return "\n".join(lines)
+
+
+def main():
+    arguments = parse_arguments()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    if arguments.measure_memory:
+        kind, _, name = arguments.measure_memory.partition(":")
+        measure_memory(kind, name, size_of(arguments.sizes[0]))
+        return
+    output = Path(arguments.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    text, numbers = [f"Hardware: {arguments.hardware}. One thread, float32, torch {torch.__version__}."], {}
+    for label in arguments.sizes:
+        size = size_of(label)
+        losses = medians(loss_contestants(*size, arguments.compile), arguments.rounds)
+        steps = medians(step_contestants(*size), arguments.rounds)
+        memory = {name: peak_memory("loss", size, name) for name in losses}
+        memory |= {name: peak_memory("step", size, name) for name in steps}
+        ours = "ours, HierarchicalTopK (all budgets)"
+        shares = stages(*size, arguments.rounds)
+        text += [
+            f"### batch {size[0]}, k {size[1]}, d_sae {size[2]}, d_in {size[3]}",
+            table("loss, forward and backward", losses, memory, "HierarchicalTopK, compiled (numba)"),
+            table("whole training step", steps, memory, ours),
+            stage_table(shares, steps[ours]),
+        ]
+        numbers[label] = {"size": size, "losses": losses, "steps": steps, "memory": memory, "stages": shares}
+        print("\n\n".join(text[-4:]), flush=True)
+    (output / "benchmark_training.md").write_text("\n\n".join(text) + "\n")
+    (output / "benchmark_training.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    print(f"\nTables and numbers: {output}/benchmark_training.md, .json")
+
+
+if __name__ == "__main__":
+    main()
