@@ -1,5 +1,6 @@
 """One trainable residual-stream bias vector per decoder layer, as a PEFT tuner. Importing it registers the tuner."""
 
+from .callback import BiasSteerFloat32Callback
 from .config import BiasSteerConfig
 from .export import (
     bias_ready_checkpoint,
@@ -18,6 +19,7 @@ from .registration import register
 __version__ = "0.1.0"
 __all__ = [
     "BiasSteerConfig",
+    "BiasSteerFloat32Callback",
     "BiasSteerLayer",
     "BiasSteerModel",
     "bias_ready_checkpoint",

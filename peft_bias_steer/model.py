@@ -220,10 +220,10 @@ class BiasSteerModel(BaseTuner):
         merged = any(layer.merged for layer in layers)
         for layer in layers:
             layer.detach_from_host()
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merged:
-            keep_biases_on_save(model)
-        return model
+            keep_biases_on_save(self.model)
+        return self.model
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):

@@ -1,0 +1,48 @@
+"""Quantised bases, each where it runs on a CPU: steered and merged without touching the quantised weights."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+
+from peft_bias_steer import BiasSteerConfig
+
+
+def bitsandbytes_4bit():
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+def bitsandbytes_8bit():
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+def torchao_int8():
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+@pytest.mark.parametrize("quantization", [bitsandbytes_4bit, bitsandbytes_8bit, torchao_int8])
+def test_quantised_base_is_steered_and_merged(llama, tokens, tmp_path, set_vectors, add_by_plain_hooks, quantization):
+    llama().save_pretrained(tmp_path)
+
+    def load():
+        config = quantization()
+        return AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.bfloat16).eval()
+
+    model = get_peft_model(load(), BiasSteerConfig())
+    vectors = set_vectors(model)
+    oracle = load()
+    add_by_plain_hooks(oracle.model.layers, vectors)
+    with torch.no_grad():
+        steered, expected = model(tokens).logits, oracle(tokens).logits
+        model.merge_adapter()
+        merged = model(tokens).logits
+        model.unmerge_adapter()
+        again = model(tokens).logits
+
+    assert all(vector.dtype == torch.float32 for vector in vectors)
+    assert torch.equal(steered, expected)
+    # a merged vector is rounded to the bfloat16 that the quantised module computes in
+    torch.testing.assert_close(merged, steered, rtol=0, atol=0.02 * steered.abs().max().item())
+    assert torch.equal(again, steered)
