@@ -215,7 +215,8 @@ def _choose_form(q, initial_state, return_state, backend):
         raise ValueError(f'backend must be "auto", "torch" or "triton", got {backend!r}')
     if backend == "triton" and not is_triton_available():
         raise ImportError('backend="triton" needs triton: `pip install triton`, or choose backend="torch"')
-    if backend == "triton" or (backend == "auto" and q.shape[1] > 1 and q.is_cuda and is_triton_available()):
+    has_kernel = q.is_cuda and q.dtype != torch.float64 and is_triton_available()
+    if backend == "triton" or (backend == "auto" and q.shape[1] > 1 and has_kernel):
         from .rebased_attention_triton import rebased_attention_triton
 
         return rebased_attention_triton
