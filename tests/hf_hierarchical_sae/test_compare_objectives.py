@@ -1,0 +1,118 @@
+"""The comparison of objectives: on planted features, on a tiny language model, and after an interruption."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "hf_hierarchical_sae" / "compare_objectives.py"
+TINY = {
+    "learning_rate": 1e-2,
+    "steps": 6,
+    "batch_size": 64,
+    "dataset": None,
+    "dtype": "float32",
+    "tokens": 1500,
+    "eval_tokens": 300,
+    "d_sae": 64,
+    "budgets": [2, 4],
+}
+NAMES = ["HierarchicalTopK", "HierarchicalTopK, powers of two", "BatchTopK-2", "Matryoshka-2", "TopK-2", "TopK-4"]
+
+
+@pytest.fixture
+def compare(monkeypatch):
+    """The example as a module, and a way to run it with given arguments in this process."""
+    spec = importlib.util.spec_from_file_location("compare_objectives", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        module.main()
+
+    module.run_with = run
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_claim_holds_on_planted_features(compare, tmp_path, capsys):
+    compare.run_with("--preset", "synthetic", "--seeds", 0, "--output_dir", tmp_path)
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    budgets = compare.PRESETS["synthetic"]["budgets"]
+    explained = {name: dict(zip(runs[0]["budgets"], runs[0]["explained_variance"])) for name, runs in results.items()}
+    ours, widest = explained["HierarchicalTopK"], explained[f"TopK-{budgets[-1]}"]
+    # 200 steps leave it 0.023 behind at 2 latents, less elsewhere; a dictionary for one budget is 0.04 and more behind.
+    assert all(ours[budget] > explained[f"TopK-{budget}"][budget] - 0.03 for budget in budgets)
+    assert ours[2] > widest[2] + 0.03 and ours[4] > widest[4] + 0.03
+    assert explained["HierarchicalTopK, powers of two"][2] > ours[2]
+    assert list(ours.values()) == sorted(ours.values()) and ours[budgets[-1]] > 0.95
+    assert results["HierarchicalTopK"][0]["dead_at_trained_k"] < 0.05 < results["TopK-2"][0]["dead_at_trained_k"]
+    assert explained["BatchTopK-8"][8] == pytest.approx(explained["TopK-8"][8], abs=0.02)
+    # As many latents as in training: the threshold fits.
+    assert results["BatchTopK-8"][0]["latents_per_token"][0] == pytest.approx(8, rel=0.1)
+    printed = capsys.readouterr().out
+    assert "- explained variance rises with the budget: holds (by at least 0.01" in printed
+    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def tiny(compare, tiny_language_model, tmp_path):
+    compare.PRESETS["minutes"] = TINY
+    compare.run_tiny = lambda: compare.run_with(
+        "--model", tiny_language_model, "--layer", 1, "--seeds", 0, 1, "--output_dir", tmp_path
+    )
+    return compare
+
+
+@pytest.mark.slow
+def test_every_objective_is_trained_on_the_same_activations_of_a_language_model(tiny, tmp_path):
+    tiny.run_tiny()
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(NAMES) <= set(results) and all(len(runs) == 2 for runs in results.values())
+    assert {found["tokens"] for runs in results.values() for found in runs} == {300}
+    rows = (tmp_path / "summary.md").read_text().splitlines()
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows[2 : 2 + len(results)]] == list(results)
+    first, second = (found["explained_variance"] for found in results["HierarchicalTopK"])
+    assert first != second
+    description = json.loads((tmp_path / "activations" / "harvest.json").read_text())
+    assert description["layers"] == [1] and description["max_tokens"] == 1800
+
+
+@pytest.mark.slow
+def test_an_interrupted_comparison_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
+    evaluate, train, resumed = tiny.evaluate_budgets, tiny.Trainer.train, []
+
+    def fail_at_the_second(sae, *given):
+        if sae.config.budgets == [2]:
+            raise KeyboardInterrupt
+        return evaluate(sae, *given)
+
+    def record(self, resume_from_checkpoint=None):
+        resumed.append(resume_from_checkpoint and Path(resume_from_checkpoint).name)
+        return train(self, resume_from_checkpoint=resume_from_checkpoint)
+
+    monkeypatch.setattr(tiny.Trainer, "train", record)
+    monkeypatch.setattr(tiny, "evaluate_budgets", fail_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.run_tiny()
+    assert resumed == [None, None, None]
+    kept = (tmp_path / "HierarchicalTopK" / "seed0" / "result.json").read_text()
+
+    monkeypatch.setattr(tiny, "evaluate_budgets", evaluate)
+    tiny.run_tiny()
+
+    assert resumed[3:5] == ["checkpoint-6", None]
+    assert (tmp_path / "HierarchicalTopK" / "seed0" / "result.json").read_text() == kept
+    count = len(resumed)
+    tiny.run_tiny()
+    assert len(resumed) == count
+    monkeypatch.setitem(tiny.PRESETS, "minutes", {**TINY, "steps": 7})
+    with pytest.raises(SystemExit, match="holds a comparison with other settings: give another --output_dir"):
+        tiny.run_tiny()
