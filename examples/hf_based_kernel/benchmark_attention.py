@@ -47,7 +47,9 @@ def parse_arguments():
     parser.add_argument("--head_dim", type=int, default=64, help="value numbers per head, all numbers of softmax (64)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the inputs (float32)")
-    parser.add_argument("--measure_memory_of", choices=["rebased", "softmax"], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--measure_memory_of", choices=["rebased", "softmax"], help="print only its peak memory, in MB"
+    )
     return parser.parse_args()
 
 
