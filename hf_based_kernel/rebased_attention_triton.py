@@ -36,9 +36,9 @@ def _polynomial(scores, KERNEL: tl.constexpr):
 
 
 @triton.jit
-def _shift(start, KERNEL: tl.constexpr):
-    """Zero. It depends on the chunk for large D, so that selectors are made anew and do not fill the shared memory."""
-    return tl.minimum(start, 0) if KERNEL[1] > 16 else 0
+def _shift(start, KERNEL: tl.constexpr, OPERAND: tl.constexpr):
+    """Zero. It depends on the chunk where selectors are large, so that they are made anew and not kept on the chip."""
+    return tl.minimum(start, 0) if KERNEL[1] > 16 or tl.float32 == OPERAND else 0
 
 
 @triton.jit
@@ -191,7 +191,7 @@ def _load_state(state, column, V, P, BV: tl.constexpr, STARTS: tl.constexpr, HAS
     """state: (P, V + 1), column: (BV) -> tuples of blocks: sums of features times values (SIZE, BV), of features (SIZE)."""
     sums = ()
     totals = ()
-    for b in tl.static_range(len(STARTS) - 1):  # ty: ignore[invalid-argument-type]
+    for b in tl.static_range(len(STARTS) - 1):
         row = STARTS[b] + tl.arange(0, STARTS[b + 1] - STARTS[b])
         if HAS_STATE:
             at = state + row * (V + 1)
@@ -292,7 +292,7 @@ def _forward_kernel(
     sums, totals = _load_state(state, column, V, P, BV, STARTS, HAS_STATE)
     carried = _segment_of(segments, token, tl.maximum(first_token - 1, 0), SEGMENTED)
     for start in range(first_token, stop, C):
-        shift = _shift(start, KERNEL)
+        shift = _shift(start, KERNEL, OPERAND)
         queries = _load(q, token, start, head, element, L, H, KERNEL[0], C).to(OPERAND)
         keys = _load(k, token, start, head, element, L, H, KERNEL[0], C).to(OPERAND)
         values = _load(v, token, start, head, column, L, H, V, C).to(OPERAND)
@@ -358,7 +358,7 @@ def _query_gradient_kernel(
     sums, totals = _load_state(state, column, V, P, BV, STARTS, HAS_STATE)
     carried = _segment_of(segments, token, tl.maximum(first_token - 1, 0), SEGMENTED)
     for start in range(first_token, stop, C):
-        shift = _shift(start, KERNEL)
+        shift = _shift(start, KERNEL, OPERAND)
         queries = _load(q, token, start, head, element, L, H, KERNEL[0], C).to(OPERAND)
         keys = _load(k, token, start, head, element, L, H, KERNEL[0], C).to(OPERAND)
         values = _load(v, token, start, head, column, L, H, V, C).to(OPERAND)
@@ -433,7 +433,7 @@ def _key_value_gradient_kernel(
     chunks = (stop - first_token + C - 1) // C
     for chunk in range(chunks):
         start = first_token + (chunks - 1 - chunk) * C
-        shift = _shift(start, KERNEL)
+        shift = _shift(start, KERNEL, OPERAND)
         queries = _load(q, token, start, head, element, L, H, KERNEL[0], C).to(OPERAND)
         keys = _load(k, token, start, head, element, L, H, KERNEL[0], C).to(OPERAND)
         values = _load(v, token, start, head, column, L, H, V, C).to(OPERAND)
@@ -517,7 +517,7 @@ def _span_sums_kernel(
     sums, totals = _load_state(states, column, V, P, BV, STARTS, False)
     added = _segment_of(segments, token, first_token if OF_QUERIES else stop - 1, SEGMENTED)
     for start in range(first_token, stop, C):
-        shift = _shift(start, KERNEL)
+        shift = _shift(start, KERNEL, OPERAND)
         rows = _load(x, token, start, head, element, L, H, KERNEL[0], C).to(OPERAND)
         value = _load(values, token, start, head, column, L, H, V, C).to(tl.float32)
         ids, valid = _load_segments(segments, token, start, L, C, SEGMENTED)
@@ -636,7 +636,7 @@ def _code_segments(attention_mask, segment_ids):
 
 
 def _chunk_tokens(chunk_size, dtype):
-    # The most that compile without spilled registers at D=16, V=64 (float32 spills some at any size).
+    # The most for which the state of D=16, V=64 stays in the registers of an H100 (float32 spills some at any size).
     largest = 16 if dtype == torch.float32 else 32
     return largest if chunk_size is None else min(max(triton.next_power_of_2(chunk_size), 16), largest)
 
@@ -717,6 +717,13 @@ def _span_states(x, values, denominators, deltas, boundary, segments, scale, con
         span_tokens,
         **constants | {"OF_QUERIES": of_queries},
     )
+    flags = {
+        "H": num_heads,
+        "SEGMENTED": segments is not None,
+        "HAS_STATE": boundary is not None,
+        "OF_QUERIES": of_queries,
+        "BLOCK": 1024,
+    }
     _scan_kernel[(grid[0], triton.cdiv(rows * columns, 1024))](
         states,
         states if boundary is None else boundary,
@@ -725,11 +732,7 @@ def _span_states(x, values, denominators, deltas, boundary, segments, scale, con
         span_tokens,
         spans,
         rows * columns,
-        H=num_heads,
-        SEGMENTED=segments is not None,
-        HAS_STATE=boundary is not None,
-        OF_QUERIES=of_queries,
-        BLOCK=1024,
+        **flags,
     )
     return states
 
@@ -823,9 +826,8 @@ def _backward(
     if spans == 1:
         before = None if initial_state is None else initial_state.contiguous()
     with torch.cuda.device_of(q):
-        _deltas_kernel[(triton.cdiv(deltas.numel(), 64),)](
-            grad_out, out, deltas, deltas.numel(), v.shape[-1], R=64, BV=64
-        )
+        block = {"R": 64, "BV": 64}
+        _deltas_kernel[(triton.cdiv(deltas.numel(), 64),)](grad_out, out, deltas, deltas.numel(), v.shape[-1], **block)
         if grad_state is not None:
             after = grad_state.contiguous()
         if spans > 1:

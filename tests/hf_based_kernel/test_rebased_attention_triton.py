@@ -21,6 +21,7 @@ from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 import hf_based_kernel  # noqa: E402
+from hf_based_kernel import rebased_attention, taylor_attention  # noqa: E402
 from hf_based_kernel.rebased_attention import (  # noqa: E402
     REBASED,
     TAYLOR,
@@ -52,16 +53,31 @@ def interpreted_module():
     return load_module("rebased_attention_interpreted", interpreted=True)
 
 
-@pytest.fixture
-def interpreted(interpreted_module, monkeypatch):
-    """The module, ready to run on CPU tensors, even if something has imported triton for compiling before."""
+@contextlib.contextmanager
+def interpreted_language():
+    """Triton's own functions interpreted too, and all of them as before afterwards: its interpreter leaves some changed."""
     # Triton imports gluon when a kernel first runs, and gluon must find the functions as they were.
     importlib.import_module("triton.experimental.gluon")
+    spaces = (tl, tl.core, tl.math, tl.standard, tl.tensor, tl.core.tensor_descriptor_base)
+    before = [dict(vars(space)) for space in spaces]
     for library in (tl, tl.standard):
         for name, member in list(vars(library).items()):
             if isinstance(member, JITFunction):
-                monkeypatch.setattr(library, name, InterpretedFunction(member.fn))
-    return interpreted_module
+                setattr(library, name, InterpretedFunction(member.fn))
+    yield
+    for space, members in zip(spaces, before):
+        for name, member in list(vars(space).items()):
+            if name not in members:
+                delattr(space, name)
+            elif member is not members[name]:
+                setattr(space, name, members[name])
+
+
+@pytest.fixture
+def interpreted(interpreted_module):
+    """The module, ready to run on CPU tensors, even if something has imported triton for compiling before."""
+    with interpreted_language():
+        yield interpreted_module
 
 
 def make_inputs(
@@ -322,8 +338,8 @@ class Recorder:
         return launch
 
 
-def record_launches(monkeypatch, *, hip, spans, dtype, coefficients=REBASED, feature_dim=16, head_dim=64):
-    """The launches of one forward and backward pass with segments and states on a GPU that is not there."""
+def record_launches(monkeypatch, *, hip, spans, dtype, with_segments=True):
+    """The launches of a forward and a backward pass, with an initial and a final state, on a GPU that is not there."""
     module, launches = load_module("rebased_attention_to_compile", interpreted=False), []
     for name, member in list(vars(module).items()):
         if name.endswith("_kernel"):
@@ -331,21 +347,18 @@ def record_launches(monkeypatch, *, hip, spans, dtype, coefficients=REBASED, fea
     monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.version, "hip", "7.0" if hip else None)
     with torch._subclasses.FakeTensorMode():
-        inputs, options = make_inputs(
-            batch_size=2, seq_len=4096, num_heads=12, feature_dim=feature_dim, head_dim=head_dim, device="cuda",
-            dtype=dtype, coefficients=coefficients, with_state=True,
-        )  # fmt: skip
-        q, k, v, state = inputs
-        segments = torch.zeros(2, 4096, dtype=torch.int32, device="cuda")
+        (q, k, v, state), options = make_inputs(
+            batch_size=2, seq_len=4096, num_heads=12, head_dim=64, with_state=True, dtype=dtype, device="cuda"
+        )
+        segments = torch.zeros(2, 4096, dtype=torch.int32, device="cuda") if with_segments else None
+        kernel = list(options["coefficients"])
         sizes = module._chunk_tokens(None, dtype), 4096 // spans
         # The functions beneath the operators: called as an operator, a fake tensor stops at the fake implementation.
         forward, backward = module._forward._init_fn, module._backward._init_fn
-        results = forward(q, k, v, state, segments, options["scale"], 1e-6, list(coefficients), *sizes)
+        results = forward(q, k, v, state, segments, options["scale"], options["eps"], kernel, *sizes)
         out, denominators, final_state, states = results
-        backward(
-            out, final_state, q, k, v, state, segments, out, denominators, states,
-            options["scale"], list(coefficients), *sizes,
-        )  # fmt: skip
+        saved = (q, k, v, state, segments, out, denominators, states)
+        backward(out, final_state, *saved, options["scale"], kernel, *sizes)
     return launches
 
 
@@ -398,7 +411,69 @@ def test_every_kernel_compiles_and_fits_the_shared_memory(monkeypatch, target, d
 @pytest.mark.slow
 def test_registers_of_an_h100_hold_the_state(monkeypatch):
     gpu, _ = TARGETS["sm_90"]
-    launches = record_launches(monkeypatch, hip=False, spans=1, dtype=torch.bfloat16)
+    launches = record_launches(monkeypatch, hip=False, spans=1, dtype=torch.bfloat16, with_segments=False)
 
     assert len(launches) == 4
     assert [kernel.fn.__name__ for kernel, *rest in launches if stack_bytes(compile_launch(kernel, *rest, gpu))] == []
+
+
+# On a GPU, at the sizes of the paper's models.
+
+REAL_SIZES = {
+    "many_heads": {"batch_size": 2, "seq_len": 4099, "num_heads": 12},
+    "one_long_head": {"batch_size": 1, "seq_len": 16384, "num_heads": 1},
+    "mask_and_segments": {"batch_size": 2, "seq_len": 2048, "num_heads": 4, "with_mask": True, "with_segments": True},
+    "wide": {"batch_size": 2, "seq_len": 1025, "num_heads": 4, "feature_dim": 24, "head_dim": 128},
+}
+# TF32x3 keeps about 22 bits; sums have up to 16384 terms. Half precision: as on the CPU, and TF32 rounds to 11 bits.
+REAL_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2**-5, torch.float16: 2**-7}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", REAL_TOLERANCES, ids=str)
+@pytest.mark.parametrize("attention", [rebased_attention, taylor_attention])
+@pytest.mark.parametrize("sizes", REAL_SIZES.values(), ids=REAL_SIZES.keys())
+def test_on_a_gpu_value_and_every_gradient_match_float64(sizes, attention, dtype):
+    coefficients = REBASED if attention is rebased_attention else TAYLOR
+    sizes = {"feature_dim": 16, "head_dim": 64} | sizes
+    inputs, options = make_inputs(**sizes, with_state=True, dtype=dtype, device="cuda", coefficients=coefficients)
+    # A state as large as that of the sequence itself, so that neither hides the other.
+    inputs[3] *= sizes["seq_len"] / 4
+    del options["coefficients"]
+
+    def form(backend):
+        return lambda q, k, v, **others: attention(q, k, v, backend=backend, **others)
+
+    expected = run(form("torch"), inputs, options, [torch.float64] * 4)
+    results = run(form("triton"), inputs, options, [x.dtype for x in inputs])
+    for x, y in zip(results, expected):
+        assert ((x - y).abs().max() / y.abs().max()).item() < REAL_TOLERANCES[dtype]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_compiled_call_equals_an_eager_one():
+    (q, k, v), _ = make_inputs(
+        batch_size=2, seq_len=1000, num_heads=4, head_dim=64, dtype=torch.bfloat16, device="cuda"
+    )
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    results = []
+    for attention in (rebased_attention, torch.compile(rebased_attention, fullgraph=True)):
+        out = attention(q, k, v, backend="triton")
+        results.append([out, *torch.autograd.grad(out.sum(), (q, k, v))])
+
+    for x, y in zip(*results):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_memory_grows_linearly_with_length():
+    peaks = []
+    for seq_len in (8192, 16384):
+        (q, k, v), _ = make_inputs(seq_len=seq_len, num_heads=4, head_dim=64, dtype=torch.bfloat16, device="cuda")
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        rebased_attention(q, k, v).sum().backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+
+    assert peaks[1] < 2.5 * peaks[0]
