@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 # config fields that give linear modules a bias and do nothing else
-BIAS_SWITCHES = ("mlp_bias", "attention_bias", "use_bias", "bias")
+BIAS_SWITCHES = ("mlp_bias", "attention_bias", "use_bias", "bias", "qkv_bias")
 # classes that compute what Llama computes, and the switches under which Llama has their biases
 LLAMA_COUSINS = {
     "MistralForCausalLM": ("mlp_bias",),
@@ -195,7 +195,7 @@ def bias_ready_checkpoint(
     """
     _, layers = find_layers(base)
     zero = torch.zeros(residual_width(base), device=base.device)
-    sites = [site for layer in layers for site in merge_sites(layer)]
+    sites = _sites(layers)
     originals = [site.bias for site in sites]
     try:
         for site, original in zip(sites, originals):
@@ -207,8 +207,25 @@ def bias_ready_checkpoint(
     _write_checkpoint(base, weights, output_dir, tokenizer=tokenizer, max_shard_size=max_shard_size)
 
 
+def _sites(hosts: Iterable[nn.Module]) -> list[MergeSite]:
+    sites = []
+    for host in hosts:
+        try:
+            sites += merge_sites(host)
+        except ValueError as error:
+            parts = {name.rpartition(".")[2] for name, _ in host.named_modules()}
+            reason = "no bias in it reaches its output unchanged"
+            if parts & {"experts", "router"}:
+                reason = "a router weighs the outputs of its experts, and any bias in them"
+            elif any(name.startswith(("post_feedforward", "post_mlp")) for name in parts):
+                reason = "a norm after the MLP rescales any bias in it"
+            raise ValueError(f"no checkpoint can hold vectors on {type(host).__name__}: {reason} ({error})") from error
+    return sites
+
+
 def _merged_weights(model: PeftModel) -> dict[str, torch.Tensor]:
     _check_adapters(model, model.active_adapters)
+    _sites(layer.get_base_layer() for layer in _steering_layers(model).values())
     was_merged = any(layer.merged for layer in _steering_layers(model).values())
     try:
         if not was_merged:
@@ -262,6 +279,8 @@ def _find_stock_form(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -
 
 
 def _candidate_forms(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> Iterator[StockForm]:
+    from huggingface_hub.errors import StrictDataclassError
+
     yield StockForm(type(model), model.config, dict(weights))
     text_config = model.config.get_text_config(decoder=True)
     switches = [name for name in BIAS_SWITCHES if getattr(text_config, name, None) is False]
@@ -269,6 +288,10 @@ def _candidate_forms(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -
         config = copy.deepcopy(model.config)
         for name in names:
             setattr(config.get_text_config(decoder=True), name, True)
+        try:
+            config.validate()
+        except StrictDataclassError:  # some switches have to be turned together
+            continue
         yield StockForm(type(model), config, dict(weights), tuple(names))
     if type(model).__name__ in LLAMA_COUSINS:
         _refuse_what_llama_lacks(model)
@@ -365,9 +388,8 @@ def _verify_checkpoint(model: PeftModel | PreTrainedModel, model_class: type[Pre
     )
     lost = {*report["missing_keys"], *report["unexpected_keys"]}
     config = base.config.get_text_config(decoder=True)
-    length = min(32, getattr(config, "max_position_embeddings", 32))
     # a multiplicative walk through the vocabulary: distinct tokens without touching the random state
-    input_ids = (torch.arange(1, length + 1, device=base.device) * 7919 % config.vocab_size)[None]
+    input_ids = (torch.arange(1, 17, device=base.device) * 7919 % config.vocab_size)[None]
     inputs = {"input_ids": input_ids, **({"decoder_input_ids": input_ids} if config.is_encoder_decoder else {})}
     # module by module: a PeftModel may be in training mode around a base that is not
     modes = [(module, module.training) for module in model.modules()]
