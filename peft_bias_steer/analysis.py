@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -12,10 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from .export import set_steering_vectors, steering_vectors
 from .residual import find_layers
-
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass
@@ -278,7 +274,7 @@ def layer_ablation(
         set_steering_vectors(model, vectors, adapter_name)
 
 
-def lens_table(lenses: list[LayerLens], reading: str = "raw", shown: int = 5) -> "Table":
+def lens_table(lenses: list[LayerLens], reading: str = "raw", shown: int = 5) -> Any:
     """
     A [`rich.table.Table`](https://rich.readthedocs.io) of what [`logit_lens`] returned.
 
@@ -303,7 +299,7 @@ def _tokens(scores: list[TokenScore]) -> Any:
     return Text("  ".join(f"{score.token!r} {score.score:+.2f}" for score in scores))
 
 
-def statistics_table(statistics: VectorStatistics, ratios: dict[int, float] | None = None) -> "Table":
+def statistics_table(statistics: VectorStatistics, ratios: dict[int, float] | None = None) -> Any:
     """
     A [`rich.table.Table`](https://rich.readthedocs.io) of norms and of the cosine with the layer before.
 
@@ -321,7 +317,7 @@ def statistics_table(statistics: VectorStatistics, ratios: dict[int, float] | No
     return table
 
 
-def _new_table(*titles: str) -> "Table":
+def _new_table(*titles: str) -> Any:
     try:
         from rich.table import Table
     except ImportError as error:

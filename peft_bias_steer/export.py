@@ -32,8 +32,6 @@ from .residual import MergeSite, find_layers, merge_sites, residual_width
 
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
-
     from .model import BiasSteerModel
 
 
@@ -596,7 +594,7 @@ def inject_bias_gguf(model: PeftModel, gguf_in: str | os.PathLike, gguf_out: str
     os.replace(unfinished, gguf_out)
 
 
-def _check_gguf_fits(reader: "GGUFReader", model: PeftModel, vectors: dict[str, torch.Tensor]) -> None:
+def _check_gguf_fits(reader: Any, model: PeftModel, vectors: dict[str, torch.Tensor]) -> None:
     architecture = _gguf_value(reader, "general.architecture")
     if architecture != "llama" or _gguf_value(reader, "llama.expert_count"):
         raise ValueError(
@@ -614,12 +612,12 @@ def _check_gguf_fits(reader: "GGUFReader", model: PeftModel, vectors: dict[str, 
         raise ValueError(f"expected a GGUF model without biases, got one with {present[0]}: take the unsteered one")
 
 
-def _gguf_value(reader: "GGUFReader", name: str) -> object:
+def _gguf_value(reader: Any, name: str) -> object:
     value = reader.get_field(name)
     return None if value is None else value.contents()
 
 
-def _read_gguf(path: str | os.PathLike) -> "GGUFReader":
+def _read_gguf(path: str | os.PathLike) -> Any:
     gguf = _import_gguf()
     try:
         return gguf.GGUFReader(path)
