@@ -36,7 +36,7 @@ def parse_arguments():
     parser.add_argument("--num_attention_heads", type=int, default=4, help="heads (default: 4)")
     parser.add_argument("--feature_dim", type=int, default=16, help="query and key numbers per head (default: 16)")
     parser.add_argument("--batch_size", type=int, default=128, help="sequences per step and process (default: 128)")
-    parser.add_argument("--max_steps", type=int, default=800, help="optimizer steps (default: 800)")
+    parser.add_argument("--max_steps", type=int, default=1500, help="optimizer steps (default: 1500)")
     parser.add_argument("--learning_rate", type=float, default=5e-3, help="peak learning rate (default: 5e-3)")
     parser.add_argument("--eval_examples", type=int, default=1000, help="sequences to test on (default: 1000)")
     parser.add_argument("--save_steps", type=int, default=200, help="steps between checkpoints (default: 200)")

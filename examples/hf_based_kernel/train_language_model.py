@@ -61,7 +61,7 @@ def parse_arguments():
         help="conv, linear_attention or sliding_attention for each layer (default: the first two in turn)",
     )
     parser.add_argument("--seq_len", type=int, default=256, help="tokens per sequence (default: 256)")
-    parser.add_argument("--batch_size", type=int, default=16, help="sequences per step and process (default: 16)")
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences per step and process (default: 8)")
     parser.add_argument("--max_steps", type=int, default=400, help="optimizer steps (default: 400)")
     parser.add_argument("--learning_rate", type=float, default=4e-3, help="peak learning rate (default: 4e-3)")
     parser.add_argument("--eval_tokens", type=int, default=32_768, help="tokens held out (default: 32768)")
