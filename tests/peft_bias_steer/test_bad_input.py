@@ -54,7 +54,7 @@ def test_model_without_recognisable_layers():
 
 
 def test_unknown_list_of_layers(llama):
-    with pytest.raises(ValueError, match="no nn.ModuleList named towers in LlamaModel"):
+    with pytest.raises(ValueError, match="no nn.ModuleList named towers in LlamaForCausalLM"):
         get_peft_model(llama(), BiasSteerConfig(layers_pattern="towers"))
 
 
