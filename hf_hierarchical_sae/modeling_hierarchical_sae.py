@@ -260,14 +260,22 @@ class HierarchicalSaeModel(PreTrainedModel):
             self.model_card(repo_id).push_to_hub(repo_id, token=token)
         return super().push_to_hub(repo_id, **kwargs)
 
-    def model_card(self, repo_id: str) -> ModelCard:
-        """Model card with the facts of the config and a usage snippet that runs as it stands."""
+    def model_card(self, repo_id: str, picture: str | None = None) -> ModelCard:
+        """
+        Args:
+            repo_id (`str`): where the model will be found, used in the snippet.
+            picture (`str`, *optional*): file name, in the repository, of a plot of quality against budget.
+
+        Returns:
+            `ModelCard`: the facts of the config and a usage snippet that runs as it stands.
+        """
         config = self.config
         data = ModelCardData(library_name="transformers", tags=list(self.model_tags or []))
         source = (
             f"layer {config.layer} ({config.hook_point}) of `{config.model_name}`" if config.model_name else "a model"
         )
         budgets = "every budget up to k" if config.budgets is None else f"budgets {list(config.budgets)}"
+        plot = f"\n![Explained variance at every number of latents]({picture})\n" if picture else ""
         return ModelCard(f"""---
 {data.to_yaml()}
 ---
@@ -277,7 +285,7 @@ class HierarchicalSaeModel(PreTrainedModel):
 Sparse autoencoder with {config.d_sae} latents for activations of size {config.d_in} from {source}, trained on
 {config.dataset_name or "unnamed text"} for {budgets} (k = {config.k}) with the HierarchicalTopK loss
 ([arXiv 2505.24473](https://arxiv.org/abs/2505.24473)). One dictionary serves every number of latents up to k.
-
+{plot}
 ```python
 import torch
 from transformers import AutoModel

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from huggingface_hub import create_repo, upload_folder
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -60,6 +61,7 @@ def parse_arguments():
     parser.add_argument("--save_steps", type=int, default=100, help="steps between checkpoints (default: 100)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights, text order and batches (default: 0)")
     parser.add_argument("--output_dir", default="outputs/sae", help="where everything is written (outputs/sae)")
+    parser.add_argument("--hub_model_id", help="repository on the Hub to upload the result to (default: no upload)")
     parser.add_argument(
         "--resume_from_checkpoint",
         nargs="?",
@@ -240,6 +242,11 @@ def main():
     }
     (output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     plot(before, after, output / "explained_variance.png")
+    card = sae.model_card(arguments.hub_model_id or arguments.output_dir, picture="explained_variance.png")
+    card.save(output / "README.md")
+    if arguments.hub_model_id:
+        repo_id = create_repo(arguments.hub_model_id, exist_ok=True).repo_id
+        upload_folder(repo_id=repo_id, folder_path=output, ignore_patterns=["checkpoint-*"])
 
     lines = [
         f"Trained:    a sparse autoencoder, {arguments.d_sae} latents, on layer {arguments.layer} of {arguments.model}: "

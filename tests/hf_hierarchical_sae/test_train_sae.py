@@ -31,14 +31,14 @@ def run(monkeypatch):
 
     def run_script(command, *options):
         monkeypatch.setattr(sys, "argv", [str(part) for part in (*command, *options)][1:])
-        runpy.run_path(SCRIPT, run_name="__main__")
+        runpy.run_path(str(SCRIPT), run_name="__main__")
 
     return run_script
 
 
 @pytest.mark.slow
-def test_it_trains_saves_and_reports_every_budget(command, run, tmp_path, capsys):
-    run(command, "--max_steps", "60", "--learning_rate", "1e-2")
+def test_it_trains_saves_and_reports_every_budget(command, run, hub, tmp_path, capsys):
+    run(command, "--max_steps", "60", "--learning_rate", "1e-2", "--hub_model_id", "tester/trained")
 
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     before, after = result["explained_variance_before"], result["explained_variance_after"]
@@ -47,6 +47,10 @@ def test_it_trains_saves_and_reports_every_budget(command, run, tmp_path, capsys
     assert {"model.safetensors", "config.json", "explained_variance.png"} <= {
         path.name for path in (tmp_path / "out").iterdir()
     }
+    card = hub.files("tester/trained")["README.md"].decode()
+    assert "](explained_variance.png)" in card and 'from_pretrained("tester/trained"' in card
+    assert {"model.safetensors", "explained_variance.png"} <= set(hub.files("tester/trained"))
+    assert not [name for name in hub.files("tester/trained") if "checkpoint" in name or name.endswith((".bin", ".pt"))]
     assert "the same after saving and loading" in capsys.readouterr().out
 
 
