@@ -10,10 +10,10 @@ peak resident set of a fresh process in which only that contestant runs. A libra
 """
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -97,12 +97,11 @@ def our_step(batch, k, d_sae, d_in, x, budgets):
 
 
 def sae_lens_step(batch, k, d_sae, d_in, x):
-    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
-    from sae_lens.saes.sae import TrainStepInput
-
-    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=k)).train()
+    sae_lens = importlib.import_module("sae_lens")
+    step_input = importlib.import_module("sae_lens.saes.sae").TrainStepInput
+    sae = sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=k)).train()
     optimizer = torch.optim.Adam(sae.parameters(), lr=LEARNING_RATE)
-    given = TrainStepInput(sae_in=x, coefficients={}, dead_neuron_mask=None, n_training_steps=1, is_logging_step=False)
+    given = step_input(sae_in=x, coefficients={}, dead_neuron_mask=None, n_training_steps=1, is_logging_step=False)
 
     def step():
         sae.training_forward_pass(step_input=given).loss.backward()
@@ -114,9 +113,7 @@ def sae_lens_step(batch, k, d_sae, d_in, x):
 
 
 def dictionary_learning_step(batch, k, d_sae, d_in, x):
-    from dictionary_learning.trainers.top_k import TopKTrainer
-
-    trainer = TopKTrainer(
+    trainer = importlib.import_module("dictionary_learning.trainers.top_k").TopKTrainer(
         steps=1000, activation_dim=d_in, dict_size=d_sae, k=k, layer=0, lm_name="none", lr=LEARNING_RATE,
         warmup_steps=10, device="cpu",
     )  # fmt: skip
@@ -126,9 +123,8 @@ def dictionary_learning_step(batch, k, d_sae, d_in, x):
 def sparsify_step(batch, k, d_sae, d_in, x):
     # Its decoder is written in Triton, which needs a GPU, unless it is told otherwise.
     os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
-    from sparsify import SparseCoder, SparseCoderConfig
-
-    sae = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=k))
+    sparsify = importlib.import_module("sparsify")
+    sae = sparsify.SparseCoder(d_in, sparsify.SparseCoderConfig(num_latents=d_sae, k=k))
     optimizer = torch.optim.Adam(sae.parameters(), lr=LEARNING_RATE)
 
     def step():
@@ -217,7 +213,8 @@ def peak_memory(kind, size, name):
 def measure_memory(kind, name, size):
     def resident(line):
         status = Path("/proc/self/status").read_text()
-        return int(re.search(rf"{line}:\s+(\d+) kB", status)[1]) / 1024
+        fields = dict(entry.split(":", 1) for entry in status.splitlines())
+        return int(fields[line].split()[0]) / 1024
 
     if kind == "loss":
         call = loss_contestants(*size, with_compile="torch.compile" in name)[name]

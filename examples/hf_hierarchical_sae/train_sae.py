@@ -15,6 +15,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -114,7 +115,7 @@ def harvest(arguments, texts):
     language_model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     if torch.cuda.is_available():
         language_model.cuda()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model)
     stream = iterate_activations(
         language_model, tokenizer, texts, arguments.layer, max_tokens=arguments.tokens + arguments.eval_tokens
     )
