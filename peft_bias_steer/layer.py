@@ -53,11 +53,8 @@ class BiasSteerLayer(nn.Module, BaseTunerLayer):
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, None]:
         # no dtype: the vectors stay in float32 whatever the base model's dtype is
-        parameter = next((p for p in base_layer.parameters() if not self._owns(p)), None)
+        parameter = next(base_layer.parameters(), None)
         return (None if parameter is None else parameter.device), None
-
-    def _owns(self, parameter: nn.Parameter) -> bool:
-        return any(parameter is own for own in self.parameters())
 
     def update_layer(self, adapter_name: str, config: BiasSteerConfig) -> None:
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())

@@ -49,7 +49,17 @@ class BiasSteerModel(BaseTuner):
         if state_dict is not None:
             # PEFT takes what stands before the prefix for the name of the target: the host, not our child of it
             state_dict = {key.replace(".bias_steer.bias_steer_", ".bias_steer_"): v for key, v in state_dict.items()}
-        super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+        before = set(self.steering_layers.values())
+        try:
+            super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+        except (TypeError, ValueError):
+            # some modules may have been steered before the bad one was met
+            for layer in self.steering_layers.values():
+                if layer in before:
+                    layer.delete_adapter(adapter_name)
+                else:
+                    layer.detach_from_host()
+            raise
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None

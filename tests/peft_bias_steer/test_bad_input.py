@@ -48,6 +48,19 @@ def test_target_modules_of_an_unsupported_kind(llama):
         get_peft_model(llama(), BiasSteerConfig(target_modules=["embed_tokens"]))
 
 
+def test_a_bad_target_among_good_ones_leaves_nothing_behind(llama, set_vectors):
+    base = llama()
+    with pytest.raises(TypeError, match="norm is a LlamaRMSNorm"):
+        get_peft_model(base, BiasSteerConfig(target_modules=["o_proj", "norm"]))
+    assert {name for name, _ in base.named_modules()} == {name for name, _ in llama().named_modules()}
+
+    model = get_peft_model(base, BiasSteerConfig(target_modules=["o_proj"]))
+    with pytest.raises(TypeError, match="norm is a LlamaRMSNorm"):
+        model.add_adapter("other", BiasSteerConfig(target_modules=["o_proj", "q_proj", "norm"]))
+    assert len(model.base_model.steering_layers) == 3
+    assert all(set(layer.bias_steer_vector) == {"default"} for layer in model.base_model.steering_layers.values())
+
+
 def test_model_without_recognisable_layers():
     with pytest.raises(ValueError, match="cannot tell the layers of a Sequential: name the modules in target_modules"):
         get_peft_model(nn.Sequential(nn.Linear(4, 4)), BiasSteerConfig())
