@@ -51,6 +51,13 @@ quality: $(VENV)/.installed  ## Lint, format check, type check, spelling
 	$(BIN)/ty check --python $(VENV) --extra-search-path .
 	$(BIN)/codespell
 
+bench: export OMP_NUM_THREADS := 1
+bench: model  ## Run every benchmark (about an hour without a GPU); tables in outputs/benchmarks
+	mkdir -p $(OUT)/benchmarks
+	$(BIN)/python examples/peft_bias_steer/benchmark_overhead.py --model $(MODEL) --output $(OUT)/benchmarks/overhead.md
+	$(BIN)/python examples/hf_hierarchical_sae/benchmark_training.py --output_dir $(OUT)/benchmarks/sae
+	$(BIN)/python examples/hf_based_kernel/benchmark_attention.py | tee $(OUT)/benchmarks/attention.md
+
 style: $(VENV)/.installed  ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
