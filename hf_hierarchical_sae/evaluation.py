@@ -174,7 +174,6 @@ class _BudgetSums:
 
     def __init__(self, sae, budgets):
         self.sae, self.budgets = sae, budgets
-        # Sums are taken around b_dec: far from the origin, Σx² − n·mean² would lose its digits.
         self.center = sae.b_dec / sae.input_scale
         zeros = partial(torch.zeros, dtype=torch.float64, device=sae.W_dec.device)
         self.errors, self.ratios, self.cosines = (zeros(len(budgets)) for _ in range(3))
@@ -188,9 +187,10 @@ class _BudgetSums:
         x = x.float()
         is_batch_topk = self.sae.config.selection == "batch_topk"
         top_indices, top_values = self.sae.encode(x, None if is_batch_topk else self.budgets[-1])
-        centered = (x - self.center).double()
-        self.total += centered.sum(dim=0)
-        self.squares += centered.square().sum()
+        # In float32, Σx² − n·mean² would lose its digits far from the origin.
+        precise = x.double()
+        self.total += precise.sum(dim=0)
+        self.squares += precise.square().sum()
         self.tokens += len(x)
         norms = torch.linalg.vector_norm(x, dim=1).clamp(min=1e-12)
         # The unused places of a batch_topk SAE hold zeros, so its one budget takes all places.

@@ -329,6 +329,21 @@ def test_a_killed_harvest_resumes_without_loss_or_repetition(tiny_language_model
     assert resumed.counts == harvested[1]
 
 
+def test_a_shard_gets_its_name_only_once_it_is_whole(tiny_language_model, tmp_path, monkeypatch):
+    def full_disk(tensors, path, metadata):
+        path.write_bytes(b"half a shard")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_hierarchical_sae.activations.save_file", full_disk)
+        with pytest.raises(OSError, match="no space left"):
+            harvest(tiny_language_model, tmp_path)
+    assert not list(tmp_path.glob("shard-*.safetensors"))
+
+    harvest(tiny_language_model, tmp_path)
+    assert not list(tmp_path.glob("*.tmp")) and ActivationShards(tmp_path, layer=0)
+
+
 def test_several_processes_write_together_what_one_writes_alone(tiny_language_model, harvested, tmp_path):
     harvest(tiny_language_model, tmp_path, processes=(1, 2))
     mine = {file.name for file in tmp_path.glob("shard-*")}

@@ -197,7 +197,7 @@ def test_a_reconstruction_of_zeros_recovers_nothing(model, tokenizer):
 
 def test_losses_are_what_a_loop_over_texts_gives(model, tokenizer):
     """Each text alone; first positions and an outlier keep the model's own values and are not scored."""
-    sae, loss, zeros, divergence, clean, count = identity_sae(32, scale=0.8), 0.0, 0.0, 0.0, 0.0, 0
+    sae, loss, zeros, divergence, clean, count = identity_sae(32, scale=0.2), 0.0, 0.0, 0.0, 0.0, 0
     for text in TEXTS:
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
 
@@ -214,7 +214,7 @@ def test_losses_are_what_a_loop_over_texts_gives(model, tokenizer):
             return found
 
         targets = ids[0, 2:]
-        own, changed = run(1.0), run(0.8)
+        own, changed = run(1.0), run(0.2)
         clean += F.nll_loss(own, targets, reduction="sum").item()
         loss += F.nll_loss(changed, targets, reduction="sum").item()
         zeros += F.nll_loss(run(0.0), targets, reduction="sum").item()
