@@ -53,9 +53,9 @@ def test_the_claim_holds_on_planted_features(compare, tmp_path, capsys):
     assert explained["HierarchicalTopK, powers of two"][2] > ours[2]
     assert list(ours.values()) == sorted(ours.values()) and ours[budgets[-1]] > 0.95
     assert results["HierarchicalTopK"][0]["dead_at_trained_k"] < 0.05 < results["TopK-2"][0]["dead_at_trained_k"]
-    assert explained["BatchTopK-8"][8] == pytest.approx(explained["TopK-8"][8], abs=0.02)
-    # As many latents as in training: the threshold fits.
-    assert results["BatchTopK-8"][0]["latents_per_token"][0] == pytest.approx(8, rel=0.1)
+    # It spreads its latents over tokens as it likes; and its threshold lets through as many as in training.
+    assert explained["BatchTopK-2"][2] > explained["TopK-2"][2] + 0.03
+    assert results["BatchTopK-2"][0]["latents_per_token"][0] == pytest.approx(2, rel=0.1)
     printed = capsys.readouterr().out
     assert "- explained variance rises with the budget: holds (by at least 0.01" in printed
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
