@@ -4,6 +4,7 @@ Both walk token by token, so that a token's residual stays in the cache while it
 torch forms go latent by latent over the whole batch instead. Threads share the columns, so no two write to one entry.
 """
 
+import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 try:
     from numba import float32, njit
+    from numpy.ctypeslib import as_array
 except ImportError:
     njit = None
 
@@ -138,7 +140,7 @@ def budget_errors_numba(
         `IndexError`: indices outside [0, d_sae).
     """
     _check(top_indices, len(W_dec), (top_values, W_dec, b_dec, target))
-    contiguous = [tensor.contiguous() for tensor in (top_indices, top_values, W_dec, b_dec, target)]
+    contiguous = [tensor.contiguous() for tensor in (top_indices.long(), top_values, W_dec, b_dec, target)]
     return _HierarchicalTopKNumba.apply(*contiguous, tuple(budgets))
 
 
@@ -153,7 +155,7 @@ def add_rows_numba(indices: torch.Tensor, values: torch.Tensor, rows: torch.Tens
         total (`torch.Tensor`): (d_sae, d_in), contiguous.
     """
     _check(indices, len(total), (values, rows, total))
-    tensors = (indices.contiguous(), values.contiguous(), rows.contiguous(), total)
+    tensors = (indices.long().contiguous(), values.contiguous(), rows.contiguous(), total)
     _over_columns(_add_rows, rows.shape[1], tensors, [()] * torch.get_num_threads())
 
 
@@ -173,9 +175,9 @@ def _over_columns(kernel, width, tensors, private):
     """Run `kernel` on one slice of the columns per thread, each with the tensors that only it writes to."""
     threads = len(private)
     bounds = [width * thread // threads for thread in range(threads + 1)]
-    shared = [tensor.detach().numpy() for tensor in tensors]
+    shared = [_as_array(tensor) for tensor in tensors]
     jobs = [
-        (start, stop, *shared, *(tensor.numpy() for tensor in own))
+        (start, stop, *shared, *(_as_array(tensor) for tensor in own))
         for start, stop, own in zip(bounds, bounds[1:], private)
     ]
     if threads == 1:
@@ -183,3 +185,9 @@ def _over_columns(kernel, width, tensors, private):
         return
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(lambda job: kernel(*job), jobs))
+
+
+def _as_array(tensor):
+    """The tensor's memory as a numpy array. Not `tensor.numpy()`: that fixes the storage, which FSDP wants to free."""
+    kind = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double, torch.int64: ctypes.c_int64}[tensor.dtype]
+    return as_array((kind * tensor.numel()).from_address(tensor.data_ptr())).reshape(tensor.shape)
