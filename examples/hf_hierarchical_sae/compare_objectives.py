@@ -19,6 +19,7 @@ import random
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -129,7 +130,7 @@ def harvested(settings, folder):
     state = PartialState()
     if not (folder / "complete.json").exists():
         model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=getattr(torch, settings["dtype"]))
-        tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+        tokenizer: Any = AutoTokenizer.from_pretrained(settings["model"])
         stream = iterate_activations(
             model.to(state.device),
             tokenizer,

@@ -24,8 +24,9 @@ def test_without_a_gpu_one_sentence_says_so():
     done = run_script()
 
     assert done.returncode == 1
-    assert done.stderr == (
-        "benchmark_kernels.py times GPU kernels and found no CUDA GPU: run it on a machine with one.\n"
+    # the last line: torchao, if installed, complains of missing GPU libraries before
+    assert done.stderr.splitlines()[-1] == (
+        "benchmark_kernels.py times GPU kernels and found no CUDA GPU: run it on a machine with one."
     )
 
 

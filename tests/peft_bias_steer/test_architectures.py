@@ -21,7 +21,12 @@ from peft_bias_steer.residual import find_layers, merge_sites
 
 
 TABLE = Path(__file__).parents[2] / "docs" / "bias_steer_architectures.md"
-CONFIGS = {config_class.model_type: config_class for config_class in MODEL_FOR_CAUSAL_LM_MAPPING}
+# transformers' own types: what others registered in this process is not part of the table
+CONFIGS = {
+    config_class.model_type: config_class
+    for config_class in MODEL_FOR_CAUSAL_LM_MAPPING
+    if config_class.__module__.startswith("transformers.")
+}
 # one size for every name that configurations give to the same thing
 SIZES = {
     "hidden_size d_model n_embd n_embed embed_dim emb_dim dim": 32,
