@@ -2,18 +2,12 @@
 
 from .callback import BiasSteerFloat32Callback
 from .config import BiasSteerConfig
-from .export import (
-    bias_ready_checkpoint,
-    export_control_vector,
-    export_stock_checkpoint,
-    from_control_vector,
-    inject_bias_gguf,
-    set_steering_vectors,
-    steering_vectors,
-)
 from .layer import BiasSteerLayer
+from .llama_cpp import export_control_vector, from_control_vector, inject_bias_gguf
 from .model import BiasSteerModel
 from .registration import register
+from .stock_checkpoint import bias_ready_checkpoint, export_stock_checkpoint
+from .vectors import set_steering_vectors, steering_vectors
 
 
 __version__ = "0.1.0"

@@ -10,8 +10,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .export import set_steering_vectors, steering_vectors
 from .residual import find_layers
+from .vectors import set_steering_vectors, steering_vectors
 
 
 @dataclass

@@ -16,7 +16,8 @@ from transformers.utils import logging
 
 from .analysis import lens_table, logit_lens, plot_statistics, statistics_table, vector_statistics
 from .config import BiasSteerConfig
-from .export import bias_ready_checkpoint, export_control_vector, export_stock_checkpoint, inject_bias_gguf
+from .llama_cpp import export_control_vector, inject_bias_gguf
+from .stock_checkpoint import bias_ready_checkpoint, export_stock_checkpoint
 
 
 EXAMPLES = """

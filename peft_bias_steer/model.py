@@ -8,9 +8,9 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .export import keep_biases_on_save, refuse_lossy_rollout_sync
 from .layer import BiasSteerLayer
-from .residual import find_layers, merge_sites, residual_width
+from .residual import find_layers, merge_sites, refuse_lossy_rollout_sync, residual_width
+from .stock_forms import keep_biases_on_save
 
 
 class BiasSteerModel(BaseTuner):

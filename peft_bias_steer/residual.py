@@ -1,7 +1,9 @@
 """The residual stream of an architecture: its layers, its width, and where it can hold an exact bias."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 
 import torch
 from torch import nn
@@ -206,3 +208,31 @@ def residual_width(model: PreTrainedModel) -> int:
     if getattr(config, "hidden_size", None) is None:
         raise ValueError(f"{config.model_type} cannot be steered: its config names no hidden_size")
     return config.hidden_size
+
+
+def refuse_lossy_rollout_sync(sites: Iterable[MergeSite]) -> None:
+    """
+    Raises if TRL is about to merge for vLLM, and vLLM's copy of the model has no biases to receive.
+
+    vLLM ignores an unexpected bias without a word, so it would go on sampling from the base model.
+
+    Args:
+        sites (`Iterable[MergeSite]`): The places that the merge would write to.
+
+    Raises:
+        RuntimeError: If the caller is TRL and one of the sites has no bias in the base model.
+    """
+    frame = sys._getframe(1)
+    # TRL leaves no other sign: who calls PEFT decides. PEFT's own frames, and torch's decorators, come in between
+    while frame is not None and _package(frame) in ("peft_bias_steer", "peft", "torch"):
+        frame = frame.f_back
+    if frame is not None and _package(frame) == "trl" and any(site.bias is None for site in sites):
+        raise RuntimeError(
+            "vLLM runs a copy of the base checkpoint, which has no biases that could receive the steering vectors: it "
+            "would silently sample from the base model. Write a base with zero biases once, with "
+            "peft_bias_steer.bias_ready_checkpoint(base, output_dir), and train on that, or set use_vllm=False"
+        )
+
+
+def _package(frame: FrameType) -> str:
+    return frame.f_globals.get("__name__", "").partition(".")[0]

@@ -1,0 +1,190 @@
+"""Steering vectors in llama.cpp's GGUF files: as a control vector, or as biases inside a model file."""
+
+import os
+import shutil
+import struct
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from .config import BiasSteerConfig
+from .residual import find_layers, residual_width
+from .vectors import active_vectors, set_steering_vectors, unwrap
+
+
+def export_control_vector(model: PeftModel, path: str | os.PathLike, *, drop_first_layer: bool = False) -> float:
+    """
+    Writes the active vectors, summed at their present scale, as a control vector for llama.cpp
+    (`llama-cli --control-vector FILE`): a GGUF file with one tensor `direction.N` for the output of each layer N.
+
+    llama.cpp refuses a file with a vector for layer 0.
+
+    Args:
+        model (`PeftModel`): A model with a BiasSteer adapter.
+        path (`str` or `os.PathLike`): File to write.
+        drop_first_layer (`bool`, *optional*, defaults to `False`): Leave out the vector of layer 0 if it is not zero.
+
+    Returns:
+        `float`: Norm of the vector of layer 0, which the file does not hold.
+
+    Raises:
+        ValueError: If layer 0 has a vector that `drop_first_layer` does not give up, or no other layer has any.
+    """
+    vectors = active_vectors(model)
+    dropped = vectors.pop(0, torch.zeros(1)).norm().item()
+    others = sum(vector.norm().item() ** 2 for vector in vectors.values()) ** 0.5
+    if dropped and not drop_first_layer:
+        raise ValueError(
+            f"llama.cpp takes no vector for layer 0, but this one has norm {dropped:.4g} (the others together "
+            f"{others:.4g}): give it up with drop_first_layer=True, or keep it with inject_bias_gguf() or "
+            "export_stock_checkpoint()"
+        )
+    if not vectors:
+        raise ValueError("expected vectors for layers above 0, got none: llama.cpp takes no file without any")
+    gguf = _import_gguf()
+    config = unwrap(model).config.get_text_config(decoder=True)
+    writer = gguf.GGUFWriter(path, "controlvector")
+    writer.add_string("controlvector.model_hint", config.model_type)
+    writer.add_uint32("controlvector.layer_count", config.num_hidden_layers)
+    for index, vector in sorted(vectors.items()):
+        writer.add_tensor(f"direction.{index}", vector.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return dropped
+
+
+def from_control_vector(
+    path: str | os.PathLike, model: PeftModel | PreTrainedModel, adapter_name: str = "default"
+) -> PeftModel:
+    """
+    Reads a llama.cpp control vector as a BiasSteer adapter. The layers that the file does not name are not steered.
+
+    Args:
+        path (`str` or `os.PathLike`): GGUF file with tensors `direction.N`.
+        model (`PeftModel` or `PreTrainedModel`): Model to steer; a `PeftModel` gets one more adapter.
+        adapter_name (`str`, *optional*, defaults to `"default"`): Name of the new adapter.
+
+    Returns:
+        `PeftModel`: The steered model.
+
+    Raises:
+        ValueError: If the file is damaged, holds no control vector, or one of another size. `model` is unchanged then.
+    """
+    base = unwrap(model)
+    _, layers = find_layers(base)
+    width = residual_width(base)
+    vectors = {}
+    for tensor in _read_gguf(path).tensors:
+        prefix, _, index = tensor.name.partition(".")
+        if prefix != "direction" or not index.isdecimal() or int(index) >= len(layers):
+            raise ValueError(f"expected tensors direction.0 to direction.{len(layers) - 1}, got {tensor.name}")
+        if tensor.tensor_type.name != "F32" or tensor.data.shape != (width,):
+            raise ValueError(
+                f"expected {tensor.name} as F32 of shape ({width},), got {tensor.tensor_type.name} of shape "
+                f"{tensor.data.shape}: a control vector fits only the model that it was made for"
+            )
+        vectors[int(index)] = torch.from_numpy(tensor.data.copy())
+    if not vectors:
+        raise ValueError(f"expected a control vector with tensors direction.N, got none in {path}")
+    config = BiasSteerConfig(layers_to_transform=sorted(vectors))
+    if isinstance(model, PeftModel):
+        if adapter_name in model.peft_config:
+            raise ValueError(f"expected a new adapter name, got {adapter_name!r}, which the model has already")
+        model.add_adapter(adapter_name, config)
+    else:
+        model = get_peft_model(model, config, adapter_name=adapter_name)
+    set_steering_vectors(model, vectors, adapter_name)
+    return model
+
+
+def inject_bias_gguf(model: PeftModel, gguf_in: str | os.PathLike, gguf_out: str | os.PathLike) -> None:
+    """
+    Copies a llama.cpp model and adds the active vectors to it as biases `blk.N.ffn_down.bias`, layer 0 included.
+
+    Metadata and all other tensors stay as they are, byte for byte, whatever their quantisation.
+
+    Args:
+        model (`PeftModel`): A model with a BiasSteer adapter; its active vectors are summed at their present scale.
+        gguf_in (`str` or `os.PathLike`): GGUF file of the base model, of architecture `llama`.
+        gguf_out (`str` or `os.PathLike`): GGUF file to write.
+
+    Raises:
+        ValueError: If the file is damaged, of another architecture or size, or has such biases already.
+    """
+    vectors = {f"blk.{index}.ffn_down.bias": vector for index, vector in sorted(active_vectors(model).items())}
+    reader = _read_gguf(gguf_in)
+    _check_gguf_fits(reader, model, vectors)
+    swapped = ">" if sys.byteorder == "little" else "<"
+    order = swapped if reader.byte_order == "S" else "="
+    field = reader.tensors[-1].field
+    infos_end = field.offset + sum(part.nbytes for part in field.parts)
+    magic_and_version, tensors_and_rest = reader.data[:8].tobytes(), reader.data[16:infos_end].tobytes()
+    old_size = len(reader.data) - reader.data_offset
+    offset = _padded(old_size, reader.alignment)
+    infos, data = b"", b"\0" * (offset - old_size)
+    for name, vector in vectors.items():
+        values = vector.numpy().astype(f"{order}f4").tobytes()
+        infos += struct.pack(f"{order}Q{len(name)}sIQIQ", len(name), name.encode(), 1, len(vector), 0, offset)
+        data += values.ljust(_padded(len(values), reader.alignment), b"\0")
+        offset += _padded(len(values), reader.alignment)
+    count = struct.pack(f"{order}Q", len(reader.tensors) + len(vectors))
+    head = magic_and_version + count + tensors_and_rest + infos
+    unfinished = Path(f"{gguf_out}.unfinished")
+    with open(gguf_in, "rb") as source, unfinished.open("wb") as file:
+        file.write(head.ljust(_padded(len(head), reader.alignment), b"\0"))
+        source.seek(reader.data_offset)
+        shutil.copyfileobj(source, file)
+        file.write(data)
+    os.replace(unfinished, gguf_out)
+
+
+def _check_gguf_fits(reader: Any, model: PeftModel, vectors: dict[str, torch.Tensor]) -> None:
+    architecture = _gguf_value(reader, "general.architecture")
+    if architecture != "llama" or _gguf_value(reader, "llama.expert_count"):
+        raise ValueError(
+            f"expected a dense GGUF model of architecture llama, got {architecture} with "
+            f"{_gguf_value(reader, 'llama.expert_count') or 0} experts, for which llama.cpp knows no such bias: use "
+            "export_control_vector()"
+        )
+    base = unwrap(model)
+    expected = (len(find_layers(base)[1]), residual_width(base))
+    got = tuple(_gguf_value(reader, f"llama.{name}") for name in ("block_count", "embedding_length"))
+    if got != expected:
+        raise ValueError(f"expected a GGUF model of (layers, width) = {expected}, got {got}: take that of this base")
+    present = sorted(vectors.keys() & {tensor.name for tensor in reader.tensors})
+    if present:
+        raise ValueError(f"expected a GGUF model without biases, got one with {present[0]}: take the unsteered one")
+
+
+def _gguf_value(reader: Any, name: str) -> object:
+    value = reader.get_field(name)
+    return None if value is None else value.contents()
+
+
+def _read_gguf(path: str | os.PathLike) -> Any:
+    gguf = _import_gguf()
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError) as error:
+        raise ValueError(
+            f"expected a complete GGUF file, got {os.path.getsize(path)} bytes in {path} that do not parse ({error})"
+        ) from error
+
+
+def _import_gguf() -> ModuleType:
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError("GGUF files need one more package: pip install 'peft_bias_steer[gguf]'") from error
+    return gguf
+
+
+def _padded(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment

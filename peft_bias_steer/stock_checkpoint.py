@@ -1,0 +1,190 @@
+"""Steered models as checkpoints of stock transformers classes, for vLLM, SGLang and everything else."""
+
+import copy
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .residual import MergeSite, find_layers, merge_sites, residual_width
+from .stock_forms import StockForm, find_stock_form
+from .vectors import check_adapters, steering_layers, unwrap
+
+
+logger = logging.get_logger(__name__)
+
+
+def export_stock_checkpoint(
+    model: PeftModel | PreTrainedModel,
+    output_dir: str | os.PathLike,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """
+    Writes a checkpoint of stock transformers classes that computes what the steered model computes.
+
+    The vectors become biases. Where the model's own class has no room for them, another stock class is used: Llama,
+    SmolLM3, Granite and others with `mlp_bias=True`; Mistral, Phi3 and Qwen2 as `LlamaForCausalLM`. The checkpoint is
+    loaded again and its logits are compared before it appears under `output_dir`.
+
+    Args:
+        model (`PeftModel` or `PreTrainedModel`):
+            The steered model, with its active adapters at their present scale, or what `merge_and_unload` returned.
+        output_dir (`str` or `os.PathLike`): Folder to write. It must be empty or not exist.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            Tokenizer to save along. By default the one of the checkpoint that the base model was loaded from.
+        max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): Size above which the weights are split.
+
+    Raises:
+        ValueError: If no stock class computes the same, with the reason. Nothing is written then.
+    """
+    weights = _merged_weights(model) if isinstance(model, PeftModel) else model.state_dict()
+    _write_checkpoint(model, weights, output_dir, tokenizer=tokenizer, max_shard_size=max_shard_size)
+
+
+def bias_ready_checkpoint(
+    base: PreTrainedModel,
+    output_dir: str | os.PathLike,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """
+    Writes the same model with zero biases where steering vectors merge.
+
+    vLLM ignores a bias that its checkpoint did not have. Training on this checkpoint instead of `base` lets TRL's
+    vLLM sync deliver the vectors.
+
+    Args:
+        base (`PreTrainedModel`): A model without adapters.
+        output_dir (`str` or `os.PathLike`): Folder to write. It must be empty or not exist.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): As in [`export_stock_checkpoint`].
+        max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): Size above which the weights are split.
+
+    Raises:
+        ValueError: If no stock class has such biases, with the reason. Nothing is written then.
+    """
+    _, layers = find_layers(base)
+    zero = torch.zeros(residual_width(base), device=base.device)
+    sites = _sites(layers)
+    originals = [site.bias for site in sites]
+    try:
+        for site, original in zip(sites, originals):
+            site.write(original, zero)
+        weights = base.state_dict()
+    finally:
+        for site, original in zip(sites, originals):
+            site.restore(original)
+    _write_checkpoint(base, weights, output_dir, tokenizer=tokenizer, max_shard_size=max_shard_size)
+
+
+def _sites(hosts: Iterable[nn.Module]) -> list[MergeSite]:
+    sites = []
+    for host in hosts:
+        try:
+            sites += merge_sites(host)
+        except ValueError as error:
+            parts = {name.rpartition(".")[2] for name, _ in host.named_modules()}
+            reason = "no bias in it reaches its output unchanged"
+            if parts & {"experts", "router"}:
+                reason = "a router weighs the outputs of its experts, and any bias in them"
+            elif any(name.startswith(("post_feedforward", "post_mlp")) for name in parts):
+                reason = "a norm after the MLP rescales any bias in it"
+            raise ValueError(f"no checkpoint can hold vectors on {type(host).__name__}: {reason} ({error})") from error
+    return sites
+
+
+def _merged_weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    check_adapters(model, model.active_adapters)
+    _sites(layer.get_base_layer() for layer in steering_layers(model).values())
+    was_merged = any(layer.merged for layer in steering_layers(model).values())
+    try:
+        if not was_merged:
+            model.merge_adapter(safe_merge=True)
+        weights = unwrap(model).state_dict()
+    finally:
+        if not was_merged:
+            model.unmerge_adapter()
+    return {key: weight for key, weight in weights.items() if ".bias_steer." not in key}
+
+
+def _write_checkpoint(
+    model: PeftModel | PreTrainedModel,
+    weights: dict[str, torch.Tensor],
+    output_dir: str | os.PathLike,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_shard_size: int | str,
+) -> None:
+    base = unwrap(model)
+    output = Path(output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output_dir must be empty or not exist, but {output} holds something: choose another")
+    if getattr(base.config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"expected a base model that is not quantised, got {base.config.quantization_config}: load the base in "
+            "full precision, attach the adapter to that, and export it"
+        )
+    own = StockForm(type(base), base.config, weights).skeleton().state_dict()
+    foreign = [key for key in weights if key not in own and not key.endswith(".bias")]
+    if foreign:
+        raise ValueError(f"no stock class has the weights {foreign[:4]}…: unload what else was added to the model")
+    form = find_stock_form(base, weights)
+    stock = form.skeleton()
+    stock.load_state_dict(form.weights, assign=True)
+    if base.can_generate():
+        stock.generation_config = copy.deepcopy(base.generation_config)
+    tokenizer = tokenizer or _find_tokenizer(base)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
+        folder = Path(scratch, "checkpoint")
+        stock.save_pretrained(folder, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        _verify_checkpoint(model, form.model_class, folder)
+        os.replace(folder, output)
+
+
+def _find_tokenizer(base: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    if not base.name_or_path:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(base.name_or_path)
+    except (OSError, ValueError):
+        logger.warning(f"No tokenizer found in {base.name_or_path}: pass one as `tokenizer` to have it saved along.")
+        return None
+
+
+@torch.no_grad()
+def _verify_checkpoint(model: PeftModel | PreTrainedModel, model_class: type[PreTrainedModel], folder: Path) -> None:
+    base = unwrap(model)
+    reloaded, report = cast(Any, model_class).from_pretrained(
+        folder, dtype=base.dtype, attn_implementation=base.config._attn_implementation, output_loading_info=True
+    )
+    lost = {*report["missing_keys"], *report["unexpected_keys"]}
+    config = base.config.get_text_config(decoder=True)
+    # a multiplicative walk through the vocabulary: distinct tokens without touching the random state
+    input_ids = (torch.arange(1, 17, device=base.device) * 7919 % config.vocab_size)[None]
+    inputs = {"input_ids": input_ids, **({"decoder_input_ids": input_ids} if config.is_encoder_decoder else {})}
+    # module by module: a PeftModel may be in training mode around a base that is not
+    modes = [(module, module.training) for module in model.modules()]
+    expected = model.eval()(**inputs).logits.float()
+    for module, mode in modes:
+        module.training = mode
+    got = reloaded.to(base.device).eval()(**inputs).logits.float()
+    # float16 and bfloat16 round the bias itself, and once more at every layer
+    tolerance = (1e-4 if base.dtype in (torch.float32, torch.float64) else 5e-2) * expected.abs().max()
+    error = (got - expected).abs().max()
+    if lost or not error <= tolerance:
+        raise RuntimeError(
+            f"the reloaded {model_class.__name__} should give the model's logits within {tolerance:.1e}, got "
+            f"{error:.1e} and the lost or missing weights {sorted(lost)}: nothing was written; please report this"
+        )

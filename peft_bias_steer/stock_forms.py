@@ -1,0 +1,157 @@
+"""
+Stock classes of transformers that can hold a model's weights together with merged biases.
+
+`from_pretrained` and vLLM both drop a bias that the config does not announce, without an error.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+
+
+# config fields that give linear modules a bias and do nothing else
+BIAS_SWITCHES = ("mlp_bias", "attention_bias", "use_bias", "bias", "qkv_bias")
+# classes that compute what Llama computes, and the switches under which Llama has their biases
+LLAMA_COUSINS = {
+    "MistralForCausalLM": ("mlp_bias",),
+    "Phi3ForCausalLM": ("mlp_bias",),
+    "Qwen2ForCausalLM": ("mlp_bias", "attention_bias"),
+}
+WHY_NO_STOCK_FORM = {
+    "Qwen3ForCausalLM": "it normalises queries and keys, which no class with MLP biases does",
+    "GemmaForCausalLM": "it scales embeddings and norms as no class with MLP biases does",
+}
+
+
+@dataclass
+class StockForm:
+    """
+    A stock class that can hold a model's weights and biases.
+
+    Args:
+        model_class (`type[PreTrainedModel]`): The class.
+        config (`PreTrainedConfig`): Its config.
+        weights (`dict[str, torch.Tensor]`): All its weights; biases that only the class demands are zero.
+        switches (`tuple[str, ...]`): Config fields that are on here and off in the model's own config.
+    """
+
+    model_class: type[PreTrainedModel]
+    config: PreTrainedConfig
+    weights: dict[str, torch.Tensor]
+    switches: tuple[str, ...] = ()
+
+    def skeleton(self) -> PreTrainedModel:
+        with torch.device("meta"):
+            return self.model_class(copy.deepcopy(self.config))
+
+
+def find_stock_form(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> StockForm:
+    for form in _candidate_forms(model, weights):
+        expected = form.skeleton().state_dict()
+        biases = {key for key in form.weights if key.endswith("bias")}
+        added = expected.keys() - form.weights.keys()
+        if biases <= expected.keys() and all(key.endswith(".bias") for key in added):
+            for key in added:
+                weight = form.weights[key.removesuffix("bias") + "weight"]
+                dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+                form.weights[key] = torch.zeros(expected[key].shape, dtype=dtype, device=weight.device)
+            return form
+    name = type(model).__name__
+    raise ValueError(
+        f"no stock class computes what {name} with these biases computes: "
+        f"{WHY_NO_STOCK_FORM.get(name, 'its config has no switch for them')}. Keep the adapter and load it with "
+        "PeftModel.from_pretrained(), or use export_control_vector() for llama.cpp"
+    )
+
+
+def _candidate_forms(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> Iterator[StockForm]:
+    from huggingface_hub.errors import StrictDataclassError
+
+    yield StockForm(type(model), model.config, dict(weights))
+    text_config = model.config.get_text_config(decoder=True)
+    switches = [name for name in BIAS_SWITCHES if getattr(text_config, name, None) is False]
+    for names in [*([name] for name in switches), switches]:
+        config = copy.deepcopy(model.config)
+        for name in names:
+            setattr(config.get_text_config(decoder=True), name, True)
+        try:
+            config.validate()
+        except StrictDataclassError:  # some switches have to be turned together
+            continue
+        yield StockForm(type(model), config, dict(weights), tuple(names))
+    if type(model).__name__ in LLAMA_COUSINS:
+        _refuse_what_llama_lacks(model)
+        shared = LlamaConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
+        fields = {name: value for name, value in model.config.to_dict().items() if name in shared}
+        fields.update(dict.fromkeys(LLAMA_COUSINS[type(model).__name__], True))
+        yield StockForm(LlamaForCausalLM, LlamaConfig(**fields), dict(_split_fused(weights, model.config)))
+
+
+def _refuse_what_llama_lacks(model: PreTrainedModel) -> None:
+    config, rope = model.config, model.config.rope_parameters
+    reason = None
+    if config.sliding_window is not None and config.sliding_window < config.max_position_embeddings:
+        reason = f"its attention has a sliding window of {config.sliding_window} tokens"
+    elif rope["rope_type"] == "longrope":
+        reason = "its rotary embedding is of type longrope"
+    elif rope.get("partial_rotary_factor", 1.0) != 1.0:
+        reason = f"it rotates only a part ({rope['partial_rotary_factor']}) of each head"
+    if reason is not None:
+        raise ValueError(
+            f"{type(model).__name__} cannot be written as LlamaForCausalLM: {reason}. Keep the adapter and load it "
+            "with PeftModel.from_pretrained(), or use export_control_vector() for llama.cpp"
+        )
+
+
+def _split_fused(weights: dict[str, torch.Tensor], config: PreTrainedConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """Phi3's `qkv_proj` and `gate_up_proj` as the modules that Llama has; copies, since files hold no views."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    key_rows = config.num_key_value_heads * head_dim
+    for key, weight in weights.items():
+        if "qkv_proj" in key:
+            rows = [config.num_attention_heads * head_dim, key_rows, key_rows]
+            for name, part in zip(("q_proj", "k_proj", "v_proj"), weight.split(rows)):
+                yield key.replace("qkv_proj", name), part.clone()
+        elif "gate_up_proj" in key:
+            for name, part in zip(("gate_proj", "up_proj"), weight.chunk(2)):
+                yield key.replace("gate_up_proj", name), part.clone()
+        else:
+            yield key, weight
+
+
+def keep_biases_on_save(model: nn.Module) -> None:
+    """
+    Makes `save_pretrained` of a model with merged vectors complete, or makes it refuse.
+
+    `from_pretrained` drops biases that the config does not announce. If a switch in the config announces them, it is
+    turned on here, and the other biases that it implies are added as zeros. Otherwise `save_pretrained` raises.
+
+    Args:
+        model (`nn.Module`): What `merge_and_unload` is about to return. Nothing happens to one outside transformers.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
+    weights = model.state_dict()
+    try:
+        form = find_stock_form(model, weights)
+    except ValueError as error:
+        model.save_pretrained = partial(_refuse_to_save, reason=str(error))
+        return
+    if form.model_class is not type(model):
+        reason = f"it has to be saved as {form.model_class.__name__}: use export_stock_checkpoint(model, output_dir)"
+        model.save_pretrained = partial(_refuse_to_save, reason=reason)
+        return
+    for switch in form.switches:
+        setattr(model.config.get_text_config(decoder=True), switch, True)
+    for key in form.weights.keys() - weights.keys():
+        module = model.get_submodule(key.removesuffix(".bias"))
+        module.bias = nn.Parameter(form.weights[key], requires_grad=False)
+
+
+def _refuse_to_save(*args, reason: str, **kwargs) -> None:
+    raise ValueError(f"save_pretrained() would lose the merged steering vectors when the model is loaded: {reason}")

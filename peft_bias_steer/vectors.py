@@ -1,0 +1,107 @@
+"""The vectors of a steered model as plain tensors by the index of their layer."""
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from peft import PeftModel, PeftType
+from transformers import PreTrainedModel
+
+from .config import BiasSteerConfig
+from .layer import BiasSteerLayer
+from .residual import find_layers
+
+
+if TYPE_CHECKING:
+    from .model import BiasSteerModel
+
+
+def steering_vectors(model: PeftModel, adapter_name: str = "default") -> dict[int, torch.Tensor]:
+    """
+    The vectors of one adapter by the index of their layer.
+
+    Args:
+        model (`PeftModel`): A model with a BiasSteer adapter.
+        adapter_name (`str`, *optional*, defaults to `"default"`): Name of the adapter.
+
+    Returns:
+        `dict[int, torch.Tensor]`: Copies of the vectors, unscaled, each (hidden_size,).
+
+    Raises:
+        ValueError: If there is no such adapter, or if it steers modules other than layers.
+    """
+    layers = layers_by_index(model, [adapter_name])
+    return {index: layer.vector(adapter_name).detach().clone() for index, layer in layers.items()}
+
+
+def set_steering_vectors(model: PeftModel, vectors: dict[int, torch.Tensor], adapter_name: str = "default") -> None:
+    """
+    Overwrites the vectors of one adapter. Layers that `vectors` does not name keep theirs.
+
+    Args:
+        model (`PeftModel`): A model with a BiasSteer adapter.
+        vectors (`dict[int, torch.Tensor]`): New vectors by index of their layer, each (hidden_size,).
+        adapter_name (`str`, *optional*, defaults to `"default"`): Name of the adapter.
+
+    Raises:
+        ValueError: If a layer is not steered, a size is wrong or the adapter is merged. Nothing is changed then.
+    """
+    layers = layers_by_index(model, [adapter_name])
+    unknown = sorted(set(vectors) - set(layers))
+    if unknown:
+        raise ValueError(f"expected vectors for layers among {sorted(layers)}, got some for {unknown}")
+    for index, vector in vectors.items():
+        if vector.shape != (layers[index].size,):
+            raise ValueError(
+                f"expected a vector of shape ({layers[index].size},) for layer {index}, got {tuple(vector.shape)}"
+            )
+        if adapter_name in layers[index].merged_adapters:
+            raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge_adapter() before changing its vectors")
+    for index, vector in vectors.items():
+        layers[index].vector(adapter_name).data.copy_(vector)
+
+
+def active_vectors(model: PeftModel) -> dict[int, torch.Tensor]:
+    """The active vectors, summed at their present scale, by the index of their layer; refuses what is not finite."""
+    layers = layers_by_index(model, model.active_adapters)
+    sums = {index: layer.sum_vectors(model.active_adapters) for index, layer in layers.items()}
+    vectors = {index: total.detach().float().cpu() for index, total in sums.items() if total is not None}
+    broken = [index for index, vector in vectors.items() if not vector.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"expected finite vectors, got NaN or infinity in those of layers {broken}: nothing to export"
+        )
+    return vectors
+
+
+def layers_by_index(model: PeftModel, adapter_names: list[str]) -> dict[int, BiasSteerLayer]:
+    check_adapters(model, adapter_names)
+    pattern = cast(BiasSteerConfig, model.peft_config[adapter_names[0]]).layers_pattern
+    index_of = {host: index for index, host in enumerate(find_layers(unwrap(model), pattern)[1])}
+    layers = {}
+    for name, layer in steering_layers(model).items():
+        if any(adapter in layer.bias_steer_vector for adapter in adapter_names):
+            if layer.get_base_layer() not in index_of:
+                raise ValueError(
+                    f"expected vectors on decoder layers, but {name} is steered, which has no layer index: save the "
+                    "adapter with save_pretrained() instead"
+                )
+            layers[index_of[layer.get_base_layer()]] = layer
+    return layers
+
+
+def check_adapters(model: PeftModel, adapter_names: list[str]) -> None:
+    """Raises `ValueError` unless all of `adapter_names` are BiasSteer adapters of `model`."""
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"expected a PeftModel with a BiasSteer adapter, got a {type(model).__name__}")
+    kinds = {name: PeftType(config.peft_type).value for name, config in model.peft_config.items()}
+    if not adapter_names or any(kinds.get(name) != "BIAS_STEER" for name in adapter_names):
+        raise ValueError(f"expected the name of a BiasSteer adapter, got {adapter_names}; the model has {kinds}")
+
+
+def steering_layers(model: PeftModel) -> dict[str, BiasSteerLayer]:
+    return cast("BiasSteerModel", model.base_model).steering_layers
+
+
+def unwrap(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
+    """The transformers model inside."""
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
