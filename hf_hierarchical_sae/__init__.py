@@ -6,6 +6,7 @@ from .activations import ActivationShards, ActivationStream, iterate_activations
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
 from .evaluation import HierarchicalSaeEvaluation, evaluate_budgets, explained_variance, plot_evaluations
 from .hierarchical_topk_loss import hierarchical_topk_loss
+from .interventions import ablate, record_statistics, splice, steer
 from .modeling_hierarchical_sae import HierarchicalSaeModel, HierarchicalSaeOutput
 from .training_callback import HierarchicalSaeCallback
 
@@ -25,9 +26,13 @@ __all__ = [
     "HierarchicalSaeEvaluation",
     "HierarchicalSaeModel",
     "HierarchicalSaeOutput",
+    "ablate",
     "evaluate_budgets",
     "explained_variance",
     "hierarchical_topk_loss",
     "iterate_activations",
     "plot_evaluations",
+    "record_statistics",
+    "splice",
+    "steer",
 ]

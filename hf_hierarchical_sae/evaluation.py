@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from transformers.utils import logging
 
 from .activations import ActivationStream, decoder_layers, evaluation_mode
+from .interventions import edited_output
 from .modeling_hierarchical_sae import HierarchicalSaeModel, check_finite
 
 
@@ -121,7 +122,7 @@ def evaluate_budgets(
     with evaluation_mode(sae):
         sae.normalize_decoder()
         if isinstance(activations, ActivationStream):
-            _check_belongs(sae, activations)
+            check_belongs(sae, activations)
             return sums.result(_language_model_sums(sae, activations, sums))
         for piece in [activations] if isinstance(activations, torch.Tensor) else activations:
             for x in piece.to(sae.W_dec.device).split(batch_size):
@@ -248,7 +249,7 @@ def _resolve(sae, budgets):
     return budgets
 
 
-def _check_belongs(sae, stream):
+def check_belongs(sae, stream):
     """The stream's language model and layer have to be those that the autoencoder was trained on."""
     name = stream.model.config.name_or_path
     if stream.hidden_size != sae.config.d_in:
@@ -308,21 +309,9 @@ def _language_model_sums(sae, stream, sums):
 
 def _logits(model, layer, ids, mask, edit):
     """Logits, (contexts, positions, vocabulary), with `edit(output)` in place of the layer's output unless None."""
-
-    def hook(module, args, output):
-        is_tensor = isinstance(output, torch.Tensor)
-        edited = edit(output if is_tensor else output[0])
-        if edited is None:
-            return None
-        return edited if is_tensor else (edited, *output[1:])
-
-    handle = layer.register_forward_hook(hook)
-    try:
-        with evaluation_mode(model):
-            ids, mask = ids.to(model.device), mask.to(model.device)
-            return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    finally:
-        handle.remove()
+    with edited_output(layer, edit), evaluation_mode(model):
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
 
 def _replaced(output, keep, replacement):

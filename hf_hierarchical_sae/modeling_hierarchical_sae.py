@@ -57,6 +57,8 @@ class HierarchicalSaeModel(PreTrainedModel):
     input_scale: torch.Tensor
     threshold: torch.Tensor
     tokens_since_fired: torch.Tensor
+    mean_activation: torch.Tensor
+    median_norm: torch.Tensor
 
     def __init__(self, config: HierarchicalSaeConfig):
         super().__init__(config)
@@ -67,6 +69,9 @@ class HierarchicalSaeModel(PreTrainedModel):
         self.register_buffer("input_scale", torch.ones(()))
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("tokens_since_fired", torch.zeros(config.d_sae, dtype=torch.int64))
+        # In units of x; 0 until `record_statistics` has measured them.
+        self.register_buffer("mean_activation", torch.zeros(config.d_sae))
+        self.register_buffer("median_norm", torch.zeros(()))
         self._training_sums: torch.Tensor | None = None
         self.add_model_tags(["sparse-autoencoder", "hf_hierarchical_sae"])
         self.post_init()
@@ -75,7 +80,7 @@ class HierarchicalSaeModel(PreTrainedModel):
         init.normal_(module.W_dec)
         init.copy_(module.W_dec, F.normalize(module.W_dec.detach(), dim=1))
         init.copy_(module.encoder_weight, module.W_dec.detach())
-        for tensor in (module.b_enc, module.b_dec, module.threshold, module.tokens_since_fired):
+        for tensor in (module.b_enc, module.b_dec, *module.buffers()):
             init.zeros_(tensor)
         init.ones_(module.input_scale)
 

@@ -1,0 +1,255 @@
+"""Replace, steer and ablate what a sparse autoencoder reads, inside a running language model."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .activations import decoder_layers, evaluation_mode
+from .modeling_hierarchical_sae import HierarchicalSaeModel, check_finite
+
+
+logger = logging.get_logger(__name__)
+
+# Positions of a larger norm, in units of the median on record, were left out of the training data.
+MAX_NORM_RATIO = 5.0
+
+Edit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@contextmanager
+def splice(
+    model: PreTrainedModel,
+    sae: HierarchicalSaeModel,
+    layer: int,
+    *,
+    k: int | None = None,
+    keep_error: bool = False,
+    edit: Edit | None = None,
+    max_norm: float | None = None,
+) -> Iterator[None]:
+    """
+    Inside, reconstructions stand in place of the output of a decoder layer: x̂ for x, or x̂ + (x − x̂₀) with the error
+    kept, where x̂₀ is the reconstruction before `edit`. Without an edit, keeping the error changes nothing at all.
+
+    Contexts can be nested, over several layers and autoencoders; on one layer they act in the order in which they
+    were entered. They hold in `generate` as well, for prompt and new tokens. Each position is treated by itself, so
+    what stands at padded positions does not matter to the others.
+
+    Args:
+        model (`PreTrainedModel`): any transformers model with a list of decoder layers, a PEFT model too. Left as it
+            was, also by an exception.
+        sae ([`HierarchicalSaeModel`]): in evaluation mode inside.
+        layer (`int`): decoder layer, counted from 0; negative counts from the end.
+        k (`int`, *optional*): latents per position, at most `sae.config.k`, which is the default.
+        keep_error (`bool`, defaults to `False`): add what the reconstruction lacks.
+        edit (`Callable`, *optional*): called with top_indices and top_values, (batch, positions, k) each, returns the
+            values to reconstruct from.
+        max_norm (`float`, *optional*): positions of a larger norm keep the model's own values, such as attention
+            sinks, which an autoencoder is not trained on. By default 5 times the median on record (see
+            [`record_statistics`]), or no limit if there is none.
+
+    Raises:
+        `ValueError`: no such layer, another hidden size than `sae.config.d_in`, an autoencoder of something other than
+            layer outputs, or `k` out of range (in the forward pass).
+    """
+    if max_norm is None:
+        max_norm = MAX_NORM_RATIO * sae.median_norm.item() or torch.inf
+
+    def replace(hidden_states):
+        x = hidden_states.to(sae.W_dec.device, torch.promote_types(hidden_states.dtype, torch.float32))
+        top_indices, top_values = sae.encode(x, k)
+        replacement = sae.decode(top_indices, top_values if edit is None else edit(top_indices, top_values))
+        if keep_error:
+            replacement = x + (replacement - sae.decode(top_indices, top_values))
+        is_usual = torch.linalg.vector_norm(x, dim=-1, keepdim=True) <= max_norm
+        return torch.where(is_usual, replacement.to(x.dtype), x).to(hidden_states)
+
+    with evaluation_mode(sae), edited_output(_target(model, sae, layer), replace):
+        yield
+
+
+@contextmanager
+def ablate(
+    model: PreTrainedModel,
+    sae: HierarchicalSaeModel,
+    layer: int,
+    latents: int | Sequence[int],
+    *,
+    k: int | None = None,
+    max_norm: float | None = None,
+) -> Iterator[None]:
+    """
+    Inside, the output of a decoder layer lacks what some latents contribute: x − Σ_{i ∈ latents} v_i W_dec[i], with
+    v_i the activation of latent i if it is among the k strongest, else 0. A form of [`splice`], which says more.
+
+    Args:
+        model (`PreTrainedModel`): any transformers model with a list of decoder layers.
+        sae ([`HierarchicalSaeModel`]): in evaluation mode inside.
+        layer (`int`): decoder layer, counted from 0; negative counts from the end.
+        latents (`int` or `Sequence[int]`): which to leave out.
+        k (`int`, *optional*): latents per position, at most `sae.config.k`, which is the default.
+        max_norm (`float`, *optional*): as in [`splice`].
+
+    Raises:
+        `ValueError`: as [`splice`], or a latent out of range.
+    """
+    is_ablated = torch.zeros(sae.config.d_sae, dtype=torch.bool, device=sae.W_dec.device)
+    is_ablated[_indices(sae, latents)] = True
+
+    def drop(top_indices, top_values):
+        return top_values.masked_fill(is_ablated[top_indices], 0.0)
+
+    with splice(model, sae, layer, k=k, keep_error=True, edit=drop, max_norm=max_norm):
+        yield
+
+
+@contextmanager
+def steer(
+    model: PreTrainedModel,
+    sae: HierarchicalSaeModel,
+    layer: int,
+    latent: int | Sequence[int],
+    strength: float | Sequence[float],
+    *,
+    typical_activation: float | Sequence[float] | None = None,
+) -> Iterator[None]:
+    """
+    Inside, decoder directions are added to the output of a decoder layer at every position:
+    x + Σ_i strength_i · typical_i · W_dec[i], with typical_i the mean activation of latent i where it fires.
+
+    Args:
+        model (`PreTrainedModel`): any transformers model with a list of decoder layers. Left as it was, also by an
+            exception.
+        sae ([`HierarchicalSaeModel`]): whose decoder to take.
+        layer (`int`): decoder layer, counted from 0; negative counts from the end.
+        latent (`int` or `Sequence[int]`): one latent or several.
+        strength (`float` or `Sequence[float]`): in units of the typical activation, one for all latents or one for
+            each; negative steers away.
+        typical_activation (`float` or `Sequence[float]`, *optional*): in units of x. By default the one on record
+            (see [`record_statistics`]); 1.0 makes `strength` a coefficient.
+
+    Raises:
+        `ValueError`: no such layer or latent, another hidden size than `sae.config.d_in`, or a typical activation
+            that is neither given nor on record.
+    """
+    indices = _indices(sae, latent)
+    if typical_activation is None:
+        typical = sae.mean_activation[indices].float()
+        unknown = indices[typical == 0].tolist()
+        if unknown:
+            raise ValueError(
+                f"the typical activation of latents {unknown} is not on record: call record_statistics with "
+                "activations that they fire on, or give typical_activation"
+            )
+    else:
+        typical = torch.as_tensor(typical_activation, dtype=torch.float32, device=indices.device)
+    coefficients = typical * torch.as_tensor(strength, dtype=torch.float32, device=indices.device)
+    if coefficients.ndim > 1 or coefficients.numel() not in (1, len(indices)):
+        raise ValueError(
+            f"strength and typical_activation must be one number or one for each of the {len(indices)} latents, "
+            f"got shape {tuple(coefficients.shape)}"
+        )
+    vector = coefficients.expand(len(indices)) @ sae.W_dec[indices].float()
+
+    def add(hidden_states):
+        x = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        return (x + vector.to(x)).to(hidden_states.dtype)
+
+    with edited_output(_target(model, sae, layer), add):
+        yield
+
+
+@torch.no_grad()
+def record_statistics(
+    sae: HierarchicalSaeModel, activations: torch.Tensor | Iterable[torch.Tensor], batch_size: int = 4096
+):
+    """
+    Measure what interventions need to know, and keep it in the autoencoder, which saves it with its weights: the mean
+    activation of each latent over the inputs that it fires on (`mean_activation`, 0 if on none), and the median norm
+    of the inputs (`median_norm`).
+
+    Args:
+        sae ([`HierarchicalSaeModel`]): left in evaluation mode or training mode as it came.
+        activations (`torch.Tensor` or iterable of them): (tokens, d_in) each, finite.
+        batch_size (`int`, defaults to 4096): tokens at a time.
+
+    Raises:
+        `ValueError`: no tokens, or NaN or infinite activations.
+    """
+    total = torch.zeros(sae.config.d_sae, dtype=torch.float64, device=sae.W_dec.device)
+    fired, norms = torch.zeros_like(total), []
+    with evaluation_mode(sae):
+        for piece in [activations] if isinstance(activations, torch.Tensor) else activations:
+            check_finite(piece)
+            for x in piece.to(sae.W_dec.device).float().split(batch_size):
+                top_indices, top_values = sae.encode(x)
+                total.index_add_(0, top_indices.flatten(), top_values.flatten().double())
+                fired.index_add_(0, top_indices.flatten(), (top_values > 0).flatten().double())
+                norms.append(torch.linalg.vector_norm(x, dim=1))
+    if not sum(map(len, norms)):
+        raise ValueError("expected a sample of activations to measure, got no tokens")
+    sae.mean_activation.copy_(total / fired.clamp(min=1))
+    sae.median_norm.copy_(torch.cat(norms).median())
+
+
+@contextmanager
+def edited_output(layer: nn.Module, edit: Callable[[torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
+    """
+    Inside, `edit(hidden_states)` stands in place of the hidden states that a decoder layer returns, unless it is None.
+
+    Args:
+        layer (`nn.Module`): decoder layer that returns its hidden states, (batch, positions, hidden_size), alone or
+            first in a tuple or list.
+        edit (`Callable`): called with the hidden states in each forward pass.
+    """
+
+    def hook(module, args, output):
+        is_tensor = isinstance(output, torch.Tensor)
+        edited = edit(output if is_tensor else output[0])
+        if is_tensor or edited is None:
+            return edited
+        return type(output)((edited, *output[1:]))
+
+    handle = layer.register_forward_hook(hook)
+    # transformers' own hook for output_hidden_states, once installed, has to come after this one to see its result.
+    for key, other in list(layer._forward_hooks.items()):
+        if getattr(other, "__module__", None) == "transformers.utils.output_capturing":
+            layer._forward_hooks.move_to_end(key)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _target(model, sae, layer):
+    """The decoder layer to change, after checking that the autoencoder can read it."""
+    layers, config = decoder_layers(model), sae.config
+    if not -len(layers) <= layer < len(layers):
+        raise ValueError(f"layer must be in [0, {len(layers) - 1}], got {layer}")
+    hidden_size = model.config.get_text_config(decoder=True).hidden_size
+    if hidden_size != config.d_in:
+        raise ValueError(
+            f"the autoencoder takes activations of size {config.d_in} (it was trained on "
+            f"{config.model_name or 'an unnamed model'}), the language model has hidden_size {hidden_size}: give the "
+            "model that it was trained on"
+        )
+    if config.hook_point not in (None, "output"):
+        raise ValueError(f"interventions act on layer outputs, the autoencoder was trained on {config.hook_point!r}")
+    if config.layer not in (None, layer % len(layers)):
+        logger.warning(f"the autoencoder was trained on layer {config.layer}, it is used on {layer % len(layers)}")
+    return layers[layer]
+
+
+def _indices(sae, latents):
+    indices = torch.as_tensor(latents, dtype=torch.int64, device=sae.W_dec.device).reshape(-1)
+    wrong = indices[(indices < 0) | (indices >= sae.config.d_sae)].tolist()
+    if wrong or not len(indices):
+        raise ValueError(f"latents must be in [0, d_sae={sae.config.d_sae}), got {wrong or 'none'}")
+    return indices
+
+
+__all__ = ["ablate", "record_statistics", "splice", "steer"]

@@ -1,0 +1,380 @@
+"""Replacing, steering and ablating inside a running language model, against hand-written arithmetic."""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, logging
+
+from hf_hierarchical_sae import (
+    HierarchicalSaeConfig,
+    HierarchicalSaeModel,
+    ablate,
+    evaluate_budgets,
+    iterate_activations,
+    record_statistics,
+    splice,
+    steer,
+)
+
+
+IDS = torch.arange(5, 29).reshape(2, 12)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_language_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_language_model).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Far from uniform predictions: a change of a layer's output then shows.
+            parameter.mul_(6.0 if parameter.ndim == 2 else 1.0)
+    return model
+
+
+def make_sae(**options):
+    torch.manual_seed(1)
+    return HierarchicalSaeModel(HierarchicalSaeConfig(**{"d_in": 32, "d_sae": 96, "k": 8, **options})).eval()
+
+
+def logits(model, ids=IDS, **options):
+    with torch.no_grad():
+        return model(input_ids=ids, **options).logits
+
+
+def states(model, layer, ids=IDS):
+    """Output of a layer as transformers reports it, before the final norm."""
+    with torch.no_grad():
+        return model.get_decoder()(input_ids=ids, output_hidden_states=True).hidden_states[layer + 1]
+
+
+def with_layer_output(model, layer, replace):
+    """Logits with `replace(x)` as the output of a layer, by a hook of the test's own."""
+    handle = model.get_decoder().layers[layer].register_forward_hook(lambda module, args, output: replace(output))
+    try:
+        return logits(model)
+    finally:
+        handle.remove()
+
+
+def test_splice_replaces_the_output_by_the_reconstruction_at_each_budget(model):
+    sae = make_sae()
+    for k in (1, 3, 8):
+        expected = with_layer_output(model, 0, lambda x, k=k: sae(x, k=k).reconstruction.detach())
+        with splice(model, sae, 0, k=k):
+            spliced = logits(model)
+        torch.testing.assert_close(spliced, expected)
+    assert not torch.allclose(spliced, logits(model), atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"selection": "batch_topk", "budgets": [8]}], ids=["topk", "batch_topk"])
+def test_splice_with_the_error_kept_changes_no_bit(model, dtype, options):
+    model = AutoModelForCausalLM.from_config(model.config, dtype=dtype).eval()
+    sae, clean = make_sae(**options), logits(model)
+
+    with splice(model, sae, 0, keep_error=True), splice(model, sae, 1, k=8, keep_error=True):
+        assert torch.equal(logits(model), clean)
+
+
+def test_splice_reconstructs_from_edited_values_and_adds_the_error_of_the_unedited_ones(model):
+    sae = make_sae()
+
+    def double(top_indices, top_values):
+        return torch.where(top_indices < 48, 2 * top_values, top_values)
+
+    def expected(x, keep_error):
+        indices, values = sae.encode(x, 5)
+        edited = sae.decode(indices, double(indices, values))
+        return (edited + keep_error * (x - sae.decode(indices, values))).detach()
+
+    for keep_error in (False, True):
+        with splice(model, sae, 1, k=5, keep_error=keep_error, edit=double):
+            found = logits(model)
+        torch.testing.assert_close(found, with_layer_output(model, 1, lambda x, keep=keep_error: expected(x, keep)))
+
+
+def test_ablation_takes_away_what_the_latents_contribute(model):
+    sae = make_sae()
+    clean = states(model, 0)
+    indices, values = sae.encode(clean, 4)
+    latents = indices.flatten().unique()[:10].tolist()
+    expected = clean.clone()
+    for batch, position in torch.cartesian_prod(torch.arange(2), torch.arange(12)).tolist():
+        for latent, value in zip(indices[batch, position].tolist(), values[batch, position]):
+            if latent in latents:
+                expected[batch, position] -= (value * sae.W_dec[latent]).detach()
+
+    with ablate(model, sae, 0, latents, k=4):
+        found = states(model, 0)
+
+    assert not torch.allclose(found, clean, atol=1e-2)
+    torch.testing.assert_close(found, expected)
+    unused = sorted(set(range(96)) - set(indices.flatten().tolist()))
+    with ablate(model, sae, 0, unused, k=4):
+        assert torch.equal(states(model, 0), clean)
+
+
+def test_steering_adds_directions_in_units_of_the_recorded_typical_activation(model):
+    sae, x = make_sae(), torch.randn(500, 32)
+    record_statistics(sae, x)
+    clean = states(model, 0)
+
+    with steer(model, sae, 0, 7, -2.0):
+        one = states(model, 0)
+    with steer(model, sae, 0, [7, 9], [1.5, 3.0]):
+        two = states(model, 0)
+    with steer(model, sae, 0, [7, 9], [1.5, 3.0], typical_activation=1.0):
+        plain = states(model, 0)
+
+    torch.testing.assert_close(one - clean, (-2 * sae.mean_activation[7] * sae.W_dec[7]).expand_as(clean))
+    expected = 1.5 * sae.mean_activation[7] * sae.W_dec[7] + 3 * sae.mean_activation[9] * sae.W_dec[9]
+    torch.testing.assert_close(two - clean, expected.expand_as(clean), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(plain - clean, (1.5 * sae.W_dec[7] + 3 * sae.W_dec[9]).expand_as(clean))
+
+
+def test_statistics_are_means_where_a_latent_fires_in_units_of_the_input_and_are_saved(tmp_path):
+    sae, x = make_sae(d_in=6, d_sae=24, k=3), 5 * torch.randn(60, 6) + 2
+    sae.initialize_from_activations(x)
+    with torch.no_grad():
+        sae.b_enc[:4] = -100
+    totals, counts = torch.zeros(24), torch.zeros(24)
+    for row in x:
+        indices, values = sae.encode(row)
+        for index, value in zip(indices.tolist(), values.tolist()):
+            totals[index] += value
+            counts[index] += value > 0
+
+    record_statistics(sae, (piece for piece in x.split(13)), batch_size=7)
+
+    torch.testing.assert_close(sae.mean_activation, totals / counts.clamp(min=1))
+    assert (sae.mean_activation[:4] == 0).all() and (sae.mean_activation > 0).any()
+    assert sae.median_norm == x.norm(dim=1).median()
+    before = sae.mean_activation.clone()
+    sae.fold_input_scale()
+    sae.save_pretrained(tmp_path)
+    loaded = HierarchicalSaeModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded.mean_activation, before) and loaded.median_norm == sae.median_norm
+
+
+@pytest.mark.parametrize("intervene", ["splice", "ablate", "steer"])
+def test_generation_with_a_cache_a_batch_and_padding_gives_what_a_loop_without_them_gives(model, intervene):
+    sae = make_sae()
+    record_statistics(sae, states(model, 0).flatten(0, 1))
+    latent, half = int(sae.mean_activation.argmax()), range(0, 96, 2)
+    contexts = {
+        "splice": lambda: splice(model, sae, 0, k=4),
+        "ablate": lambda: ablate(model, sae, 0, half),
+        "steer": lambda: steer(model, sae, 0, latent, 4.0),
+    }
+    prompts = [IDS[0, :7], IDS[1, :3]]
+    plain, expected = [], []
+    for prompt in prompts:
+        for context, outputs in ((ExitStack, plain), (contexts[intervene], expected)):
+            ids = prompt.unsqueeze(0)
+            with context():
+                for _ in range(8):
+                    ids = torch.cat([ids, logits(model, ids, use_cache=False)[:, -1:].argmax(-1)], dim=1)
+            outputs.append(ids[0, len(prompt) :].tolist())
+    padded = torch.zeros(2, 7, dtype=torch.int64)
+    mask = torch.zeros_like(padded)
+    for row, prompt in enumerate(prompts):
+        padded[row, 7 - len(prompt) :] = prompt
+        mask[row, 7 - len(prompt) :] = 1
+
+    with contexts[intervene]():
+        # An end that is not in the vocabulary: every answer has its 8 tokens.
+        found = model.generate(
+            input_ids=padded, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=1000
+        )
+
+    assert found[:, 7:].tolist() == expected
+    assert expected != plain
+
+
+def test_padded_positions_do_not_matter(model):
+    sae = make_sae()
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[0, :5] = 0
+    with splice(model, sae, 0, k=4), ablate(model, sae, 1, [1, 2, 3]):
+        alone = logits(model, IDS[:1, 5:])
+        together = logits(model, IDS, attention_mask=mask)[:1, 5:]
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+        aligned = logits(model, IDS, attention_mask=mask, position_ids=position_ids)[:1, 5:]
+
+    torch.testing.assert_close(aligned, alone, atol=1e-4, rtol=1e-4)
+    # Rotary positions are relative: without aligned ones the logits are the same up to rounding.
+    torch.testing.assert_close(together, alone, atol=1e-3, rtol=1e-3)
+
+
+def test_several_autoencoders_at_several_layers_act_at_once(model):
+    first, second = make_sae(), make_sae(d_sae=64)
+
+    def spliced(contexts):
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context)
+            return logits(model)
+
+    handle = model.get_decoder().layers[0].register_forward_hook(lambda m, a, x: first(x).reconstruction.detach())
+    expected = with_layer_output(model, 1, lambda x: second(x, k=2).reconstruction.detach())
+    handle.remove()
+
+    found = spliced([splice(model, second, 1, k=2), splice(model, first, 0)])
+    torch.testing.assert_close(found, expected)
+
+
+def test_on_one_layer_they_act_in_the_order_of_entry(model):
+    sae = make_sae()
+
+    def steered(x):
+        return (x + 5 * sae.W_dec[3]).detach()
+
+    def reconstructed(x):
+        return sae(x, k=2).reconstruction.detach()
+
+    with steer(model, sae, 0, 3, 5.0, typical_activation=1.0), splice(model, sae, 0, k=2):
+        first = logits(model)
+    with splice(model, sae, 0, k=2), steer(model, sae, 0, 3, 5.0, typical_activation=1.0):
+        last = logits(model)
+
+    torch.testing.assert_close(first, with_layer_output(model, 0, lambda x: reconstructed(steered(x))))
+    torch.testing.assert_close(last, with_layer_output(model, 0, lambda x: steered(reconstructed(x))))
+    assert not torch.allclose(first, last, atol=1e-2)
+
+
+def test_reported_hidden_states_are_those_after_the_change(model):
+    sae, clean = make_sae(), states(model, 0)
+
+    with steer(model, sae, 0, 3, 5.0, typical_activation=1.0):
+        found = states(model, 0)
+
+    torch.testing.assert_close(found, clean + 5 * sae.W_dec[3].detach())
+
+
+def small(model_type, **options):
+    sizes = {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes, **options)).eval()
+
+
+# A layer returns a list, a tuple (with its cache) and a Tensor here.
+@pytest.mark.parametrize(
+    "model_type, options",
+    [
+        ("openai-gpt", {"n_embd": 32, "n_layer": 3, "n_head": 2, "n_positions": 64}),
+        ("bloom", {"hidden_size": 32, "n_layer": 3, "n_head": 2}),
+        ("gpt2", {"n_embd": 32, "n_layer": 3, "n_head": 2}),
+    ],
+)
+def test_every_form_of_layer_output_is_handled(model_type, options):
+    model, sae = small(model_type, **options), make_sae()
+    clean = logits(model)
+
+    with splice(model, sae, 1, keep_error=True):
+        assert torch.equal(logits(model), clean)
+    with steer(model, sae, -2, 3, 5.0, typical_activation=1.0):
+        steered = logits(model)
+    assert not torch.allclose(steered[0], clean[0], atol=1e-3) and not torch.allclose(steered[1], clean[1], atol=1e-3)
+
+
+def test_attention_sinks_keep_their_own_values(model):
+    sae, clean = make_sae(), states(model, 0)
+    norms = clean.norm(dim=-1)
+    limit = norms.flatten().sort().values[-2].item()
+
+    with splice(model, sae, 0, max_norm=limit):
+        explicit = states(model, 0)
+    sae.median_norm.fill_(limit / 5)
+    with splice(model, sae, 0):
+        recorded = states(model, 0)
+
+    is_sink = norms > limit
+    assert is_sink.sum() == 1
+    assert torch.equal(explicit[is_sink], clean[is_sink]) and torch.equal(recorded, explicit)
+    torch.testing.assert_close(explicit[~is_sink], sae(clean).reconstruction.detach()[~is_sink])
+
+
+def test_spliced_loss_is_that_of_the_evaluation(model, tiny_language_model):
+    from transformers import AutoTokenizer
+
+    sae, tokenizer = make_sae(), AutoTokenizer.from_pretrained(tiny_language_model)
+    text = "To be, or not to be, that is the question."
+    stream = iterate_activations(
+        model, tokenizer, [text], 0, skip_first_position=False, max_norm_ratio=None, show_progress=False
+    )
+    evaluation = evaluate_budgets(sae, stream, [2, 8])
+
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    for budget, expected in zip(evaluation.budgets, evaluation.cross_entropy):
+        with splice(model, sae, 0, k=budget), torch.no_grad():
+            loss = model(input_ids=ids, labels=ids).loss
+        assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_everything_is_left_as_it_was(model):
+    sae = make_sae().train()
+    states(model, 0)
+    layers = list(model.get_decoder().layers)
+    hooks = [list(layer._forward_hooks) for layer in layers]
+    clean, weights = logits(model), {name: value.clone() for name, value in model.state_dict().items()}
+
+    with pytest.raises(RuntimeError, match="on purpose"), splice(model, sae, 0), ablate(model, sae, 1, 3):
+        assert not sae.training
+        logits(model)
+        raise RuntimeError("on purpose")
+    with (
+        pytest.raises(ValueError, match=r"k must be in \[1, 8\], the trained budget, got 9"),
+        splice(model, sae, 0, k=9),
+    ):
+        logits(model)
+
+    assert sae.training and not model.training
+    assert [list(layer._forward_hooks) for layer in layers] == hooks
+    assert torch.equal(logits(model), clean)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_gradients_reach_the_inputs_through_a_splice(model):
+    sae = make_sae()
+    embeddings = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    with splice(model, sae, 0):
+        model(inputs_embeds=embeddings).logits.square().mean().backward()
+
+    assert embeddings.grad.isfinite().all() and embeddings.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "enter, message",
+    [
+        (lambda model, sae: splice(model, sae, 2), r"layer must be in \[0, 1\], got 2"),
+        (lambda model, sae: splice(model, make_sae(d_in=6), 0), "takes activations of size 6 .* has hidden_size 32"),
+        (
+            lambda model, sae: splice(model, make_sae(hook_point="mlp"), 0),
+            "act on layer outputs, the autoencoder was trained on 'mlp'",
+        ),
+        (lambda model, sae: ablate(model, sae, 0, [3, 96]), r"latents must be in \[0, d_sae=96\), got \[96\]"),
+        (lambda model, sae: ablate(model, sae, 0, []), r"latents must be in \[0, d_sae=96\), got none"),
+        (lambda model, sae: steer(model, sae, 0, -1, 1.0), r"latents must be in \[0, d_sae=96\), got \[-1\]"),
+        (
+            lambda model, sae: steer(model, sae, 0, [5, 6], 1.0),
+            r"typical activation of latents \[5, 6\] is not on record: call record_statistics",
+        ),
+        (
+            lambda model, sae: steer(model, sae, 0, [5, 6], [1.0, 2.0, 3.0], typical_activation=1.0),
+            r"one for each of the 2 latents, got shape \(3,\)",
+        ),
+        (lambda model, sae: record_statistics(sae, []), "got no tokens"),
+        (lambda model, sae: record_statistics(sae, torch.full((2, 32), torch.nan)), "got 64 NaN"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(model, enter, message):
+    with pytest.raises(ValueError, match=message):
+        enter(model, make_sae()).__enter__()
+
+
+def test_a_layer_other_than_the_trained_one_is_mentioned(model, caplog):
+    logging.enable_propagation()
+    with splice(model, make_sae(layer=1), 0):
+        pass
+    logging.disable_propagation()
+
+    assert "was trained on layer 1, it is used on 0" in caplog.text
