@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo demo-steer demo-sae demo-rebased model test quality style bench clean
+.PHONY: help demo demo-steer demo-sae demo-rebased model browser test quality style bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -44,6 +44,10 @@ demo-rebased: model  ## A small ReBased language model, and associative recall
 
 test: model  ## Run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q --durations 15
+
+browser:  ## Headless Chromium, which the dashboard's tests need (Debian or Ubuntu, as root)
+	command -v chromium && command -v chromedriver || { apt-get update -qq && \
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver; }
 
 quality: $(VENV)/.installed  ## Lint, format check, type check, spelling
 	$(BIN)/ruff check .

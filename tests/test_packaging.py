@@ -30,7 +30,7 @@ def built(request, tmp_path_factory) -> tuple[str, Path]:
 def test_wheel_holds_its_own_package_and_nothing_else(built):
     package, wheel = built
     names = zipfile.ZipFile(wheel).namelist()
-    source = {path.name for path in (REPOSITORY / package).glob("*.py")} | {"py.typed"}
+    source = {path.name for kind in ("*.py", "*.html", "py.typed") for path in (REPOSITORY / package).glob(kind)}
 
     assert {name.split("/")[1] for name in names if name.startswith(f"{package}/")} == source
     top_level = {name.split("/")[0] for name in names}
