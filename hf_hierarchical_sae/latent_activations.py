@@ -1,0 +1,192 @@
+"""What each latent of a sparse autoencoder does over a text: where it fires, how strongly, and at which budgets."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .activations import evaluation_mode, iterate_activations
+from .evaluation import check_belongs
+from .modeling_hierarchical_sae import HierarchicalSaeModel
+
+
+@dataclass(kw_only=True)
+class LatentActivations:
+    """
+    Every activation over a text, sorted by latent, on the CPU. Made by [`latent_activations`].
+
+    A latent counts at budget k where its rank is at most k, so one encoding serves every budget. Latent i owns the
+    entries `latent_starts[i]` up to `latent_starts[i + 1]`, in the order of the text.
+
+    Args:
+        k (`int`): largest rank.
+        token_ids (`torch.Tensor`): (positions,), every token of the text, one context after the other.
+        context_starts (`torch.Tensor`): (contexts + 1,), where each context starts, and the end of the last.
+        is_read (`torch.Tensor`): (positions,), false where a token was left out: first positions, attention sinks.
+        latent_starts (`torch.Tensor`): (d_sae + 1,).
+        positions (`torch.Tensor`): (entries,), places in `token_ids`.
+        values (`torch.Tensor`): (entries,), activations, all positive.
+        ranks (`torch.Tensor`): (entries,), from 1, the place of the latent among those of its token by strength.
+        label_names (`list[str]`, *optional*): keys of the mapping that the texts came in.
+        context_labels (`torch.Tensor`, *optional*): (contexts,), places in `label_names`.
+    """
+
+    k: int
+    token_ids: torch.Tensor
+    context_starts: torch.Tensor
+    is_read: torch.Tensor
+    latent_starts: torch.Tensor
+    positions: torch.Tensor
+    values: torch.Tensor
+    ranks: torch.Tensor
+    label_names: list[str] | None = None
+    context_labels: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that were read."""
+        return int(self.is_read.sum())
+
+    @property
+    def live_latents(self) -> torch.Tensor:
+        """(live,): latents that fire on any token."""
+        return self.latent_starts.diff().nonzero().flatten()
+
+    @property
+    def entry_latents(self) -> torch.Tensor:
+        """(entries,): the latent of each entry."""
+        return torch.repeat_interleave(self.latent_starts.diff())
+
+    @property
+    def position_contexts(self) -> torch.Tensor:
+        """(positions,): the context of each token."""
+        return torch.repeat_interleave(self.context_starts.diff())
+
+    def latent(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Positions, values and ranks of one latent's activations, in the order of the text."""
+        entries = slice(*self.latent_starts[index : index + 2].tolist())
+        return self.positions[entries], self.values[entries], self.ranks[entries]
+
+    def rank_counts(self) -> torch.Tensor:
+        """(d_sae, k): on how many tokens each latent has each rank. Summed up to k: the tokens it is used on at k."""
+        cells = self.entry_latents * self.k + self.ranks.long() - 1
+        return torch.bincount(cells, minlength=(len(self.latent_starts) - 1) * self.k).view(-1, self.k)
+
+
+@torch.no_grad()
+def latent_activations(
+    sae: HierarchicalSaeModel,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str | dict] | Mapping[str, Iterable[str | dict]],
+    layer: int | None = None,
+    *,
+    text_column: str = "text",
+    context_length: int = 128,
+    batch_tokens: int = 2048,
+    max_tokens: int | None = None,
+    show_progress: bool = True,
+) -> LatentActivations:
+    """
+    Run a text through the language model and the autoencoder and keep every activation, 10 bytes each: `sae.config.k`
+    per token. Sorting them takes three times as much for a moment.
+
+    Args:
+        sae ([`HierarchicalSaeModel`]): left in the mode it came in.
+        model (`PreTrainedModel`): the language model that it was trained on.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        texts (`Iterable`): texts, or rows with a text in `text_column`; or a mapping whose keys label its texts.
+        layer (`int`, *optional*): decoder layer, counted from 0; by default the one in the autoencoder's config.
+        text_column (`str`, defaults to `"text"`): where a row holds its text.
+        context_length (`int`, defaults to 128): longest piece of text in tokens; longer texts are cut into several.
+        batch_tokens (`int`, defaults to 2048): positions per forward pass.
+        max_tokens (`int`, *optional*): stop after the forward pass that reaches this many tokens; of each label.
+        show_progress (`bool`, defaults to `True`): progress bar.
+
+    Returns:
+        [`LatentActivations`]
+
+    Raises:
+        `ValueError`: a language model, layer or tokenizer that does not fit, texts without a token, or no latent that
+            fires.
+    """
+    layer = sae.config.layer if layer is None else layer
+    if layer is None:
+        raise ValueError("the autoencoder's config names no layer: say which decoder layer it was trained on")
+    labelled = texts if isinstance(texts, Mapping) else {"": texts}
+    ids, lengths, is_read, labels, entries = [], [], [], [], []
+    k, end = sae.config.k, 0
+    total = None if max_tokens is None else max_tokens * len(labelled)
+    progress = logging.tqdm(total=total, unit="token", unit_scale=True, desc="read", disable=not show_progress)
+    with progress, evaluation_mode(sae):
+        for label, rows in enumerate(labelled.values()):
+            stream = iterate_activations(
+                model,
+                tokenizer,
+                rows,
+                layer,
+                text_column=text_column,
+                context_length=context_length,
+                batch_tokens=batch_tokens,
+                max_tokens=max_tokens,
+                show_progress=False,
+            )
+            check_belongs(sae, stream)
+            read = 0
+            for batch, mask in stream.forward_batches():
+                _check_vocabulary(model, batch)
+                states = stream.hidden_states(batch, mask)
+                keep = stream.kept(states, mask)
+                indices, values = sae.encode(states[keep][:, 0].to(sae.W_dec.device))
+                mask = mask.bool()
+                flags = keep.cpu()[mask]
+                entries.append(_entries(indices.cpu(), values.cpu(), end + flags.nonzero().flatten()))
+                ids.append(batch[mask])
+                is_read.append(flags)
+                lengths.append(mask.sum(dim=1))
+                labels.append(torch.full((len(batch),), label))
+                k, end, read = max(k, indices.shape[1]), end + len(flags), read + int(flags.sum())
+                progress.update(int(flags.sum()))
+                if max_tokens is not None and read >= max_tokens:
+                    break
+    if not ids or not (flags := torch.cat(is_read)).any():
+        raise ValueError("the texts gave no tokens: expected texts longer than one token")
+    latents, positions, values, ranks = (torch.cat(parts) for parts in zip(*entries))
+    if not len(latents):
+        raise ValueError(
+            f"no latent fires on the {int(flags.sum())} tokens: expected a trained autoencoder and activations of its "
+            "layer; check the language model, the layer and the weights"
+        )
+    order = latents.argsort(stable=True)
+    counts = torch.bincount(latents, minlength=sae.config.d_sae)
+    return LatentActivations(
+        k=k,
+        token_ids=torch.cat(ids),
+        context_starts=torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(lengths).cumsum(0)]),
+        is_read=flags,
+        latent_starts=torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]),
+        positions=positions[order],
+        values=values[order],
+        ranks=ranks[order],
+        label_names=list(labelled) if isinstance(texts, Mapping) else None,
+        context_labels=torch.cat(labels) if isinstance(texts, Mapping) else None,
+    )
+
+
+def _entries(indices, values, positions):
+    """Latent, position, value and rank of each positive activation of (tokens, k) `indices` and `values`."""
+    fires = values > 0
+    ranks = torch.arange(1, indices.shape[1] + 1, dtype=torch.int16).expand_as(indices)
+    positions = positions.to(torch.int32).unsqueeze(1).expand_as(indices)
+    return indices[fires].to(torch.int32), positions[fires], values[fires].float(), ranks[fires]
+
+
+def _check_vocabulary(model, ids):
+    size = model.get_input_embeddings().num_embeddings
+    if int(ids.max()) >= size:
+        raise ValueError(
+            f"the tokenizer gave the token {int(ids.max())}, the language model has a vocabulary of {size}: give the "
+            "tokenizer that belongs to it"
+        )
