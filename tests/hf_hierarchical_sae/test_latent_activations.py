@@ -1,0 +1,159 @@
+"""Every activation over a text, sorted by latent: against a loop over texts and tokens."""
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, latent_activations
+
+
+TEXTS = ["To be, or not to be, that is the question.", "Whether 'tis nobler in the mind", "to suffer"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_language_model):
+    return AutoTokenizer.from_pretrained(tiny_language_model)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_language_model):
+    return AutoModelForCausalLM.from_pretrained(tiny_language_model)
+
+
+def make_sae(**options):
+    return HierarchicalSaeModel(
+        HierarchicalSaeConfig(**{"d_in": 32, "d_sae": 64, "k": 5, "layer": 1, **options})
+    ).eval()
+
+
+def read(sae, model, tokenizer, texts=TEXTS, **options):
+    return latent_activations(sae, model, tokenizer, texts, show_progress=False, **options)
+
+
+@torch.no_grad()
+def test_every_activation_is_what_a_loop_over_texts_gives(model, tokenizer):
+    sae, expected = make_sae(), set()
+    for text in TEXTS:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        states = model(ids, output_hidden_states=True).hidden_states
+        captured = []
+        handle = model.model.layers[1].register_forward_hook(lambda module, args, output: captured.append(output))
+        model(ids)
+        handle.remove()
+        assert len(states) == 3
+        for place in range(1, ids.shape[1]):
+            indices, values = sae.encode(captured[0][0, place])
+            for rank, (latent, value) in enumerate(zip(indices.tolist(), values.tolist()), start=1):
+                if value > 0:
+                    expected.add((latent, text, place, rank, round(value, 4)))
+
+    found = read(sae, model, tokenizer)
+
+    texts = [
+        tokenizer.decode(found.token_ids[start:end])
+        for start, end in zip(found.context_starts, found.context_starts[1:])
+    ]
+    assert sorted(texts) == sorted(TEXTS)
+    seen = set()
+    for latent in range(64):
+        positions, values, ranks = found.latent(latent)
+        assert positions.tolist() == sorted(positions.tolist())
+        for position, value, rank in zip(positions.tolist(), values.tolist(), ranks.tolist()):
+            context = int(found.position_contexts[position])
+            place = position - int(found.context_starts[context])
+            seen.add((latent, texts[context], place, rank, round(value, 4)))
+    assert seen == expected
+    assert found.tokens == sum(len(tokenizer(text)["input_ids"]) - 1 for text in TEXTS)
+    assert set(found.live_latents.tolist()) == {latent for latent, *_ in expected}
+
+
+def test_summed_rank_counts_are_the_use_at_each_budget(model, tokenizer):
+    sae = make_sae()
+    found = read(sae, model, tokenizer)
+
+    for k in (1, 3, 5):
+        at_k = torch.zeros(64, dtype=torch.int64)
+        for latent in range(64):
+            at_k[latent] = (found.latent(latent)[2] <= k).sum()
+        assert torch.equal(found.rank_counts()[:, :k].sum(dim=1), at_k)
+    assert found.rank_counts()[:, :1].sum() == found.tokens
+
+
+def test_labels_are_those_of_the_mapping(model, tokenizer):
+    found = read(make_sae(), model, tokenizer, {"first": TEXTS[:1] * 2, "second": TEXTS[1:]}, max_tokens=1)
+
+    assert found.label_names == ["first", "second"]
+    contexts = [
+        tokenizer.decode(found.token_ids[start:end])
+        for start, end in zip(found.context_starts, found.context_starts[1:])
+    ]
+    names = [found.label_names[label] for label in found.context_labels]
+    assert names[:2] == ["first", "first"]
+    assert all((name == "first") == (text == TEXTS[0]) for text, name in zip(contexts, names))
+
+
+def test_a_batch_topk_autoencoder_has_as_many_ranks_as_any_token_uses(model, tokenizer):
+    sae = make_sae(selection="batch_topk", budgets=[5])
+    sae.threshold.fill_(0.005)
+
+    found = read(sae, model, tokenizer)
+
+    assert found.k == int(found.ranks.max()) > 5
+    assert (found.values > 0.005).all()
+
+
+def test_it_leaves_the_mode_and_the_counters_alone(model, tokenizer):
+    sae = make_sae().train()
+
+    read(sae, model, tokenizer)
+
+    assert sae.training and (sae.tokens_since_fired == 0).all()
+
+
+def test_a_language_model_without_a_head_is_enough(tiny_language_model, model, tokenizer):
+    sae = make_sae()
+    with_head, without = (
+        read(sae, model, tokenizer),
+        read(sae, AutoModel.from_pretrained(tiny_language_model), tokenizer),
+    )
+
+    assert torch.equal(with_head.values, without.values)
+
+
+@pytest.mark.parametrize(
+    "options, given, message",
+    [
+        ({"d_in": 16}, {}, "takes activations of size 16 .* hidden_size 32: give the model that it was trained on"),
+        ({"layer": None}, {}, "names no layer: say which decoder layer it was trained on"),
+        ({}, {"layer": 0}, r"was trained on layer 1, the stream gives \[0\]"),
+        ({"layer": 7}, {}, r"layer must be in \[0, 1\], got 7"),
+        ({}, {"texts": []}, "the texts gave no tokens"),
+        ({}, {"texts": ["a"]}, "the texts gave no tokens"),
+        ({}, {"texts": [{"body": "a b"}]}, "text_column must name a column"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options, given, message, model, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        read(make_sae(**options), model, tokenizer, **given)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(model, tokenizer):
+    class Other(type(tokenizer)):
+        def __call__(self, *given, **options):
+            found = super().__call__(*given, **options)
+            found["input_ids"] = [token + 200 for token in found["input_ids"]]
+            return found
+
+    other = Other(tokenizer_object=tokenizer._tokenizer)
+
+    with pytest.raises(ValueError, match="has a vocabulary of 259: give the tokenizer that belongs to it"):
+        read(make_sae(), model, other)
+
+
+def test_latents_that_never_fire_are_reported(model, tokenizer):
+    sae = make_sae()
+    with torch.no_grad():
+        sae.b_enc.fill_(-1e3)
+
+    with pytest.raises(ValueError, match="no latent fires on the .* tokens: expected a trained autoencoder"):
+        read(sae, model, tokenizer)
