@@ -1,9 +1,11 @@
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType, TaskType
 from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file
 
 
 USAGE = """## Usage
@@ -57,24 +59,12 @@ class BiasSteerConfig(PeftConfig):
     ```
     """
 
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Names or regular expression of the modules to steer; default: every layer."}
-    )
-    exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Names or regular expression of targeted modules to leave alone."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to steer; negative ones count from the last layer."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the nn.ModuleList that holds the layers."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules that are trained and saved whole."}
-    )
-    init_weights: bool = field(
-        default=True, metadata={"help": "Start from zero vectors (True) or from random ones (False)."}
-    )
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    init_weights: bool = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -85,12 +75,15 @@ class BiasSteerConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         if isinstance(self.layers_to_transform, range):
             self.layers_to_transform = list(self.layers_to_transform)
+        # shapes of the tensors beside a config that was loaded: PEFT reads those only once the model is changed
+        self.saved_shapes: dict[str, list[int]] = {}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
-        # PEFT reads the weights only after it has changed the model; a damaged file has to be refused before that
-        _check_adapter_file(os.path.join(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME))
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        hub_kwargs, _, _ = cls._split_kwargs(kwargs)
+        config.saved_shapes = _saved_shapes(str(pretrained_model_name_or_path), subfolder, hub_kwargs)
+        return config
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         super().save_pretrained(save_directory, **kwargs)
@@ -105,12 +98,17 @@ class BiasSteerConfig(PeftConfig):
                 file.write(f"{text.rstrip()}\n\n{usage}")
 
 
-def _check_adapter_file(path: str) -> None:
-    if not os.path.exists(path):
-        return
+def _saved_shapes(folder: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> dict[str, list[int]]:
+    missing_is_fine = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    path = cached_file(folder, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder or "", **missing_is_fine, **hub_kwargs)
+    if path is None:
+        return {}
     try:
         with safe_open(path, framework="pt") as file:
-            file.keys()
+            return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118, a file is no dict
     except SafetensorError as error:
         raise ValueError(
             f"{path} should be a complete safetensors file, got {os.path.getsize(path)} bytes that do not parse "

@@ -33,6 +33,7 @@ class BiasSteerModel(BaseTuner):
         return {name.removesuffix(".bias_steer"): m for name, m in modules if isinstance(m, BiasSteerLayer)}
 
     def _prepare_adapter_config(self, peft_config, model_config):
+        self._check_saved_vectors(peft_config.saved_shapes)
         # has to leave a config alone that went through here before: TRL passes the same object twice
         if peft_config.target_modules is not None and peft_config.layers_to_transform is None:
             return peft_config
@@ -44,6 +45,16 @@ class BiasSteerModel(BaseTuner):
         if peft_config.target_modules is None:
             peft_config.target_modules = f"{path}.{index}".replace(".", r"\.")
         return peft_config
+
+    def _check_saved_vectors(self, saved_shapes: dict[str, list[int]]) -> None:
+        modules = dict(self.model.named_modules())
+        shapes = {_host_name(key): shape for key, shape in saved_shapes.items() if VECTOR in key}
+        if modules.keys().isdisjoint(shapes):
+            return  # PEFT may yet rename the keys
+        for name, shape in shapes.items():
+            if name not in modules:
+                raise ValueError(f"the adapter holds a vector for {name}, but this model has no such module: {HINT}")
+            _check_shape(name, (self._output_width(name),), tuple(shape))
 
     def inject_adapter(self, model, adapter_name, *args, state_dict=None, **kwargs) -> None:
         if state_dict is not None:
@@ -67,16 +78,19 @@ class BiasSteerModel(BaseTuner):
         host = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         layer = getattr(host, "bias_steer", None)
         if layer is None:
-            layer = BiasSteerLayer(host, self._output_width(host, parent, current_key))
+            layer = BiasSteerLayer(host, self._output_width(current_key))
             layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, peft_config)
 
-    def _output_width(self, module: nn.Module, parent: nn.Module, name: str) -> int:
+    def _output_width(self, name: str) -> int:
+        module = self.model.get_submodule(name)
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
         if isinstance(module, nn.Linear):
             return module.out_features
         if isinstance(module, Conv1D):
             return module.nf
-        if isinstance(parent, nn.ModuleList):
+        if isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.ModuleList):
             return residual_width(self.model)
         raise TypeError(
             f"target module {name} is a {type(module).__name__}, expected a decoder layer, nn.Linear or Conv1D: "
@@ -238,24 +252,33 @@ class BiasSteerModel(BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         # PEFT's own selection would take the weights of any other tuner that lives in the same model
-        return {key: value for key, value in state_dict.items() if ".bias_steer.bias_steer_vector." in key}
+        return {key: value for key, value in state_dict.items() if VECTOR in key}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         own = model.state_dict()
         for key, value in state_dict.items():
-            if ".bias_steer_vector." not in key:
-                continue
-            if key not in own:
-                raise ValueError(f"the checkpoint holds {key}, but no such module is steered in this model: {HINT}")
-            if value.shape != own[key].shape:
-                expected, got = tuple(own[key].shape), tuple(value.shape)
-                raise ValueError(f"expected a vector of shape {expected} for {key}, got {got}: {HINT}")
+            if VECTOR in key:
+                if key not in own:
+                    raise ValueError(
+                        f"the state dict holds {key}, but no such module is steered in this model: {HINT}"
+                    )
+                _check_shape(_host_name(key), tuple(own[key].shape), tuple(value.shape))
         return state_dict
 
 
+VECTOR = ".bias_steer.bias_steer_vector."
 HINT = "load it into the base model that it was trained on (base_model_name_or_path in adapter_config.json)"
+
+
+def _host_name(key: str) -> str:
+    return key.removeprefix("base_model.model.").partition(VECTOR)[0]
+
+
+def _check_shape(name: str, expected: tuple[int, ...], got: tuple[int, ...]) -> None:
+    if got != expected:
+        raise ValueError(f"expected a vector of shape {expected} for {name}, got {got}: {HINT}")
 
 
 def _add_adapter_names(module: nn.Module, args, kwargs, adapter_names: list[str]):
