@@ -2,22 +2,19 @@
 
 import argparse
 import json
-import re
 import sys
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from peft import PeftConfig, PeftModel
-from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from .analysis import lens_table, logit_lens, plot_statistics, statistics_table, vector_statistics
-from .config import BiasSteerConfig
 from .llama_cpp import export_control_vector, inject_bias_gguf
 from .stock_checkpoint import bias_ready_checkpoint, export_stock_checkpoint
+from .vectors import load_vectors
 
 
 EXAMPLES = """
@@ -38,28 +35,6 @@ examples:
   # a base model with zero biases, on which TRL can train with vLLM
   bias-steer export meta-llama/Llama-3.1-8B --format bias-ready --output llama-bias-ready
 """
-
-
-def load_vectors(adapter: str) -> dict[int, torch.Tensor]:
-    """
-    The vectors of a saved adapter by the index of their layer, without its base model.
-
-    Args:
-        adapter (`str`): Folder or Hub id of the adapter.
-
-    Raises:
-        ValueError: If it is an adapter of another kind, or steers modules other than layers.
-    """
-    config = BiasSteerConfig.from_pretrained(adapter)
-    if not isinstance(config, BiasSteerConfig):
-        raise ValueError(f"expected a BiasSteer adapter, got one of type {config.peft_type} in {adapter}")
-    vectors = {}
-    for key, weight in load_peft_weights(adapter, device="cpu").items():
-        match = re.search(r"\.(\d+)\.bias_steer\.bias_steer_vector\.weight$", key)
-        if match is None:
-            raise ValueError(f"expected vectors on layers only, got {key} in {adapter}")
-        vectors[int(match[1])] = weight
-    return dict(sorted(vectors.items()))
 
 
 def load_steered_model(adapter: str, base_model: str | None) -> tuple[PeftModel, Any]:

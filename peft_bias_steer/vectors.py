@@ -1,9 +1,11 @@
 """The vectors of a steered model as plain tensors by the index of their layer."""
 
+import re
 from typing import TYPE_CHECKING, cast
 
 import torch
 from peft import PeftModel, PeftType
+from peft.utils import load_peft_weights
 from transformers import PreTrainedModel
 
 from .config import BiasSteerConfig
@@ -13,6 +15,28 @@ from .residual import find_layers
 
 if TYPE_CHECKING:
     from .model import BiasSteerModel
+
+
+def load_vectors(adapter: str) -> dict[int, torch.Tensor]:
+    """
+    The vectors of a saved adapter by the index of their layer, without its base model.
+
+    Args:
+        adapter (`str`): Folder or Hub id of the adapter.
+
+    Raises:
+        ValueError: If it is an adapter of another kind, or steers modules other than layers.
+    """
+    config = BiasSteerConfig.from_pretrained(adapter)
+    if not isinstance(config, BiasSteerConfig):
+        raise ValueError(f"expected a BiasSteer adapter, got one of type {config.peft_type} in {adapter}")
+    vectors = {}
+    for key, weight in load_peft_weights(adapter, device="cpu").items():
+        match = re.search(r"\.(\d+)\.bias_steer\.bias_steer_vector\.weight$", key)
+        if match is None:
+            raise ValueError(f"expected vectors on layers only, got {key} in {adapter}")
+        vectors[int(match[1])] = weight
+    return dict(sorted(vectors.items()))
 
 
 def steering_vectors(model: PeftModel, adapter_name: str = "default") -> dict[int, torch.Tensor]:
