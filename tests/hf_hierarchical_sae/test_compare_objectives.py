@@ -17,10 +17,12 @@ TINY = {
     "dtype": "float32",
     "tokens": 1500,
     "eval_tokens": 300,
+    "spliced_tokens": 200,
     "d_sae": 64,
     "budgets": [2, 4],
 }
-NAMES = ["HierarchicalTopK", "HierarchicalTopK, powers of two", "BatchTopK-2", "Matryoshka-2", "TopK-2", "TopK-4"]
+NAMES = {"HierarchicalTopK", "HierarchicalTopK, powers of two", "TopK-2", "TopK-4", "Matryoshka-2"}
+BATCH_TOPK = {"BatchTopK-2", "BatchTopK-4"}
 
 
 @pytest.fixture
@@ -71,16 +73,24 @@ def tiny(compare, tiny_language_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_objective_is_trained_on_the_same_activations_of_a_language_model(tiny, tmp_path):
+def test_every_objective_is_trained_on_the_same_activations_of_a_language_model(tiny, tmp_path, capsys):
     tiny.run_tiny()
 
     results = json.loads((tmp_path / "results.json").read_text())
-    assert set(NAMES) <= set(results) and all(len(runs) == 2 for runs in results.values())
+    assert set(results) == NAMES | BATCH_TOPK and all(len(runs) == 2 for runs in results.values())
     assert {found["tokens"] for runs in results.values() for found in runs} == {300}
     rows = (tmp_path / "summary.md").read_text().splitlines()
     assert [row.split(" | ")[0].removeprefix("| ") for row in rows[2 : 2 + len(results)]] == list(results)
     first, second = (found["explained_variance"] for found in results["HierarchicalTopK"])
     assert first != second
+    spliced = {name: runs[0]["spliced"] for name, runs in results.items()}
+    assert all(found["tokens"] >= 200 and len(found["kl_divergence"]) in (1, 2) for found in spliced.values())
+    assert all(min(found["kl_divergence"]) > 0 for found in spliced.values())
+    assert "spliced" not in results["HierarchicalTopK"][1]
+    printed = capsys.readouterr().out
+    recovered = spliced["HierarchicalTopK"]["loss_recovered"]
+    assert f"| HierarchicalTopK | {recovered[0]:.3f} | {recovered[1]:.3f} |" in printed
+    assert "This run: 14 of 14 dictionaries trained, 0." in printed
     description = json.loads((tmp_path / "activations" / "harvest.json").read_text())
     assert description["layers"] == [1] and description["max_tokens"] == 1800
 
