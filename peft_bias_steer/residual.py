@@ -175,7 +175,7 @@ def find_layers(model: PreTrainedModel, layers_pattern: list[str] | str | None =
     residual_width(model)
     names = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or LAYER_LISTS
     decoder = model.get_decoder()
-    found = _layer_lists(decoder, names) or _layer_lists(model, names)
+    found = layer_lists(decoder, names) or layer_lists(model, names)
     if not found:
         raise ValueError(
             f"no nn.ModuleList named {' or '.join(names)} in {type(model).__name__}: name the list of layers in "
@@ -186,7 +186,7 @@ def find_layers(model: PreTrainedModel, layers_pattern: list[str] | str | None =
     return next(name for name, module in model.named_modules() if module is layers), layers
 
 
-def _layer_lists(module: nn.Module, names: Sequence[str]) -> list[tuple[int, nn.ModuleList]]:
+def layer_lists(module: nn.Module, names: Sequence[str]) -> list[tuple[int, nn.ModuleList]]:
     return [
         (name.count("."), child)
         for name, child in module.named_modules()
