@@ -185,7 +185,7 @@ class RebasedCausalConv(nn.Module):
     def forward(self, x, *, attention_mask=None, segment_ids=None, past_key_values=None):
         """x: (batch, seq, channels) -> same"""
         if attention_mask is not None:
-            x = x * attention_mask[..., None].to(x.dtype)
+            x = x.masked_fill(~attention_mask[..., None].bool(), 0)
         seq_len, past_len = x.shape[1], self.weight.shape[0] - 1
         past = None if past_key_values is None else past_key_values.get_conv_state(self.layer_idx)
         extended = F.pad(x, (0, 0, past_len, 0)) if past is None else torch.cat([past.mT, x], dim=1)
@@ -198,7 +198,8 @@ class RebasedCausalConv(nn.Module):
         for tap in range(past_len + 1):
             term = extended[:, tap : tap + seq_len] * self.weight[tap]
             if segment_ids is not None:
-                term = term * (extended_ids[:, tap : tap + seq_len] == segment_ids)[..., None]
+                # Selected, not multiplied: another sequence's NaN must stay there.
+                term = term.masked_fill((extended_ids[:, tap : tap + seq_len] != segment_ids)[..., None], 0)
             out = out + term
         return out
 

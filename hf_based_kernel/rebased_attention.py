@@ -19,6 +19,7 @@ row c0. Weights are on the key's side only; `scale` is on the query's.
 
 import functools
 import importlib.util
+import re
 from typing import NamedTuple
 
 import torch
@@ -288,19 +289,22 @@ def rebased_attention_step(
 ):
     """`rebased_attention` of a single token: the recurrent form, whose cost does not depend on what came before."""
     dtype = _accumulation_dtype(q)
-    queries, keys = q[:, 0].to(dtype) * scale, k[:, 0].to(dtype)
-    values = _with_ones(v, attention_mask)[:, 0]
-    query_rows, key_rows = query_features(torch.stack([queries, keys]), coefficients)
+    queries, keys = (x.reshape(-1, x.shape[-1]).to(dtype) for x in (q, k))
+    queries = queries * scale
+    values = _with_ones(v, attention_mask).view(-1, 1, v.shape[-1] + 1)
+    rows = query_features(torch.stack([queries, keys]), coefficients)
+    _weigh(rows[1], q.shape[-1], coefficients)
     # The token's own term comes from its score: through the features, a score near zero would lose its digits.
-    sums = _polynomial((queries * keys).sum(-1, keepdim=True), coefficients) * values
-    if initial_state is not None:
-        sums = sums + torch.matmul(query_rows[..., None, :], initial_state)[..., 0, :]
-    out = (sums[..., :-1] / (sums[..., -1:] + eps)).to(v.dtype)[:, None]
+    sums = _polynomial((queries * keys).sum(-1)[:, None, None], coefficients) * values
+    state = None if initial_state is None else initial_state.flatten(0, 1)
+    if state is not None:
+        sums = torch.baddbmm(sums, rows[0][:, None], state)
+    out = (sums[..., :-1] / (sums[..., -1:] + eps)).to(v.dtype).view_as(v)
     if not return_state:
         return out
-    features = (key_rows * _weights(q.shape[-1], coefficients, keys))[..., None]
-    values = values[..., None, :]
-    return out, features * values if initial_state is None else torch.addcmul(initial_state, features, values)
+    features = rows[1][..., None]
+    state = features * values if state is None else torch.addcmul(state, features, values)
+    return out, state.unflatten(0, (q.shape[0], q.shape[2]))
 
 
 def rebased_attention_chunked(
@@ -318,19 +322,15 @@ def rebased_attention_chunked(
     coefficients=REBASED,
 ):
     """`rebased_attention` in linear time: scores inside a chunk of tokens, a state between the chunks."""
-    out, state = _ChunkedAttention.apply(
-        q,
-        k,
-        v,
-        initial_state,
-        attention_mask,
-        segment_ids,
-        scale,
-        eps,
-        return_state,
-        chunk_size or DEFAULT_CHUNK_SIZE,
-        coefficients,
-    )
+    tensors = (q, k, v, initial_state, attention_mask, segment_ids)
+    chunk_size = chunk_size or DEFAULT_CHUNK_SIZE
+    keep_states = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.compiler.is_compiling():
+        out, _, state, _ = _chunked_operator(
+            *tensors, scale, eps, list(coefficients), chunk_size, return_state, keep_states
+        )
+    else:
+        out, state = _ChunkedAttention.apply(*tensors, scale, eps, coefficients, chunk_size, return_state, keep_states)
     return (out, state) if return_state else out
 
 
@@ -349,21 +349,34 @@ def state_size(feature_dim: int, coefficients: tuple[float, float, float] = REBA
 
 def query_features(x: torch.Tensor, coefficients: tuple[float, float, float]) -> torch.Tensor:
     """x: (..., feature_dim) -> (..., state_size): every product once, then x and 1 if the kernel has such terms."""
-    return _features(x[..., None], coefficients)[..., 0]
+    windows = torch.cat([x, x[..., : x.shape[-1] // 2]], dim=-1).unfold(-1, x.shape[-1], 1)
+    return _with_lower_terms((x[..., None, :] * windows).flatten(-2), x, coefficients, dim=-1)
 
 
 def key_features(x: torch.Tensor, coefficients: tuple[float, float, float]) -> torch.Tensor:
     """x: (..., feature_dim) -> (..., state_size): as `query_features`, weighted so that the product is the kernel."""
-    return query_features(x, coefficients) * _weights(x.shape[-1], coefficients, x)
+    return _weigh(query_features(x, coefficients), x.shape[-1], coefficients)
 
 
-def _weights(feature_dim, coefficients, like):
-    # A product with 0 < r < feature_dim / 2 stands for itself and its mirror image.
+def _weigh(features, feature_dim, coefficients):
+    """Multiply features (..., state_size) in place by the weights that belong to the keys' side."""
     c0, c1, c2 = coefficients
-    per_diagonal = [c2 if r == 0 or 2 * r == feature_dim else 2 * c2 for r in range(feature_dim // 2 + 1)]
-    rows = [weight for weight in per_diagonal for _ in range(feature_dim)]
-    rows += [c1] * (feature_dim if c1 else 0) + [c0] * (1 if c0 else 0)
-    return torch.tensor(rows, dtype=like.dtype, device=like.device)
+    packed = packed_size(feature_dim)
+    # A product with 0 < r < feature_dim / 2 stands for itself and its mirror image.
+    features[..., feature_dim : feature_dim * ((feature_dim + 1) // 2)].mul_(2)
+    for weight, rows in ((c2, slice(packed)), (c1, slice(packed, packed + feature_dim)), (c0, slice(-1, None))):
+        if weight not in (0, 1):
+            features[..., rows].mul_(weight)
+    return features
+
+
+def _with_lower_terms(products, x, coefficients, dim):
+    rows = [products]
+    if coefficients[1]:
+        rows.append(x)
+    if coefficients[0]:
+        rows.append(torch.ones_like(x.narrow(dim, 0, 1)))
+    return products if len(rows) == 1 else torch.cat(rows, dim=dim)
 
 
 def _doubled(x):
@@ -372,14 +385,9 @@ def _doubled(x):
 
 
 def _features(x, coefficients):
-    """x: (..., feature_dim, tokens) -> (..., state_size, tokens), unweighted."""
+    """x: (..., feature_dim, tokens) -> (..., state_size, tokens), unweighted: `query_features`, tokens last."""
     windows = _doubled(x).unfold(-2, x.shape[-2], 1).transpose(-1, -2)
-    rows = [(x.unsqueeze(-3) * windows).flatten(-3, -2)]
-    if coefficients[1]:
-        rows.append(x)
-    if coefficients[0]:
-        rows.append(torch.ones_like(x[..., :1, :]))
-    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-2)
+    return _with_lower_terms((x.unsqueeze(-3) * windows).flatten(-3, -2), x, coefficients, dim=-2)
 
 
 def _features_backward(grad, x, coefficients):
@@ -413,17 +421,16 @@ def _accumulation_dtype(q):
 
 def _with_ones(v, attention_mask=None):
     """v: (batch, seq, num_heads, head_dim) -> (..., head_dim + 1): the last column, 0 for padding, sums to the denominator."""
-    values = v.to(_accumulation_dtype(v))
-    ones = torch.ones_like(values[..., :1])
+    values = torch.nn.functional.pad(v.to(_accumulation_dtype(v)), (0, 1), value=1.0)
     if attention_mask is not None:
-        ones = ones * attention_mask[:, :, None, None]
-    return torch.cat([values, ones], dim=-1)
+        values[..., -1] = attention_mask[:, :, None]
+    return values
 
 
 class _Segments(NamedTuple):
     """Which tokens of a chunk see what, for every (batch, head): True or False."""
 
-    same: torch.Tensor  # (batch * num_heads, tokens, tokens): query and key are of one segment
+    other: torch.Tensor  # (batch * num_heads, tokens, tokens): query and key are not of one segment
     first: torch.Tensor  # (batch * num_heads, tokens, 1): the segment that the carried state belongs to
     last: torch.Tensor  # (batch * num_heads, tokens, 1): the segment that the next state belongs to
     carry: torch.Tensor  # (batch * num_heads, 1, 1): both are one
@@ -436,7 +443,7 @@ def _segments(segment_ids, start, stop, num_heads):
     carried = segment_ids[:, max(start - 1, 0)].repeat_interleave(num_heads, dim=0)[:, None]
     last = ids[:, -1:]
     return _Segments(
-        same=ids[:, :, None] == ids[:, None, :],
+        other=ids[:, :, None] != ids[:, None, :],
         first=(ids == carried)[..., None],
         last=(ids == last)[..., None],
         carry=(carried == last)[..., None],
@@ -446,19 +453,24 @@ def _segments(segment_ids, start, stop, num_heads):
 class _Chunk(NamedTuple):
     """Tokens start … stop of all (batch, head), one head after the other, in the accumulation dtype."""
 
-    queries: torch.Tensor  # (batch * num_heads, feature_dim, tokens), scaled
-    keys: torch.Tensor  # (batch * num_heads, feature_dim, tokens)
-    values: torch.Tensor  # (batch * num_heads, tokens, head_dim + 1)
+    queries: torch.Tensor  # (batch * num_heads, tokens, feature_dim), scaled
+    keys: torch.Tensor  # (batch * num_heads, tokens, feature_dim)
+    values: torch.Tensor  # (batch * num_heads, tokens, head_dim)
+    padding: torch.Tensor | None  # (batch * num_heads, tokens, 1)
     segments: _Segments | None
 
 
 def _chunk(q, k, v, attention_mask, segment_ids, *, start, stop, scale):
-    mask = None if attention_mask is None else attention_mask[:, start:stop]
+    num_heads = q.shape[2]
+    padding = None
+    if attention_mask is not None:
+        padding = ~attention_mask[:, start:stop].repeat_interleave(num_heads, dim=0)[..., None]
     return _Chunk(
-        queries=_features_first(q[:, start:stop]) * scale,
-        keys=_features_first(k[:, start:stop]),
-        values=_heads_first(_with_ones(v[:, start:stop], mask)),
-        segments=_segments(segment_ids, start, stop, q.shape[2]),
+        queries=_heads_first(q[:, start:stop]) * scale,
+        keys=_heads_first(k[:, start:stop]),
+        values=_heads_first(v[:, start:stop]),
+        padding=padding,
+        segments=_segments(segment_ids, start, stop, num_heads),
     )
 
 
@@ -467,22 +479,176 @@ def _heads_first(x):
     return x.to(_accumulation_dtype(x)).transpose(1, 2).flatten(0, 1)
 
 
-def _features_first(x):
-    """x: (batch, tokens, num_heads, dim) -> (batch * num_heads, dim, tokens), contiguous, in the accumulation dtype."""
-    return x.to(_accumulation_dtype(x)).permute(0, 2, 3, 1).contiguous().flatten(0, 1)
-
-
 def _heads_last(x, batch_size):
     return x.unflatten(0, (batch_size, -1)).transpose(1, 2)
 
 
-def _visible_weights(scores, segments, coefficients):
-    weights = _polynomial(scores, coefficients).tril_()
-    return weights if segments is None else weights.mul_(segments.same)
+def _visible_weights(scores, chunk, coefficients):
+    """The kernel of the scores, 0 where a query does not see a key. Overwrites the scores: memory costs time here."""
+    weights = scores.square_() if coefficients == REBASED else _polynomial(scores, coefficients)
+    weights.tril_()
+    if chunk.segments is not None:
+        weights.masked_fill_(chunk.segments.other, 0)
+    # Padding has zero keys, so that only a constant term of the kernel gives it a weight.
+    if chunk.padding is not None and coefficients[0]:
+        weights.masked_fill_(chunk.padding.mT, 0)
+    return weights
 
 
 def _only(selected, x):
     return x if selected is None else torch.where(selected, x, 0)
+
+
+def _added_to_state(chunk, coefficients):
+    """Features (batch * num_heads, state_size, tokens), unweighted, and [v, 1] of the tokens that the next state holds."""
+    ones = torch.ones_like(chunk.values[..., :1])
+    if chunk.padding is not None:
+        ones.masked_fill_(chunk.padding, 0)
+    last = chunk.segments and chunk.segments.last
+    # Both are selected: a zero does not undo an overflow on the other side of the product.
+    keys, values = _only(last, chunk.keys), _only(last, torch.cat([chunk.values, ones], dim=-1))
+    return _features(keys.mT.contiguous(), coefficients), values
+
+
+def _chunked_forward(
+    q,
+    k,
+    v,
+    initial_state,
+    attention_mask,
+    segment_ids,
+    scale,
+    eps,
+    coefficients,
+    chunk_size,
+    return_state,
+    keep_states,
+):
+    """Output, denominators (batch, seq, num_heads, 1), final state, and the states before each chunk that has one."""
+    spoilt = _spoilt_segments(segment_ids, q, k, v)
+    if spoilt is not None:
+        q, k, v = (x.masked_fill(spoilt, 0) for x in (q, k, v))
+    batch_size, seq_len, num_heads, feature_dim = q.shape
+    dtype = _accumulation_dtype(q)
+    out, denominators = torch.empty_like(v), v.new_empty((batch_size, seq_len, num_heads, 1), dtype=dtype)
+    weights = _feature_weights(feature_dim, coefficients, like=denominators)
+    state = None if initial_state is None else initial_state.flatten(0, 1)
+    states = []
+    for start in range(0, seq_len, chunk_size):
+        stop = min(start + chunk_size, seq_len)
+        chunk = _chunk(q, k, v, attention_mask, segment_ids, start=start, stop=stop, scale=scale)
+        segments = chunk.segments
+        visible = _visible_weights(torch.bmm(chunk.queries, chunk.keys.mT), chunk, coefficients)
+        numerators, totals = torch.bmm(visible, chunk.values), visible.sum(-1, keepdim=True)
+        if state is not None:
+            features = _features(chunk.queries.mT.contiguous(), coefficients)
+            earlier = _only(segments and segments.first, torch.bmm(features.mT, state))
+            numerators += earlier[..., :-1]
+            totals += earlier[..., -1:]
+            if keep_states:
+                states.append(state)
+        if stop < seq_len or return_state:
+            # The weights belong to the features, but the product has fewer columns than a chunk has tokens.
+            added = torch.bmm(*_added_to_state(chunk, coefficients)).mul_(weights)
+            state = added if state is None else added.add_(_only(segments and segments.carry, state))
+        totals += eps
+        out[:, start:stop] = _heads_last(numerators.div_(totals), batch_size)
+        denominators[:, start:stop] = _heads_last(totals, batch_size)
+    state = state.unflatten(0, (batch_size, num_heads)) if return_state else None
+    if spoilt is not None:
+        out.masked_fill_(spoilt, float("nan"))
+        if return_state:
+            state.masked_fill_(spoilt[:, -1, :, :, None], float("nan"))
+    return out, denominators, state, states
+
+
+def _chunked_backward(
+    grad_out,
+    grad_state,
+    q,
+    k,
+    v,
+    attention_mask,
+    segment_ids,
+    out,
+    denominators,
+    states,
+    scale,
+    coefficients,
+    chunk_size,
+):
+    """Gradients of q, k, v, and of the state before the first chunk if there is one."""
+    spoilt = _spoilt_segments(segment_ids, q, k, v, out, grad_out)
+    if spoilt is not None:
+        q, k, v, out, grad_out = (x.masked_fill(spoilt, 0) for x in (q, k, v, out, grad_out))
+        denominators = denominators.masked_fill(spoilt, 1)
+    batch_size, seq_len, num_heads, feature_dim = q.shape
+    weights = _feature_weights(feature_dim, coefficients, like=denominators)
+    grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
+    grad_state = None if grad_state is None else grad_state.flatten(0, 1)
+    starts = range(0, seq_len, chunk_size)
+    for start, state in zip(reversed(starts), [*reversed(states), None]):
+        stop = min(start + chunk_size, seq_len)
+        chunk = _chunk(q, k, v, attention_mask, segment_ids, start=start, stop=stop, scale=scale)
+        segments = chunk.segments
+        grad_numerators = _heads_first(grad_out[:, start:stop]) / _heads_first(denominators[:, start:stop])
+        grad_totals = -(grad_numerators * _heads_first(out[:, start:stop])).sum(-1, keepdim=True)
+        grad_queries, grad_keys, grad_values = _scores_backward(chunk, grad_numerators, grad_totals, coefficients)
+        if grad_state is not None:
+            weighted = grad_state * weights
+            features, values = _added_to_state(chunk, coefficients)
+            last = segments and segments.last
+            grad_values += _only(last, torch.bmm(features.mT, weighted[..., :-1]))
+            grad_features = torch.bmm(weighted, values.mT)
+            grad_keys += _only(last, _features_backward(grad_features, chunk.keys.mT.contiguous(), coefficients).mT)
+            grad_state = _only(segments and segments.carry, grad_state)
+        if state is not None:
+            first = segments and segments.first
+            queries = _only(first, chunk.queries).mT.contiguous()
+            grad_earlier = _only(first, torch.cat([grad_numerators, grad_totals], dim=-1))
+            grad_features = torch.bmm(state, grad_earlier.mT)
+            grad_queries += _only(first, _features_backward(grad_features, queries, coefficients).mT)
+            added = torch.bmm(_features(queries, coefficients), grad_earlier)
+            grad_state = added if grad_state is None else added.add_(grad_state)
+        grad_q[:, start:stop] = _heads_last(grad_queries.mul_(scale), batch_size)
+        grad_k[:, start:stop] = _heads_last(grad_keys, batch_size)
+        grad_v[:, start:stop] = _heads_last(grad_values, batch_size)
+    if grad_state is not None:
+        grad_state = grad_state.unflatten(0, (batch_size, num_heads))
+    if spoilt is not None:
+        for gradient in (grad_q, grad_k, grad_v):
+            gradient.masked_fill_(spoilt, float("nan"))
+        if grad_state is not None:
+            grad_state.masked_fill_(spoilt[:, 0, :, :, None], float("nan"))
+    return grad_q, grad_k, grad_v, grad_state
+
+
+def _scores_backward(chunk, grad_numerators, grad_totals, coefficients):
+    """Gradients of a chunk's queries, keys and values, each (tokens, dim), that come through its own scores."""
+    scores = torch.bmm(chunk.queries, chunk.keys.mT)
+    slopes = scores * (2 * coefficients[2])
+    if coefficients[1]:
+        slopes += coefficients[1]
+    grad_scores = torch.bmm(grad_numerators, chunk.values.mT).add_(grad_totals).mul_(slopes).tril_()
+    if chunk.segments is not None:
+        grad_scores.masked_fill_(chunk.segments.other, 0)
+    grad_values = torch.bmm(_visible_weights(scores, chunk, coefficients).mT, grad_numerators)
+    return torch.bmm(grad_scores, chunk.keys), torch.bmm(grad_scores.mT, chunk.queries), grad_values
+
+
+def _feature_weights(feature_dim, coefficients, like):
+    return _weigh(like.new_ones(state_size(feature_dim, coefficients)), feature_dim, coefficients)[:, None]
+
+
+def _spoilt_segments(segment_ids, *tensors):
+    """(batch, seq, num_heads, 1): True in segments where some element of the tensors is not finite; None if all are."""
+    if segment_ids is None or all(x.sum(dtype=_accumulation_dtype(x)).isfinite() for x in tensors):
+        return None
+    spoilt = torch.stack([~x.isfinite().all(dim=-1) for x in tensors]).any(dim=0)
+    number = torch.nn.functional.pad(segment_ids.diff(dim=1) != 0, (1, 0)).cumsum(dim=1)
+    number = number[..., None].expand_as(spoilt)
+    in_segment = torch.zeros_like(spoilt, dtype=torch.uint8).scatter_reduce_(1, number, spoilt.byte(), "amax")
+    return in_segment.gather(1, number).bool()[..., None]
 
 
 class _ChunkedAttention(torch.autograd.Function):
@@ -499,95 +665,145 @@ class _ChunkedAttention(torch.autograd.Function):
         segment_ids,
         scale,
         eps,
-        return_state,
-        chunk_size,
         coefficients,
+        chunk_size,
+        return_state,
+        keep_states,
     ):
-        batch_size, seq_len, num_heads, feature_dim = q.shape
-        weights = _weights(feature_dim, coefficients, q.new_empty(0, dtype=_accumulation_dtype(q)))[:, None]
-        out = torch.empty_like(v)
-        denominators = v.new_empty((batch_size, seq_len, num_heads, 1), dtype=weights.dtype)
-        state = None if initial_state is None else initial_state.flatten(0, 1)
-        states, keep_states = [], any(ctx.needs_input_grad)
-        for start in range(0, seq_len, chunk_size):
-            stop = min(start + chunk_size, seq_len)
-            chunk = _chunk(q, k, v, attention_mask, segment_ids, start=start, stop=stop, scale=scale)
-            segments = chunk.segments
-            scores = torch.bmm(chunk.queries.mT, chunk.keys)
-            sums = torch.bmm(_visible_weights(scores, segments, coefficients), chunk.values)
-            if state is not None:
-                earlier = torch.bmm(_features(chunk.queries, coefficients).mT, state)
-                sums += _only(segments and segments.first, earlier)
-                if keep_states:
-                    states.append(state)
-            if stop < seq_len or return_state:
-                values = _only(segments and segments.last, chunk.values)
-                # The weights belong to the features, but the product has fewer columns than a chunk has tokens.
-                added = torch.bmm(_features(chunk.keys, coefficients), values).mul_(weights)
-                state = added if state is None else added.add_(_only(segments and segments.carry, state))
-            total = sums[..., -1:] + eps
-            out[:, start:stop] = _heads_last(sums[..., :-1] / total, batch_size)
-            denominators[:, start:stop] = _heads_last(total, batch_size)
-        ctx.save_for_backward(q, k, v, attention_mask, segment_ids, out, denominators, weights, *states)
-        ctx.options = scale, chunk_size, coefficients
-        ctx.first_chunk_has_state = initial_state is not None
-        return out, state.unflatten(0, (batch_size, num_heads)) if return_state else None
+        out, denominators, state, states = _chunked_forward(
+            q,
+            k,
+            v,
+            initial_state,
+            attention_mask,
+            segment_ids,
+            scale,
+            eps,
+            coefficients,
+            chunk_size,
+            return_state,
+            keep_states,
+        )
+        if keep_states:
+            ctx.save_for_backward(q, k, v, attention_mask, segment_ids, out, denominators, *states)
+            ctx.options = scale, coefficients, chunk_size
+            ctx.has_initial_state = initial_state is not None
+        return out, state
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_state):
+        q, k, v, attention_mask, segment_ids, out, denominators, *states = ctx.saved_tensors
+        saved = (q, k, v, attention_mask, segment_ids, out, denominators, states)
         with torch.autocast(grad_out.device.type, enabled=False):
-            return _chunked_backward(ctx, grad_out, grad_state)
+            *gradients, grad_initial = _chunked_backward(grad_out, grad_state, *saved, *ctx.options)
+        return *gradients, grad_initial if ctx.has_initial_state else None, *(None,) * 8
 
 
-def _chunked_backward(ctx, grad_out, grad_state):
-    q, k, v, attention_mask, segment_ids, out, denominators, weights, *states = ctx.saved_tensors
-    scale, chunk_size, coefficients = ctx.options
-    batch_size, seq_len, num_heads, _ = q.shape
-    states = states if ctx.first_chunk_has_state else [None, *states]
-    grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
-    grad_state = None if grad_state is None else grad_state.flatten(0, 1)
+# Under torch.compile the same two functions are operators: traced, their loops would be unrolled chunk by chunk.
 
-    for start in reversed(range(0, seq_len, chunk_size)):
-        stop = min(start + chunk_size, seq_len)
-        chunk = _chunk(q, k, v, attention_mask, segment_ids, start=start, stop=stop, scale=scale)
-        segments = chunk.segments
-        grad_sums = _grad_sums(*(_heads_first(x[:, start:stop]) for x in (grad_out, out, denominators)))
-        grad_queries, grad_keys, grad_values = _scores_backward(chunk, grad_sums, coefficients)
-        if grad_state is not None:
-            weighted = grad_state * weights
-            features = _features(chunk.keys, coefficients)
-            grad_values += _only(segments and segments.last, torch.bmm(features.mT, weighted))
-            values = _only(segments and segments.last, chunk.values)
-            grad_features = torch.bmm(weighted, values.mT)
-            grad_keys += _features_backward(grad_features, chunk.keys, coefficients)
-            grad_state = _only(segments and segments.carry, grad_state)
-        state = states[start // chunk_size]
-        if state is not None:
-            grad_earlier = _only(segments and segments.first, grad_sums)
-            grad_features = torch.bmm(state, grad_earlier.mT)
-            grad_queries += _features_backward(grad_features, chunk.queries, coefficients)
-            added = torch.bmm(_features(chunk.queries, coefficients), grad_earlier)
-            grad_state = added if grad_state is None else added.add_(grad_state)
-        grad_q[:, start:stop] = _heads_last(grad_queries.mT.mul(scale), batch_size)
-        grad_k[:, start:stop] = _heads_last(grad_keys.mT, batch_size)
-        grad_v[:, start:stop] = _heads_last(grad_values[..., :-1], batch_size)
-    grad_initial = grad_state.unflatten(0, (batch_size, num_heads)) if ctx.first_chunk_has_state else None
-    return grad_q, grad_k, grad_v, grad_initial, *(None,) * 7
+NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
-def _grad_sums(grad_out, out, denominators):
-    """All (..., tokens, head_dim or 1). Gradient of [numerator, denominator] of out = numerator / denominator."""
-    grad_numerator = grad_out / denominators
-    return torch.cat([grad_numerator, -(grad_numerator * out).sum(-1, keepdim=True)], dim=-1)
+@torch.library.custom_op(f"{NAMESPACE}::chunked_forward", mutates_args=())
+def _chunked_operator(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    segment_ids: torch.Tensor | None,
+    scale: float,
+    eps: float,
+    coefficients: list[float],
+    chunk_size: int,
+    return_state: bool,
+    keep_states: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    inputs = (q, k, v, initial_state, attention_mask, segment_ids)
+    out, denominators, state, states = _chunked_forward(
+        *inputs, scale, eps, tuple(coefficients), chunk_size, return_state, keep_states
+    )
+    results = _empty_results(*inputs, scale, eps, coefficients, chunk_size, return_state, keep_states)
+    return (
+        out.contiguous(),
+        denominators,
+        results[2] if state is None else state,
+        torch.stack(states) if states else results[3],
+    )
 
 
-def _scores_backward(chunk, grad_sums, coefficients):
-    """Gradients of a chunk's queries, keys (feature_dim, tokens) and values that come through its own scores."""
-    scores = torch.bmm(chunk.queries.mT, chunk.keys)
-    grad_values = torch.bmm(_visible_weights(scores, chunk.segments, coefficients).mT, grad_sums)
-    grad_scores = torch.bmm(grad_sums, chunk.values.mT).mul_(scores.mul_(2 * coefficients[2]).add_(coefficients[1]))
-    grad_scores.tril_()
-    if chunk.segments is not None:
-        grad_scores.mul_(chunk.segments.same)
-    return torch.bmm(chunk.keys, grad_scores.mT), torch.bmm(chunk.queries, grad_scores), grad_values
+@_chunked_operator.register_fake
+def _empty_results(
+    q,
+    k,
+    v,
+    initial_state,
+    attention_mask,
+    segment_ids,
+    scale,
+    eps,
+    coefficients,
+    chunk_size,
+    return_state,
+    keep_states,
+):
+    batch_size, seq_len, num_heads, feature_dim = q.shape
+    dtype = _accumulation_dtype(q)
+    sizes = (state_size(feature_dim, coefficients), v.shape[-1] + 1)
+    chunks = (seq_len + chunk_size - 1) // chunk_size - (initial_state is None)
+    return (
+        v.new_empty(v.shape),
+        v.new_empty((batch_size, seq_len, num_heads, 1), dtype=dtype),
+        v.new_empty((batch_size, num_heads, *sizes) if return_state else 0, dtype=dtype),
+        v.new_empty((chunks if keep_states else 0, batch_size * num_heads, *sizes), dtype=dtype),
+    )
+
+
+@torch.library.custom_op(f"{NAMESPACE}::chunked_backward", mutates_args=())
+def _chunked_backward_operator(
+    grad_out: torch.Tensor,
+    grad_state: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    segment_ids: torch.Tensor | None,
+    out: torch.Tensor,
+    denominators: torch.Tensor,
+    states: torch.Tensor,
+    scale: float,
+    coefficients: list[float],
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    saved = (q, k, v, attention_mask, segment_ids, out, denominators, states.unbind())
+    *gradients, grad_initial = _chunked_backward(grad_out, grad_state, *saved, scale, tuple(coefficients), chunk_size)
+    if grad_initial is None:
+        grad_initial = denominators.new_empty(q.shape[0], q.shape[2], *states.shape[2:])
+    return *(x.contiguous() for x in gradients), grad_initial
+
+
+@_chunked_backward_operator.register_fake
+def _empty_gradients(grad_out, grad_state, q, k, v, attention_mask, segment_ids, out, denominators, states, *options):
+    grad_initial = denominators.new_empty(q.shape[0], q.shape[2], *states.shape[2:])
+    return *(x.new_empty(x.shape) for x in (q, k, v)), grad_initial
+
+
+def _save_for_backward(ctx, inputs, output):
+    q, k, v, initial_state, attention_mask, segment_ids, scale, _, coefficients, chunk_size, *_ = inputs
+    out, denominators, _, states = output
+    ctx.mark_non_differentiable(denominators, states)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, attention_mask, segment_ids, out, denominators, states)
+    ctx.options = scale, coefficients, chunk_size
+    ctx.has_initial_state = initial_state is not None
+
+
+def _call_backward(ctx, grad_out, _, grad_state, __):
+    if grad_out is None:
+        grad_out = torch.zeros_like(ctx.saved_tensors[2])
+    *gradients, grad_initial = _chunked_backward_operator(grad_out, grad_state, *ctx.saved_tensors, *ctx.options)
+    return *gradients, grad_initial if ctx.has_initial_state else None, *(None,) * 8
+
+
+_chunked_operator.register_autograd(_call_backward, setup_context=_save_for_backward)

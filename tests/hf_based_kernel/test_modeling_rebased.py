@@ -150,6 +150,25 @@ def test_packed_rows_may_be_padded(layers):
     torch.testing.assert_close(got, torch.cat([model(first).logits, model(second).logits], dim=1), **CLOSE)
 
 
+@pytest.mark.parametrize("layers", ["rebased", "attention_first"])
+@pytest.mark.parametrize("conv_type", ["gated", "base"])
+def test_bad_numbers_stay_in_their_packed_sequence(layers, conv_type):
+    model = tiny_model(layers, conv_type=conv_type)
+    position_ids = torch.tensor([[*range(4), *range(3), *range(5)]])
+    results = []
+    for bad in (False, True):
+        embedded = model.get_input_embeddings()(torch.arange(2, 14)[None]).detach()
+        if bad:
+            embedded[0, 5, 0] = float("nan")
+        embedded.requires_grad_()
+        logits = model(inputs_embeds=embedded, position_ids=position_ids).logits
+        others = torch.cat([logits[:, :4], logits[:, 7:]], dim=1)
+        results.append((others, torch.autograd.grad(others.sum(), embedded)[0][:, [0, 1, 2, 3, *range(7, 12)]]))
+        assert logits[0, 5].isfinite().all() != bad
+    for expected, got in zip(*results):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("layers", LAYER_TYPES)
 def test_decoding_state_does_not_grow(layers):
     model = tiny_model(layers)

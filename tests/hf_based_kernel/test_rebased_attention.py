@@ -7,11 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
 
 from hf_based_kernel import rebased_attention as public_rebased_attention
 from hf_based_kernel.rebased_attention import (
     REBASED,
     TAYLOR,
+    _chunked_operator,
     key_features,
     packed_size,
     query_features,
@@ -254,6 +256,57 @@ def test_bad_numbers_stay_in_their_sequence(kernel, value):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("spoilt", ["q", "k", "v", "grad_out"])
+# The last is finite, its square is not.
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("chunk_size", [4, 64])
+def test_bad_numbers_stay_in_their_packed_sequence(kernel, spoilt, value, chunk_size):
+    attention, _ = KERNELS[kernel]
+    # The second of three sequences in the first row; it shares chunks with both others.
+    segment_ids = torch.tensor([[0] * 5 + [1] * 4 + [2] * 5, [0] * 14])
+    inputs = make_inputs(seq_len=14, dtype=torch.float32)
+    results = []
+    for bad in (False, True):
+        inputs = [x.detach().clone().requires_grad_() for x in inputs]
+        generator = torch.Generator().manual_seed(1)
+        grad_out = torch.randn(inputs[2].shape, generator=generator)
+        if bad:
+            {"q": inputs[0], "k": inputs[1], "v": inputs[2], "grad_out": grad_out}[spoilt].data[0, 6] = value
+        out, state = attention(*inputs, segment_ids=segment_ids, chunk_size=chunk_size, return_state=True)
+        weights = torch.randn(state.shape, generator=generator)
+        results.append((out, state, *torch.autograd.grad((out, state), inputs, (grad_out, weights))))
+    others = (segment_ids != 1) | torch.tensor([[False], [True]])
+    for expected, got in zip(*results):
+        others_only = (lambda x: x[others]) if got.shape[:2] == others.shape else (lambda x: x)
+        torch.testing.assert_close(others_only(got), others_only(expected), rtol=0, atol=0)
+    reached = results[1][2] if spoilt in ("q", "grad_out") else results[1][0]
+    assert value == 1e30 or not reached[0, 6].isfinite().any()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_state_and_its_gradient_keep_bad_numbers_to_their_packed_sequence(kernel):
+    attention, coefficients = KERNELS[kernel]
+    q, k, v = make_inputs(batch_size=1, seq_len=9)
+    segment_ids = torch.tensor([[0] * 4 + [1] * 5])
+    state = make_state(q, v, coefficients)
+    results = []
+    for bad in (False, True):
+        grad_out, grad_state = torch.ones_like(v), torch.ones_like(state)
+        if bad:
+            state.data.fill_(float("nan"))
+        options = {"segment_ids": segment_ids, "chunk_size": 3, "return_state": True}
+        out, last = attention(q, k, v, initial_state=state, **options)
+        grads = torch.autograd.grad((out, last), (q, k, v), (grad_out, grad_state))
+        results.append([last, *(x[:, 4:] for x in (out, *grads))])
+    for expected, got in zip(*results):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    _, last = attention(q, k, v, **options)
+    *grads, _ = torch.autograd.grad(last, (q, k, v, state), last * float("nan"), allow_unused=True)
+    assert all(grad[:, :4].eq(0).all() for grad in grads)
+    assert not grads[1][:, 4:].isfinite().any()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("seq_len", [1, 200])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_inputs_are_summed_in_float32(kernel, seq_len, dtype):
@@ -288,6 +341,40 @@ def test_forward_and_backward_allocate_nothing_of_seq_by_seq():
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     # The inputs and the stored states are the largest things; scores of all pairs would take seq_len² numbers.
     assert 0 < largest < seq_len**2 * 4 / 16
+
+
+@pytest.mark.parametrize("with_state", [False, True], ids=["fresh", "continued"])
+@pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
+def test_compiled_call_is_one_graph_without_the_loop_over_chunks(with_state, packed):
+    q, k, v = make_inputs(seq_len=9)
+    inputs = [q, k, v]
+    options = {"chunk_size": 2, "return_state": True, "attention_mask": MASK.bool()}
+    if with_state:
+        options["initial_state"] = make_state(q, v, TAYLOR)
+        inputs.append(options["initial_state"])
+    if packed:
+        options["segment_ids"] = SEGMENTS
+    graphs = []
+
+    def keep_graph(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    compiled = torch.compile(taylor_attention, backend=aot_autograd(fw_compiler=keep_graph), fullgraph=True)
+    assert_same(compiled(q, k, v, **options), taylor_attention(q, k, v, **options), inputs, rtol=0, atol=0)
+    assert len(graphs[0].graph.nodes) < 60
+    assert not any("bmm" in str(node.target) for node in graphs[0].graph.nodes)
+
+
+def test_operator_obeys_the_rules_of_torch_library():
+    q, k, v = make_inputs(seq_len=5)
+    state = make_state(q, v, REBASED)
+    for arguments in ((state, None, None), (None, MASK[:, :5].bool(), SEGMENTS[:, :5])):
+        checks = torch.library.opcheck(
+            _chunked_operator, (q, k, v, *arguments, 0.5, 1e-6, list(REBASED), 2, True, True)
+        )
+        assert set(checks.values()) == {"SUCCESS"}
 
 
 BAD_CALLS = {
