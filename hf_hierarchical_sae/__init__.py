@@ -10,6 +10,7 @@ from .hierarchical_topk_loss import hierarchical_topk_loss
 from .interventions import ablate, record_statistics, splice, steer
 from .latent_activations import LatentActivations, latent_activations
 from .modeling_hierarchical_sae import HierarchicalSaeModel, HierarchicalSaeOutput
+from .scores import JudgeScore, LabelScores, detection_scores, explain_latents, fuzzing_scores, label_scores
 from .training_callback import HierarchicalSaeCallback
 
 
@@ -28,12 +29,18 @@ __all__ = [
     "HierarchicalSaeEvaluation",
     "HierarchicalSaeModel",
     "HierarchicalSaeOutput",
+    "JudgeScore",
+    "LabelScores",
     "LatentActivations",
     "ablate",
+    "detection_scores",
     "evaluate_budgets",
+    "explain_latents",
     "explained_variance",
+    "fuzzing_scores",
     "hierarchical_topk_loss",
     "iterate_activations",
+    "label_scores",
     "latent_activations",
     "plot_evaluations",
     "record_statistics",

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .latent_activations import LatentActivations, latent_activations
+from .latent_activations import LatentActivations, decoded, latent_activations
 from .modeling_hierarchical_sae import HierarchicalSaeModel
 
 
@@ -143,7 +143,7 @@ class _Page:
         contexts_per_latent: int,
     ):
         self.activations, self.contexts_per_latent = activations, contexts_per_latent
-        self.token_text = cache(partial(_decoded, tokenizer))
+        self.token_text = cache(partial(decoded, tokenizer))
         self.pieces, self.contexts, self.piece_of, self.place_of = _readable(activations, tokenizer, self.token_text)
         self.context_of = activations.position_contexts.numpy()
         self.rank_counts = activations.rank_counts().numpy()
@@ -267,17 +267,10 @@ def _readable(activations, tokenizer, token_text):
 def _character(tokenizer, ids):
     """Text and number of the first tokens that together are whole characters; of one token if there are none."""
     for length in range(1, len(ids) + 1):
-        text = _decoded(tokenizer, *ids[:length])
+        text = decoded(tokenizer, *ids[:length])
         if REPLACEMENT not in text:
             return text, length
-    return _decoded(tokenizer, ids[0]), 1
-
-
-def _decoded(tokenizer, *ids):
-    """Text of tokens inside a text: some tokenizers drop the space before the first word."""
-    before = tokenizer("a", add_special_tokens=False)["input_ids"]
-    prefix, text = tokenizer.decode(before), tokenizer.decode([*before, *ids])
-    return text[len(prefix) :] if text.startswith(prefix) else tokenizer.decode(list(ids))
+    return decoded(tokenizer, ids[0]), 1
 
 
 def _through_final_norm(model, directions):

@@ -175,6 +175,13 @@ def latent_activations(
     )
 
 
+def decoded(tokenizer: PreTrainedTokenizerBase, *ids: int) -> str:
+    """Text of tokens inside a text: some tokenizers drop the space before the first word."""
+    before = tokenizer("a", add_special_tokens=False)["input_ids"]
+    prefix, text = tokenizer.decode(before), tokenizer.decode([*before, *ids])
+    return text[len(prefix) :] if text.startswith(prefix) else tokenizer.decode(list(ids))
+
+
 def _entries(indices, values, positions):
     """Latent, position, value and rank of each positive activation of (tokens, k) `indices` and `values`."""
     fires = values > 0

@@ -1,0 +1,299 @@
+"""Scores of latents against labels, each against a loop; and the mechanics of a language model as judge."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_hierarchical_sae import (
+    HierarchicalSaeConfig,
+    HierarchicalSaeModel,
+    LatentActivations,
+    detection_scores,
+    explain_latents,
+    fuzzing_scores,
+    label_scores,
+    latent_activations,
+)
+
+
+def recorded(dense: torch.Tensor, k: int, context_length: int = 5) -> LatentActivations:
+    """Activations of (tokens, d_sae) by hand: the k largest of each token, zeros left out."""
+    tokens, d_sae = dense.shape
+    values, indices = dense.topk(k, dim=1)
+    fires = values > 0
+    positions = torch.arange(tokens).unsqueeze(1).expand_as(indices)[fires]
+    ranks = torch.arange(1, k + 1).expand_as(indices)[fires]
+    latents, order = indices[fires].sort(stable=True)
+    starts = torch.tensor([0, *torch.bincount(latents, minlength=d_sae).cumsum(0).tolist()])
+    return LatentActivations(
+        k=k,
+        token_ids=torch.arange(tokens) % 250 + 3,
+        context_starts=torch.tensor([*range(0, tokens, context_length), tokens]),
+        is_read=torch.ones(tokens, dtype=torch.bool),
+        latent_starts=starts,
+        positions=positions[order].int(),
+        values=values[fires][order],
+        ranks=ranks[order].short(),
+    )
+
+
+def random_activations(tokens=300, d_sae=12, k=6, **options):
+    # Rounded, so that equal activations occur.
+    return recorded((torch.randn(tokens, d_sae).relu() * 4).round() / 4, k, **options)
+
+
+def score(activations, labels, names="abc", **options):
+    return label_scores(activations, labels, list(names), show_progress=False, **{"min_fires": 1, **options})
+
+
+def pairwise_auroc(values, is_positive):
+    positive, negative = values[is_positive].unsqueeze(1), values[~is_positive]
+    return ((positive > negative).double() + 0.5 * (positive == negative).double()).mean().item()
+
+
+def test_every_score_is_what_a_loop_over_tokens_gives():
+    activations, labels = random_activations(), torch.randint(-1, 3, (300,))
+    activations.is_read[::7] = False
+    found = score(activations, labels, budgets=[2, 6])
+    used = activations.is_read & (labels >= 0)
+
+    assert found.tokens == used.sum()
+    for place, budget in enumerate((2, 6)):
+        for latent in range(12):
+            dense = torch.zeros(300)
+            positions, values, ranks = activations.latent(latent)
+            dense[positions[ranks <= budget].long()] = values[ranks <= budget]
+            dense, of_token = dense[used], labels[used]
+            shares = [(of_token[dense > 0] == label).double().mean().item() for label in range(3)]
+            fires = (dense > 0).double().mean().item()
+            mutual = 0.0
+            for label in range(3):
+                for sign in (True, False):
+                    both = ((of_token == label) & ((dense > 0) == sign)).double().mean().item()
+                    alone = (of_token == label).double().mean().item() * (fires if sign else 1 - fires)
+                    mutual += both * math.log(both / alone) if both else 0.0
+            entropy = -fires * math.log(fires) - (1 - fires) * math.log(1 - fires)
+            aurocs = [pairwise_auroc(dense, of_token == label) for label in range(3)]
+            assert found.purity[place, latent] == pytest.approx(max(shares))
+            assert shares[found.best_label[place, latent]] == max(shares)
+            assert found.information[place, latent] == pytest.approx(mutual / entropy)
+            assert found.auroc[place, latent] == pytest.approx(max(aurocs))
+
+
+def test_the_probe_is_chosen_on_one_half_and_measured_on_the_other():
+    activations, labels = random_activations(context_length=4), torch.randint(0, 3, (300,))
+    found = score(activations, labels, budgets=[6])
+    dense = torch.zeros(300, 12)
+    for latent in range(12):
+        positions, values, _ = activations.latent(latent)
+        dense[positions.long(), latent] = values
+
+    half = activations.position_contexts % 2
+    for label in range(3):
+        choosing, measuring = (
+            [pairwise_auroc(dense[half == h, latent], labels[half == h] == label) for latent in range(12)]
+            for h in (0, 1)
+        )
+        assert found.probe_auroc[0, label] == pytest.approx(measuring[choosing.index(max(choosing))])
+
+
+def test_a_latent_for_each_label_scores_perfectly_and_noise_scores_as_by_chance():
+    labels = torch.randint(0, 3, (600,))
+    dense = torch.rand(600, 6) * (torch.rand(600, 6) < 0.2)
+    dense[:, :3] = torch.nn.functional.one_hot(labels, 3) * (1 + torch.rand(600, 3))
+
+    found = score(recorded(dense, 6), labels, budgets=[1, 6])
+
+    for place in (0, 1):
+        assert found.purity[place, :3].tolist() == [1, 1, 1] and found.best_label[place, :3].tolist() == [0, 1, 2]
+        assert found.auroc[place, :3].tolist() == [1, 1, 1] and found.probe_auroc[place].tolist() == [1, 1, 1]
+        assert found.above_chance[place, :3].all()
+    # Three of equal frequency: the label explains all of a latent that fires on one of them.
+    assert found.information[1, :3].tolist() == pytest.approx([1, 1, 1])
+    noise = found.information[1, 3:] - found.information_by_chance[1, 3:]
+    assert noise.abs().max() < 0.02 and found.purity_by_chance[1, :3].max() < 0.45
+    # At one latent per token the noise never comes first.
+    assert found.purity[0, 3:].isnan().all() and found.to_dict()["scored_latents"] == [3, 6]
+
+
+def test_labels_of_contexts_are_permuted_as_wholes():
+    """A latent that fires in some contexts only looks pure by chance too, if a label has few contexts."""
+    dense = torch.zeros(400, 2)
+    dense[:100, 0] = 1
+    dense[::2, 1] = 1
+    contexts = torch.tensor([0, 1, 0, 1])
+    found = score(recorded(dense, 2, context_length=100), contexts, "ab", budgets=[2], permutations=200)
+
+    assert found.purity[0].tolist() == [1.0, 0.5]
+    # The one context it fires in has one label, whatever the permutation.
+    assert found.purity_by_chance[0, 0] == 1.0 and not found.above_chance[0, 0]
+    as_tokens = score(
+        recorded(dense, 2, context_length=100), contexts.repeat_interleave(100), "ab", budgets=[2], permutations=200
+    )
+    assert as_tokens.purity_by_chance[0, 0] < 0.9
+
+
+def test_above_chance_is_as_rare_as_it_should_be_without_a_relation():
+    activations = random_activations(tokens=600, d_sae=200, k=20)
+    found = score(activations, torch.randint(0, 3, (600,)), budgets=[20], permutations=19)
+
+    # 1 in 20 is expected; 200 latents give a standard deviation of 1.5 %.
+    assert found.to_dict()["above_chance"][0] < 0.12
+
+
+def test_the_table_and_the_json_hold_every_budget():
+    found = score(random_activations(), torch.randint(0, 3, (300,)))
+    lines = str(found).splitlines()
+
+    assert [line.split()[0] for line in lines[1:-1]] == ["1", "2", "4", "6"]
+    assert lines[-1] == "300 tokens, 3 labels"
+    restored = json.loads(json.dumps(found.to_dict()))
+    assert restored["purity"][3] == pytest.approx(found.purity[3].nanmean().item())
+    assert float(lines[4].split()[2]) == pytest.approx(restored["purity"][3], rel=1e-3)
+
+
+def test_the_same_seed_gives_the_same_permutations():
+    activations, labels = random_activations(), torch.randint(0, 3, (300,))
+    first, again, other = (score(activations, labels, seed=seed) for seed in (0, 0, 1))
+
+    assert torch.equal(first.information_by_chance, again.information_by_chance)
+    assert not torch.equal(first.information_by_chance, other.information_by_chance)
+
+
+@pytest.mark.parametrize(
+    "labels, options, message",
+    [
+        (None, {}, "no labels: give `labels` and `label_names`, or texts as a mapping"),
+        (torch.zeros(7), {}, r"one entry per token \(300\) or per context \(60\), got \(7,\)"),
+        (torch.full((300,), 3), {}, r"labels must be in \[-1, 3\), places in label_names, got 3…3"),
+        (torch.zeros(300), {}, "expected tokens of at least 2 labels, got 1 on 300 tokens"),
+        (torch.full((300,), -1), {}, "expected tokens of at least 2 labels, got 0 on 0 tokens"),
+        (
+            torch.arange(300) % 3,
+            {"budgets": [7]},
+            r"budgets must be in \[1, 6\], the largest rank on record, got \[7\]",
+        ),
+        (torch.arange(300) % 3, {"permutations": 0}, "permutations must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(labels, options, message):
+    with pytest.raises(ValueError, match=message):
+        score(random_activations(), labels, **options)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_language_model):
+    return AutoTokenizer.from_pretrained(tiny_language_model)
+
+
+@pytest.fixture(scope="module")
+def judge(tiny_language_model):
+    return AutoModelForCausalLM.from_pretrained(tiny_language_model)
+
+
+@pytest.fixture(scope="module")
+def activations(judge, tokenizer):
+    torch.manual_seed(0)
+    sae = HierarchicalSaeModel(HierarchicalSaeConfig(d_in=32, d_sae=64, k=4, layer=0)).eval()
+    texts = [f"the {number} slings and arrows of outrageous fortune {number}" for number in range(120)]
+    return latent_activations(sae, judge, tokenizer, texts, show_progress=False)
+
+
+class Oracle(torch.nn.Module):
+    """A judge that says yes where the prompt holds a word, and remembers what it was asked."""
+
+    def __init__(self, judge, tokenizer, word):
+        super().__init__()
+        self.judge, self.tokenizer, self.word, self.prompts = judge, tokenizer, word, []
+        self.device = judge.device
+
+    def forward(self, input_ids, logits_to_keep):
+        text = self.tokenizer.decode(input_ids[0])
+        self.prompts.append(text)
+        output = self.judge(input_ids=input_ids, logits_to_keep=logits_to_keep)
+        asked = text.partition("Text: ")[2].partition("\n\n")[0]
+        sign = 1 if self.word in asked else -1
+        ids = self.tokenizer("YN")["input_ids"][-2:]
+        output.logits[..., ids[0]] += 50 * sign
+        output.logits[..., ids[1]] -= 50 * sign
+        return output
+
+
+@pytest.fixture(scope="module")
+def planted(activations, tokenizer):
+    """Latent 0 fires on the digit 7 and nothing else, the others never."""
+    seven = tokenizer("7")["input_ids"][-1]
+    positions = (activations.token_ids == seven).nonzero().flatten()
+    of_latent = {
+        "latent_starts": torch.tensor([0] + [len(positions)] * 64),
+        "positions": positions.int(),
+        "values": torch.linspace(1, 2, len(positions)),
+        "ranks": torch.ones(len(positions), dtype=torch.int16),
+    }
+    return LatentActivations(**{**vars(activations), **of_latent})
+
+
+def test_a_judge_that_knows_where_a_latent_fires_scores_one(planted, tokenizer, judge):
+    knows, knows_marks = Oracle(judge, tokenizer, "7"), Oracle(judge, tokenizer, "<<7>>")
+    given = {"window": 12, "show_progress": False}
+
+    detection = detection_scores(planted, tokenizer, {0: "the digit 7"}, knows, tokenizer, **given)
+    fuzzing = fuzzing_scores(planted, tokenizer, {0: "the digit 7"}, knows_marks, tokenizer, **given)
+
+    assert detection[0].auroc == detection[0].balanced_accuracy == 1 and detection[0].examples > 1
+    assert fuzzing[0].auroc == fuzzing[0].balanced_accuracy == 1 and fuzzing[0].examples > 1
+    assert all(
+        "Description: the digit 7\n" in prompt and "<|im_start|>assistant" in prompt for prompt in knows.prompts
+    )
+    assert all(prompt.count("<<") == 2 for prompt in knows_marks.prompts if "<<7>>" not in prompt)
+    ignorant = detection_scores(planted, tokenizer, {0: "a"}, Oracle(judge, tokenizer, "@"), tokenizer, **given)
+    assert ignorant[0].balanced_accuracy == 0.5
+
+
+def test_what_explains_is_not_what_is_scored(planted, tokenizer, judge, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        type(judge),
+        "generate",
+        lambda self, **given: (
+            asked.append(tokenizer.decode(given["input_ids"][0]))
+            or torch.cat([given["input_ids"], torch.tensor([tokenizer(" words\nmore")["input_ids"]])], dim=1)
+        ),
+    )
+    oracle, given = Oracle(judge, tokenizer, "7"), {"window": 12, "show_progress": False}
+    explanations = explain_latents(planted, tokenizer, [0], judge, tokenizer, **given)
+    detection_scores(planted, tokenizer, explanations, oracle, tokenizer, **given)
+
+    assert explanations[0].strip() == "words"
+    shown = {line.partition(". ")[2] for line in asked[0].splitlines() if line[:1].isdigit()}
+    texts = {prompt.partition("Text: ")[2].partition("\n\n")[0] for prompt in oracle.prompts}
+    firing = {text for text in texts if "7" in text}
+    assert len(shown) == 8 and all("<<7" in text for text in shown)
+    assert len(firing) > 3 and len(texts) > len(firing)
+    assert not firing & {text.replace("<<", "").replace(">>", "") for text in shown}
+
+
+def test_a_judge_without_a_chat_template_is_asked_plainly(activations, tokenizer, judge, tiny_language_model):
+    plain = AutoTokenizer.from_pretrained(tiny_language_model)
+    plain.chat_template = None
+    latent = int(activations.latent_starts.diff().argmax())
+
+    explanations = explain_latents(
+        activations, tokenizer, [latent], judge, plain, examples=2, max_new_tokens=3, show_progress=False
+    )
+    found = detection_scores(activations, tokenizer, explanations, judge, plain, k=2, examples=3, show_progress=False)
+
+    assert set(found) <= {latent} and all(0 <= value.auroc <= 1 for value in found.values())
+
+
+def test_a_latent_that_does_not_fire_at_the_budget_is_left_out(activations, tokenizer, judge):
+    never_first = next(
+        latent for latent in activations.live_latents.tolist() if activations.latent(latent)[2].min() > 1
+    )
+
+    assert explain_latents(activations, tokenizer, [never_first], judge, tokenizer, 1, show_progress=False) == {}
+    assert detection_scores(activations, tokenizer, {never_first: "x"}, judge, tokenizer, 1, show_progress=False) == {}
+    assert fuzzing_scores(activations, tokenizer, {never_first: "x"}, judge, tokenizer, 1, show_progress=False) == {}
