@@ -72,6 +72,12 @@ def bias_ready_checkpoint(
     Raises:
         ValueError: If no stock class has such biases, with the reason. Nothing is written then.
     """
+    weights = zero_biased_weights(base)
+    _write_checkpoint(base, weights, output_dir, tokenizer=tokenizer, max_shard_size=max_shard_size)
+
+
+def zero_biased_weights(base: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The weights of a model with zero biases where steering vectors merge; the model itself is left as it was."""
     _, layers = find_layers(base)
     zero = torch.zeros(residual_width(base), device=base.device)
     sites = _sites(layers)
@@ -79,11 +85,10 @@ def bias_ready_checkpoint(
     try:
         for site, original in zip(sites, originals):
             site.write(original, zero)
-        weights = base.state_dict()
+        return base.state_dict()
     finally:
         for site, original in zip(sites, originals):
             site.restore(original)
-    _write_checkpoint(base, weights, output_dir, tokenizer=tokenizer, max_shard_size=max_shard_size)
 
 
 def _sites(hosts: Iterable[nn.Module]) -> list[MergeSite]:
@@ -92,14 +97,20 @@ def _sites(hosts: Iterable[nn.Module]) -> list[MergeSite]:
         try:
             sites += merge_sites(host)
         except ValueError as error:
-            parts = {name.rpartition(".")[2] for name, _ in host.named_modules()}
-            reason = "no bias in it reaches its output unchanged"
-            if parts & {"experts", "router"}:
-                reason = "a router weighs the outputs of its experts, and any bias in them"
-            elif any(name.startswith(("post_feedforward", "post_mlp")) for name in parts):
-                reason = "a norm after the MLP rescales any bias in it"
-            raise ValueError(f"no checkpoint can hold vectors on {type(host).__name__}: {reason} ({error})") from error
+            raise ValueError(
+                f"no checkpoint can hold vectors on {type(host).__name__}: {why_no_merge_site(host)} ({error})"
+            ) from error
     return sites
+
+
+def why_no_merge_site(layer: nn.Module) -> str:
+    """Half a sentence on a layer that `merge_sites` refuses."""
+    parts = {name.rpartition(".")[2] for name, _ in layer.named_modules()}
+    if parts & {"experts", "router"}:
+        return "a router weighs the outputs of its experts, and any bias in them"
+    if any(name.startswith(("post_feedforward", "post_mlp")) for name in parts):
+        return "a norm after the MLP rescales any bias in it"
+    return "no bias in it reaches its output unchanged"
 
 
 def _merged_weights(model: PeftModel) -> dict[str, torch.Tensor]:

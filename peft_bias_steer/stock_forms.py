@@ -61,12 +61,17 @@ def find_stock_form(model: PreTrainedModel, weights: dict[str, torch.Tensor]) ->
                 dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
                 form.weights[key] = torch.zeros(expected[key].shape, dtype=dtype, device=weight.device)
             return form
-    name = type(model).__name__
     raise ValueError(
-        f"no stock class computes what {name} with these biases computes: "
-        f"{WHY_NO_STOCK_FORM.get(name, 'its config has no switch for them')}. Keep the adapter and load it with "
-        "PeftModel.from_pretrained(), or use export_control_vector() for llama.cpp"
+        f"no stock class computes what {type(model).__name__} with these biases computes: {why_no_stock_form(model)}. "
+        "Keep the adapter and load it with PeftModel.from_pretrained(), or use export_control_vector() for llama.cpp"
     )
+
+
+def why_no_stock_form(model: PreTrainedModel) -> str:
+    """Half a sentence on a model that `find_stock_form` refuses."""
+    name = type(model).__name__
+    lacking = _what_llama_lacks(model) if name in LLAMA_COUSINS else None
+    return lacking or WHY_NO_STOCK_FORM.get(name, "its config has no switch for them")
 
 
 def _candidate_forms(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> Iterator[StockForm]:
@@ -85,27 +90,23 @@ def _candidate_forms(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -
             continue
         yield StockForm(type(model), config, dict(weights), tuple(names))
     if type(model).__name__ in LLAMA_COUSINS:
-        _refuse_what_llama_lacks(model)
+        if _what_llama_lacks(model):
+            return
         shared = LlamaConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
         fields = {name: value for name, value in model.config.to_dict().items() if name in shared}
         fields.update(dict.fromkeys(LLAMA_COUSINS[type(model).__name__], True))
         yield StockForm(LlamaForCausalLM, LlamaConfig(**fields), dict(_split_fused(weights, model.config)))
 
 
-def _refuse_what_llama_lacks(model: PreTrainedModel) -> None:
+def _what_llama_lacks(model: PreTrainedModel) -> str | None:
     config, rope = model.config, model.config.rope_parameters
-    reason = None
     if config.sliding_window is not None and config.sliding_window < config.max_position_embeddings:
-        reason = f"its attention has a sliding window of {config.sliding_window} tokens"
-    elif rope["rope_type"] == "longrope":
-        reason = "its rotary embedding is of type longrope"
-    elif rope.get("partial_rotary_factor", 1.0) != 1.0:
-        reason = f"it rotates only a part ({rope['partial_rotary_factor']}) of each head"
-    if reason is not None:
-        raise ValueError(
-            f"{type(model).__name__} cannot be written as LlamaForCausalLM: {reason}. Keep the adapter and load it "
-            "with PeftModel.from_pretrained(), or use export_control_vector() for llama.cpp"
-        )
+        return f"its attention has a sliding window of {config.sliding_window} tokens"
+    if rope["rope_type"] == "longrope":
+        return "its rotary embedding is of type longrope"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        return f"it rotates only a part ({rope['partial_rotary_factor']}) of each head"
+    return None
 
 
 def _split_fused(weights: dict[str, torch.Tensor], config: PreTrainedConfig) -> Iterator[tuple[str, torch.Tensor]]:
