@@ -440,16 +440,14 @@ def _judged(activations, explanations, judge, judge_tokenizer, k, question, pair
 
 @torch.no_grad()
 def _margin(judge, tokenizer, prompt):
-    """log p(Yes) − log p(No) after the prompt, in nats; over all tokens of the answers, whatever the tokenizer."""
+    """log p(Yes) − log p(No) after the prompt, in nats, at the first token in which the answers differ."""
+    yes, no = (tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in ("Yes", "No"))
+    place = next(place for place, (one, other) in enumerate(zip(yes, no)) if one != other)
     start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    likelihoods = []
-    for answer in ("Yes", "No"):
-        end = tokenizer(answer, add_special_tokens=False)["input_ids"]
-        with evaluation_mode(judge):
-            ids = torch.tensor([start + end], device=judge.device)
-            logits = judge(input_ids=ids, logits_to_keep=len(end) + 1).logits[0, :-1].float()
-        likelihoods.append(logits.log_softmax(dim=1)[range(len(end)), end].sum().item())
-    return likelihoods[0] - likelihoods[1]
+    with evaluation_mode(judge):
+        ids = torch.tensor([start + yes[:place]], device=judge.device)
+        logits = judge(input_ids=ids, logits_to_keep=1).logits[0, -1].float()
+    return (logits[yes[place]] - logits[no[place]]).item()
 
 
 def _as_chat(tokenizer, prompt):
