@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from .analysis import lens_table, logit_lens, plot_statistics, statistics_table, vector_statistics
 from .llama_cpp import export_control_vector, inject_bias_gguf
+from .routes import adapter_routes, routes_table
 from .stock_checkpoint import bias_ready_checkpoint, export_stock_checkpoint
 from .vectors import load_vectors
 
@@ -25,6 +26,9 @@ examples:
 
   # tokens that each layer promotes and suppresses; loads the base model too
   bias-steer lens outputs/steer --reading cosine --top_k 8
+
+  # which servers give its answers exactly, and why the others do not; reads the config of the base model
+  bias-steer routes outputs/steer
 
   # a checkpoint for vLLM, SGLang or transformers without this package
   bias-steer export outputs/steer --format stock --output steered-model
@@ -82,6 +86,11 @@ def export(args: argparse.Namespace) -> None:
             print(f"left out: the vector of layer 0, of norm {dropped:.4g}", file=sys.stderr)
 
 
+def routes(args: argparse.Namespace) -> None:
+    found = adapter_routes(args.adapter, args.base_model)
+    _show(args, [asdict(route) for route in found], routes_table(found))
+
+
 def _show(args: argparse.Namespace, data: Any, table: Any) -> None:
     if args.json:
         print(json.dumps(data, indent=2, ensure_ascii=False))
@@ -94,10 +103,11 @@ def _show(args: argparse.Namespace, data: Any, table: Any) -> None:
 def _parser() -> argparse.ArgumentParser:
     form: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXAMPLES}
     parser = argparse.ArgumentParser(prog="bias-steer", description=__doc__, **form)
-    commands = parser.add_subparsers(required=True, metavar="inspect | lens | export")
+    commands = parser.add_subparsers(required=True, metavar="inspect | lens | routes | export")
     summaries = {
         inspect: "norms, rank and similarity of the vectors (reads the adapter alone)",
         lens: "tokens that each layer's vector promotes and suppresses",
+        routes: "ways to serve it: which are exact, and why the others are not",
         export: "write the steered model, or the vectors, for other software",
     }
     subparsers = {}
@@ -106,9 +116,9 @@ def _parser() -> argparse.ArgumentParser:
         subparser.set_defaults(run=function)
         subparser.add_argument("adapter", help="folder or Hub id of the adapter (of the base model for bias-ready)")
         subparsers[function] = subparser
-    for function in (inspect, lens):
+    for function in (inspect, lens, routes):
         subparsers[function].add_argument("--json", action="store_true", help="print JSON instead of a table")
-    for function in (lens, export):
+    for function in (lens, routes, export):
         subparsers[function].add_argument("--base_model", help="base model, if not the one the adapter names")
     subparsers[inspect].add_argument("--plot", metavar="FILE", help="draw the numbers into this image file")
     subparsers[lens].add_argument("--top_k", type=int, default=5, help="tokens per layer and direction (default: 5)")

@@ -136,9 +136,7 @@ def _write_checkpoint(
     max_shard_size: int | str,
 ) -> None:
     base = unwrap(model)
-    output = Path(output_dir)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output_dir must be empty or not exist, but {output} holds something: choose another")
+    output = check_output_dir(output_dir)
     if getattr(base.config, "quantization_config", None) is not None:
         raise ValueError(
             f"expected a base model that is not quantised, got {base.config.quantization_config}: load the base in "
@@ -153,7 +151,7 @@ def _write_checkpoint(
     stock.load_state_dict(form.weights, assign=True)
     if base.can_generate():
         stock.generation_config = copy.deepcopy(base.generation_config)
-    tokenizer = tokenizer or _find_tokenizer(base)
+    tokenizer = tokenizer or find_tokenizer(base)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
         folder = Path(scratch, "checkpoint")
@@ -164,7 +162,14 @@ def _write_checkpoint(
         os.replace(folder, output)
 
 
-def _find_tokenizer(base: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+def check_output_dir(output_dir: str | os.PathLike) -> Path:
+    output = Path(output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output_dir must be empty or not exist, but {output} holds something: choose another")
+    return output
+
+
+def find_tokenizer(base: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     if not base.name_or_path:
         return None
     try:

@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 PREFIX = "BiasSteer"
-# Architectures of vLLM whose decoder layers a test has compared with the PEFT model, and the module in a layer whose
-# merged bias is as good as the vector.
-STEERED_ARCHITECTURES = {
-    "Gemma2ForCausalLM": None,
-    "Gemma3ForCausalLM": None,
-    "LlamaForCausalLM": "mlp.down_proj",
-    "MistralForCausalLM": "mlp.down_proj",
-    "MixtralForCausalLM": None,
-    "Olmo2ForCausalLM": None,
-    "Qwen2ForCausalLM": "mlp.down_proj",
-    "Qwen3ForCausalLM": "mlp.down_proj",
-    "Qwen3MoeForCausalLM": None,
-}
+VECTOR = "steering_vector"
+# Architectures of vLLM whose decoder layers a test has compared with the PEFT model.
+STEERED_ARCHITECTURES = (
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "Olmo2ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
 
 
 def register() -> None:
@@ -57,8 +57,7 @@ def _steered_model_class(architecture: str) -> type:
     from vllm import ModelRegistry
 
     base = ModelRegistry.models[architecture].load_model_cls()
-    attributes = {"__module__": __name__, "merge_site": STEERED_ARCHITECTURES[architecture]}
-    return type(PREFIX + architecture, (SteeredModel, base), attributes)
+    return type(PREFIX + architecture, (SteeredModel, base), {"__module__": __name__})
 
 
 @functools.cache
@@ -87,23 +86,22 @@ class SteeredModel:
     """
     Mixed in before a causal language model of vLLM: steers its decoder layers with an adapter that `hf_overrides` name.
 
-    - `bias_steer_adapter`: folder or Hub id of the adapter. Without one the vectors start at zero, and merged biases
-      that a weight sync delivers become the vectors.
+    - `bias_steer_adapter`: folder or Hub id of the adapter. Without one the vectors start at zero.
     - `bias_steer_scale`: what the vectors are multiplied by, 1 by default.
-    """
 
-    merge_site: str | None
+    Weights named `layers.N.steering_vector`, which a trainer may send, become the vectors.
+    """
 
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # ty: ignore[unknown-argument]
         config = vllm_config.model_config.hf_config
-        self.bias_steer_adapter = getattr(config, "bias_steer_adapter", None)
+        adapter = getattr(config, "bias_steer_adapter", None)
         width = vllm_config.model_config.get_hidden_size()
         # buffers: unlike parameters they survive the engine's sleep, and no checkpoint has to hold them
         self.steered_layers = dict(_add_vectors(self, width, float(getattr(config, "bias_steer_scale", 1.0))))
         self.num_steerable_layers = vllm_config.model_config.get_total_num_hidden_layers()
-        if self.bias_steer_adapter is not None:
-            self.set_steering_vectors(load_vectors(self.bias_steer_adapter))
+        if adapter is not None:
+            self.set_steering_vectors(load_vectors(adapter))
 
     def set_steering_vectors(self, vectors: dict[int, torch.Tensor]) -> None:
         for index, vector in vectors.items():
@@ -131,18 +129,35 @@ class SteeredModel:
             layer.steering_scale.fill_(scale)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
-        return super().load_weights(self._take_merged_biases(weights))  # ty: ignore[unresolved-attribute]
+        return super().load_weights(self._take_vectors(weights))  # ty: ignore[unresolved-attribute]
 
-    def _take_merged_biases(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """What TRL's weight sync sends for a merged adapter is a bias that this class has no parameter for."""
-        receives = self.merge_site is not None and self.bias_steer_adapter is None
+    def _take_vectors(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, weight in weights:
-            match = re.search(rf"\.(\d+)\.{self.merge_site}\.bias$", name) if receives else None
-            layer = self.steered_layers.get(int(match[1])) if match else None
-            if match is None or layer is None or layer.get_submodule(self.merge_site).bias is not None:
+            match = re.search(rf"\.(\d+)\.{VECTOR}$", name)
+            if match is None:
                 yield name, weight
             else:
-                self.set_steering_vectors({int(match[1]): weight.to(layer.steering_vector.device, torch.float32)})
+                self.set_steering_vectors({int(match[1]): weight})
+
+
+def vllm_overrides(adapter: str, architecture: str, *, scale: float = 1.0) -> dict[str, Any]:
+    """
+    The `hf_overrides` with which vLLM serves a base checkpoint steered by an adapter.
+
+    Args:
+        adapter (`str`): Folder or Hub id of the adapter.
+        architecture (`str`): Class of the base model, as its config.json names it.
+        scale (`float`, *optional*, defaults to 1.0): What the vectors are multiplied by.
+
+    Raises:
+        ValueError: If the plugin has no class for the architecture.
+    """
+    if architecture not in STEERED_ARCHITECTURES:
+        raise ValueError(
+            f"the vLLM plugin steers {', '.join(STEERED_ARCHITECTURES)}, got {architecture}: vLLM would drop the "
+            "vectors. Serve it with transformers, or see which routes there are with `bias-steer routes`"
+        )
+    return {"architectures": [PREFIX + architecture], "bias_steer_adapter": adapter, "bias_steer_scale": scale}
 
 
 def _add_vectors(model: nn.Module, width: int, scale: float) -> Iterator[tuple[int, Any]]:
@@ -151,7 +166,7 @@ def _add_vectors(model: nn.Module, width: int, scale: float) -> Iterator[tuple[i
     _, layers = min(layer_lists(model, LAYER_LISTS), key=lambda entry: entry[0])
     for index, layer in enumerate(layers):
         if not isinstance(layer, PPMissingLayer):
-            layer.register_buffer("steering_vector", torch.zeros(width, dtype=torch.float32), persistent=False)
+            layer.register_buffer(VECTOR, torch.zeros(width, dtype=torch.float32), persistent=False)
             layer.register_buffer("steering_scale", torch.tensor(scale, dtype=torch.float32), persistent=False)
             layer.__class__ = _steered_layer_class(type(layer))
             yield index, layer

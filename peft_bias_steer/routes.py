@@ -1,0 +1,144 @@
+"""Which servers give a steered model's answers exactly, and why the others do not."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from .config import BiasSteerConfig
+from .residual import find_layers, merge_sites
+from .stock_checkpoint import why_no_merge_site, zero_biased_weights
+from .stock_forms import StockForm, find_stock_form, why_no_stock_form
+from .vectors import load_vectors
+from .vllm_plugin import PREFIX, STEERED_ARCHITECTURES
+
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+VLLM_STOCK = "vLLM, stock checkpoint"
+VLLM_PLUGIN = "vLLM, plugin"
+# Stock classes whose biases a test has seen vLLM apply.
+VLLM_APPLIES_BIASES = ("LlamaForCausalLM",)
+# Types whose models a test has steered in llama.cpp, as it converts them: with a control vector, and with biases.
+CONTROL_VECTOR_TYPES = ("llama", "mistral")
+GGUF_BIAS_TYPES = ("llama", "mistral")
+
+
+@dataclass(frozen=True)
+class Route:
+    """
+    A way to serve a steered model.
+
+    Args:
+        name (`str`): What serves it, and in which form.
+        exact (`bool`): Whether it computes what the steered model computes.
+        reason (`str`): How it is done, or why it cannot be.
+    """
+
+    name: str
+    exact: bool
+    reason: str
+
+
+def serving_routes(base: PreTrainedModel, *, first_layer_norm: float = 1.0) -> list[Route]:
+    """
+    Tells for every known way to serve the steered model whether its answers are exact.
+
+    Args:
+        base (`PreTrainedModel`): The base model; its weights are not looked at, so it may be on the meta device.
+        first_layer_norm (`float`, *optional*, defaults to 1.0):
+            Norm of the vector of layer 0, which a control vector cannot hold.
+
+    Returns:
+        `list[Route]`: The same routes in the same order for every model.
+
+    Raises:
+        ValueError: If the architecture cannot be steered.
+    """
+    _, layers = find_layers(base)
+    form, why_not = _stock_form(base)
+    return [
+        Route("transformers, adapter", True, "PeftModel.from_pretrained(base, adapter)"),
+        Route("transformers, one adapter per row", True, "model.generate(**inputs, adapter_names=[...])"),
+        Route("transformers, merged checkpoint", form is not None, "export --format stock" if form else why_not),
+        _vllm_stock(form, why_not),
+        _vllm_plugin(base),
+        _control_vector(base, first_layer_norm, len(layers)),
+        _gguf_biases(base),
+    ]
+
+
+def adapter_routes(adapter: str, base_model: str | None = None) -> list[Route]:
+    """
+    [`serving_routes`] of a saved adapter; reads the config of its base model, but no weights.
+
+    Args:
+        adapter (`str`): Folder or Hub id of the adapter.
+        base_model (`str`, *optional*): Folder or Hub id of the base model. By default the one the adapter names.
+    """
+    vectors = load_vectors(adapter)
+    name = base_model or BiasSteerConfig.from_pretrained(adapter).base_model_name_or_path
+    if not name:
+        raise ValueError(f"{adapter} does not name its base model: pass it as --base_model")
+    config = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config)
+    return serving_routes(base, first_layer_norm=vectors[0].norm().item() if 0 in vectors else 0.0)
+
+
+def routes_table(routes: list[Route]) -> "Table":
+    """The routes as a table for the terminal."""
+    from rich.table import Table
+
+    table = Table("route", "exact", "how, or why not")
+    for route in routes:
+        table.add_row(route.name, "yes" if route.exact else "no", route.reason)
+    return table
+
+
+def _stock_form(base: PreTrainedModel) -> tuple[StockForm | None, str]:
+    if getattr(base.config, "quantization_config", None) is not None:
+        return None, "the base model is quantised: export from its full-precision form"
+    for layer in find_layers(base)[1]:
+        try:
+            merge_sites(layer)
+        except ValueError:
+            return None, why_no_merge_site(layer)
+    try:
+        return find_stock_form(base, zero_biased_weights(base)), ""
+    except ValueError:
+        return None, why_no_stock_form(base)
+
+
+def _vllm_stock(form: StockForm | None, why_not: str) -> Route:
+    if form is None:
+        return Route(VLLM_STOCK, False, why_not)
+    architecture = form.model_class.__name__
+    if architecture not in VLLM_APPLIES_BIASES:
+        return Route(VLLM_STOCK, False, f"not verified that vLLM applies the biases of {architecture}")
+    return Route(VLLM_STOCK, True, f"export --format stock, which writes a {architecture}")
+
+
+def _vllm_plugin(base: PreTrainedModel) -> Route:
+    architecture = type(base).__name__
+    if architecture not in STEERED_ARCHITECTURES:
+        return Route(VLLM_PLUGIN, False, "no plugin class for it")
+    return Route(VLLM_PLUGIN, True, f'hf_overrides={{"architectures": ["{PREFIX}{architecture}"], ...}}')
+
+
+def _control_vector(base: PreTrainedModel, first_layer_norm: float, num_layers: int) -> Route:
+    name = "llama.cpp, control vector"
+    if base.config.model_type not in CONTROL_VECTOR_TYPES:
+        return Route(name, False, "not verified with llama.cpp")
+    if first_layer_norm:
+        return Route(name, False, "all but layer 0, which llama.cpp refuses: export with --drop_first_layer")
+    return Route(name, True, "export --format control-vector")
+
+
+def _gguf_biases(base: PreTrainedModel) -> Route:
+    name = "llama.cpp, biases in the GGUF file"
+    if base.config.model_type not in GGUF_BIAS_TYPES:
+        return Route(name, False, "only GGUF files of architecture llama may have a bias there")
+    return Route(name, True, "export --format gguf --gguf_in FILE")
