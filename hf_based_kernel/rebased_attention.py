@@ -31,6 +31,7 @@ REBASED = (0.0, 0.0, 1.0)
 TAYLOR = (1.0, 1.0, 0.5)
 
 DEFAULT_CHUNK_SIZE = 128
+QUERY_ROWS = 64
 
 
 @functools.cache
@@ -483,16 +484,57 @@ def _heads_last(x, batch_size):
     return x.unflatten(0, (batch_size, -1)).transpose(1, 2)
 
 
-def _visible_weights(scores, chunk, coefficients):
+def _query_rows(chunk):
+    """Blocks of a chunk's queries. Each forms scores with the keys up to its last token only: a quarter less at 128."""
+    tokens = chunk.queries.shape[1]
+    return [slice(start, min(start + QUERY_ROWS, tokens)) for start in range(0, tokens, QUERY_ROWS)]
+
+
+def _scores(chunk, rows):
+    return torch.bmm(chunk.queries[:, rows], chunk.keys[:, : rows.stop].mT)
+
+
+def _visible_weights(scores, chunk, rows, coefficients):
     """The kernel of the scores, 0 where a query does not see a key. Overwrites the scores: memory costs time here."""
     weights = scores.square_() if coefficients == REBASED else _polynomial(scores, coefficients)
-    weights.tril_()
+    weights.tril_(rows.start)
     if chunk.segments is not None:
-        weights.masked_fill_(chunk.segments.other, 0)
+        weights.masked_fill_(chunk.segments.other[:, rows, : rows.stop], 0)
     # Padding has zero keys, so that only a constant term of the kernel gives it a weight.
     if chunk.padding is not None and coefficients[0]:
-        weights.masked_fill_(chunk.padding.mT, 0)
+        weights.masked_fill_(chunk.padding[:, : rows.stop].mT, 0)
     return weights
+
+
+def _scores_forward(chunk, coefficients):
+    """Numerators (batch * num_heads, tokens, head_dim) and denominators (…, 1) from a chunk's own scores."""
+    numerators, totals = [], []
+    for rows in _query_rows(chunk):
+        weights = _visible_weights(_scores(chunk, rows), chunk, rows, coefficients)
+        numerators.append(torch.bmm(weights, chunk.values[:, : rows.stop]))
+        totals.append(weights.sum(-1, keepdim=True))
+    return torch.cat(numerators, dim=1), torch.cat(totals, dim=1)
+
+
+def _scores_backward(chunk, grad_numerators, grad_totals, coefficients):
+    """Gradients of a chunk's queries, keys and values, each (tokens, dim), that come through its own scores."""
+    grad_queries = torch.empty_like(chunk.queries)
+    grad_keys, grad_values = torch.zeros_like(chunk.keys), torch.zeros_like(chunk.values)
+    for rows in _query_rows(chunk):
+        seen = slice(rows.stop)
+        scores = _scores(chunk, rows)
+        slopes = scores * (2 * coefficients[2])
+        if coefficients[1]:
+            slopes += coefficients[1]
+        grad_scores = torch.bmm(grad_numerators[:, rows], chunk.values[:, seen].mT).add_(grad_totals[:, rows])
+        grad_scores.mul_(slopes).tril_(rows.start)
+        if chunk.segments is not None:
+            grad_scores.masked_fill_(chunk.segments.other[:, rows, seen], 0)
+        weights = _visible_weights(scores, chunk, rows, coefficients)
+        grad_queries[:, rows] = torch.bmm(grad_scores, chunk.keys[:, seen])
+        grad_keys[:, seen] += torch.bmm(grad_scores.mT, chunk.queries[:, rows])
+        grad_values[:, seen] += torch.bmm(weights.mT, grad_numerators[:, rows])
+    return grad_queries, grad_keys, grad_values
 
 
 def _only(selected, x):
@@ -538,8 +580,7 @@ def _chunked_forward(
         stop = min(start + chunk_size, seq_len)
         chunk = _chunk(q, k, v, attention_mask, segment_ids, start=start, stop=stop, scale=scale)
         segments = chunk.segments
-        visible = _visible_weights(torch.bmm(chunk.queries, chunk.keys.mT), chunk, coefficients)
-        numerators, totals = torch.bmm(visible, chunk.values), visible.sum(-1, keepdim=True)
+        numerators, totals = _scores_forward(chunk, coefficients)
         if state is not None:
             features = _features(chunk.queries.mT.contiguous(), coefficients)
             earlier = _only(segments and segments.first, torch.bmm(features.mT, state))
@@ -621,19 +662,6 @@ def _chunked_backward(
         if grad_state is not None:
             grad_state.masked_fill_(spoilt[:, 0, :, :, None], float("nan"))
     return grad_q, grad_k, grad_v, grad_state
-
-
-def _scores_backward(chunk, grad_numerators, grad_totals, coefficients):
-    """Gradients of a chunk's queries, keys and values, each (tokens, dim), that come through its own scores."""
-    scores = torch.bmm(chunk.queries, chunk.keys.mT)
-    slopes = scores * (2 * coefficients[2])
-    if coefficients[1]:
-        slopes += coefficients[1]
-    grad_scores = torch.bmm(grad_numerators, chunk.values.mT).add_(grad_totals).mul_(slopes).tril_()
-    if chunk.segments is not None:
-        grad_scores.masked_fill_(chunk.segments.other, 0)
-    grad_values = torch.bmm(_visible_weights(scores, chunk, coefficients).mT, grad_numerators)
-    return torch.bmm(grad_scores, chunk.keys), torch.bmm(grad_scores.mT, chunk.queries), grad_values
 
 
 def _feature_weights(feature_dim, coefficients, like):

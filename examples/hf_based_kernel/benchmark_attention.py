@@ -5,13 +5,17 @@
 
     python examples/hf_based_kernel/benchmark_attention.py --hardware "2-core x86-64 cloud machine, no GPU"
 
-Prints markdown tables. On a CPU: CPU time of one thread; competitors take turns, medians are shown. Ratios above 1 mean
-that ReBased is faster. Floors are the flops of the linear form over the rate of a large matrix product, and its bytes
-(read q, k, v, write the output, once) over the rate of a large copy, both measured in the same run.
+Prints markdown tables. On a CPU: CPU time of one thread. Competitors take turns of consecutive calls, 50 ms at least, as a
+model makes them when it trains or decodes; a call right after the other competitor's would find its own data evicted from
+the caches. Medians of the turns are shown; ratios above 1 mean that ReBased is faster.
+
+Floors are flops over the rate of a large matrix product, and bytes over the rate of a large copy, both rates measured in
+the same run. Flops of ReBased: its products, with scores in chunks as it forms them; of softmax: the visible pairs; of the
+models: the matrix products of a pass, counted. Bytes: inputs, outputs and gradients once; in decoding the state read and
+written, or the keys and values read.
 """
 
 import argparse
-import functools
 import statistics
 import subprocess
 import sys
@@ -20,10 +24,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaModel, Mamba2Config, Mamba2Model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache, LlamaConfig, LlamaModel, Mamba2Config, Mamba2Model
 
 from hf_based_kernel import RebasedConfig, RebasedModel, rebased_attention
-from hf_based_kernel.rebased_attention import DEFAULT_CHUNK_SIZE, rebased_attention_reference, state_size
+from hf_based_kernel.rebased_attention import (
+    DEFAULT_CHUNK_SIZE,
+    QUERY_ROWS,
+    rebased_attention_reference,
+    state_size,
+)
+
+
+TURN_SECONDS = 0.05
 
 
 def parse_arguments():
@@ -34,6 +47,9 @@ def parse_arguments():
     )
     parser.add_argument(
         "--contexts", type=int, nargs="+", default=[128, 4096, 32768], help="tokens before a decoded one"
+    )
+    parser.add_argument(
+        "--decode_layers", type=int, default=9, help="attention layers that a token passes (default: 9)"
     )
     parser.add_argument("--reference_up_to", type=int, default=2048, help="longest length for the quadratic form")
     parser.add_argument("--model_length", type=int, default=2048, help="length for the models; 0 leaves them out")
@@ -67,17 +83,30 @@ def seconds_of(function, device):
 
 
 def medians(functions, arguments):
-    """Median seconds of each function; they take turns until each has had its time, three turns at least."""
+    """Median seconds of a call of each function over turns of consecutive calls, three turns at least."""
+    for function in functions.values():
+        # The first call pays for allocations and code that is loaded on demand.
+        function()
+    calls = {
+        name: max(1, round(TURN_SECONDS / seconds_of(function, arguments.device)))
+        for name, function in functions.items()
+    }
 
     def turn():
-        return {name: seconds_of(function, arguments.device) for name, function in functions.items()}
+        return {name: seconds_of(repeated(functions[name], n), arguments.device) / n for name, n in calls.items()}
 
-    # The first turn pays for allocations and code that is loaded on demand.
-    turn()
     rounds = [turn()]
-    more = min(200, max(2, round(arguments.seconds / max(rounds[0].values()))))
-    rounds += [turn() for _ in range(more)]
+    longest = max(seconds * calls[name] for name, seconds in rounds[0].items())
+    rounds += [turn() for _ in range(min(200, max(2, round(arguments.seconds / longest))))]
     return {name: statistics.median(times[name] for times in rounds) for name in functions}
+
+
+def repeated(function, calls):
+    def run():
+        for _ in range(calls):
+            function()
+
+    return run
 
 
 def make_inputs(arguments, seq_len, *, requires_grad=True):
@@ -133,16 +162,26 @@ def machine_rates(arguments):
     return 2 * size**3 / times["product"], 2 * source.nbytes / times["copy"]
 
 
-def floors(arguments, seq_len, rates):
-    """Milliseconds that the forward pass needs for its flops and for its bytes at least."""
+def floors(arguments, seq_len, rates, *, backward):
+    """Milliseconds that ReBased needs for its flops, for its bytes, and softmax attention for its flops, at least."""
     features, values = arguments.feature_dim, arguments.head_dim
     chunk = min(seq_len, DEFAULT_CHUNK_SIZE)
-    flops = 2 * chunk * (features + values)
+    pairs = (chunk + min(chunk, QUERY_ROWS)) / 2
+    # Products per visible pair: scores and values; with gradients those again, and those of q, k, v and the weights.
+    flops = 2 * pairs * (features + values)
+    softmax_flops = (seq_len + 1) / 2 * 4 * values
+    size = 2 * (features + values)
     if seq_len > chunk:
         flops += 4 * state_size(features) * values
-    heads = arguments.batch_size * seq_len * arguments.num_heads
-    size = getattr(torch, arguments.dtype).itemsize
-    return 1e3 * heads * flops / rates[0], 1e3 * heads * 2 * (features + values) * size / rates[1]
+    if backward:
+        flops += 2 * pairs * (3 * features + 2 * values)
+        softmax_flops *= 3.5
+        size *= 3
+        if seq_len > chunk:
+            flops += 8 * state_size(features) * values
+    heads = 1e3 * arguments.batch_size * seq_len * arguments.num_heads
+    itemsize = getattr(torch, arguments.dtype).itemsize
+    return heads * flops / rates[0], heads * size * itemsize / rates[1], heads * softmax_flops / rates[0]
 
 
 def table(header, rows):
@@ -156,50 +195,69 @@ def milliseconds(seconds):
     return "not measured" if seconds is None else f"{1e3 * seconds:.2f}"
 
 
-def benchmark_training(arguments):
-    rates = machine_rates(arguments)
-    print(f"Rates of this machine: {rates[0] / 1e9:.0f} Gflop/s, {rates[1] / 1e9:.1f} GB/s\n")
-    forward, both = [], []
-    for seq_len in arguments.lengths:
-        linear, softmax = make_inputs(arguments, seq_len)
-        competitors = {"rebased": (rebased_attention, linear), "softmax": (softmax_attention, softmax)}
-        if seq_len <= arguments.reference_up_to:
-            competitors["reference"] = (reference, linear)
-        times = medians({name: without_gradient(*one) for name, one in competitors.items()}, arguments)
-        compute, memory = floors(arguments, seq_len, rates)
-        row = [str(seq_len)] + [milliseconds(times.get(name)) for name in ("rebased", "softmax", "reference")]
-        row += [f"{times['softmax'] / times['rebased']:.2f}×", f"{compute:.2f}", f"{memory:.2f}"]
-        forward.append([*row, f"{1e3 * times['rebased'] / max(compute, memory):.1f}×"])
-        times = medians({name: with_gradient(*one) for name, one in competitors.items()}, arguments)
-        row = [str(seq_len)] + [milliseconds(times.get(name)) for name in ("rebased", "softmax", "reference")]
-        both.append([*row, f"{times['softmax'] / times['rebased']:.2f}×"])
-    names = ["length", "ReBased ms", "softmax ms", "quadratic ReBased ms", "softmax / ReBased"]
-    print("Forward:\n")
-    table([*names, "flops floor ms", "bytes floor ms", "ReBased / floor"], forward)
-    print("Forward and backward:\n")
-    table(names, both)
+def benchmark_training(arguments, rates):
+    header = ["length", "ReBased ms", "softmax ms", "quadratic ReBased ms", "softmax / ReBased"]
+    header += ["flops floor ms", "bytes floor ms", "ReBased / floor", "softmax / its floor"]
+    for title, backward in (("Forward", False), ("Forward and backward", True)):
+        rows = []
+        for seq_len in arguments.lengths:
+            linear, softmax = make_inputs(arguments, seq_len)
+            competitors = {"rebased": (rebased_attention, linear), "softmax": (softmax_attention, softmax)}
+            if seq_len <= arguments.reference_up_to:
+                competitors["reference"] = (reference, linear)
+            wrap = with_gradient if backward else without_gradient
+            times = medians({name: wrap(*one) for name, one in competitors.items()}, arguments)
+            compute, memory, softmax_floor = floors(arguments, seq_len, rates, backward=backward)
+            row = [str(seq_len)] + [milliseconds(times.get(name)) for name in ("rebased", "softmax", "reference")]
+            row += [f"{times['softmax'] / times['rebased']:.2f}×", f"{compute:.2f}", f"{memory:.2f}"]
+            row.append(f"{1e3 * times['rebased'] / max(compute, memory):.1f}×")
+            rows.append([*row, f"{1e3 * times['softmax'] / softmax_floor:.1f}×"])
+        print(f"{title}:\n")
+        table(header, rows)
 
 
-def benchmark_decoding(arguments):
-    rows = []
+def benchmark_decoding(arguments, rates):
+    rows, layers = [], range(arguments.decode_layers)
     for context in arguments.contexts:
         linear, (query, keys, values) = make_inputs(arguments, context, requires_grad=False)
         _, state = rebased_attention(*linear, return_state=True)
-        step = functools.partial(rebased_attention, initial_state=state, return_state=True)
-        functions = {
-            "rebased": without_gradient(step, [x[:, :1] for x in linear]),
-            "softmax": without_gradient(F.scaled_dot_product_attention, [query[:, :, :1], keys, values]),
-        }
-        times = medians(functions, arguments)
-        row = [str(context), milliseconds(times["rebased"]), milliseconds(times["softmax"])]
-        row += [f"{times['softmax'] / times['rebased']:.1f}×", f"{state.nbytes:,}", f"{keys.nbytes + values.nbytes:,}"]
-        rows.append(row)
-    print("Decoding one token after a context; softmax over a cache that is already there, its growth not counted:\n")
-    header = ["context", "ReBased ms", "softmax ms", "softmax / ReBased", "ReBased state bytes", "key-value bytes"]
+        states = [state.clone() for _ in layers]
+        caches = [(keys.clone(), values.clone()) for _ in layers]
+        growing = DynamicCache()
+        growing.update(keys, values, 0)
+        token, query = [x[:, :1] for x in linear], query[:, :, :1]
+
+        def rebased(token=token, states=states):
+            for i in layers:
+                _, states[i] = rebased_attention(*token, initial_state=states[i], return_state=True)
+
+        def softmax(query=query, caches=caches):
+            for cached in caches:
+                F.scaled_dot_product_attention(query, *cached)
+
+        def growth(growing=growing, keys=keys, values=values):
+            growing.update(keys[:, :, :1], values[:, :, :1], 0)
+
+        functions = {"rebased": rebased, "softmax": softmax, "growth": growth}
+        times = medians({name: without_gradient(function, []) for name, function in functions.items()}, arguments)
+        ours, theirs, grown = times["rebased"] / len(layers), times["softmax"] / len(layers), times["growth"]
+        cached_bytes = keys.nbytes + values.nbytes
+        floor, softmax_floor = 2 * state.nbytes / rates[1], cached_bytes / rates[1]
+        row = [str(context), milliseconds(ours), milliseconds(theirs), f"{theirs / ours:.1f}×", milliseconds(grown)]
+        row += [f"{(theirs + grown) / ours:.1f}×", milliseconds(floor), f"{ours / floor:.1f}×"]
+        rows.append([*row, f"{theirs / softmax_floor:.1f}×", f"{state.nbytes:,}", f"{cached_bytes:,}"])
+    print(
+        f"Decoding after a context, a token through {len(layers)} attention layers, per layer. Growth: appending the "
+    )
+    print(
+        "token to the keys and values of transformers' `DynamicCache`, which copies them; ReBased has no such step:\n"
+    )
+    header = ["context", "ReBased ms", "softmax ms", "softmax / ReBased", "cache growth ms", "with growth / ReBased"]
+    header += ["bytes floor ms", "ReBased / floor", "softmax / its floor", "ReBased state bytes", "key-value bytes"]
     table(header, rows)
 
 
-def benchmark_models(arguments):
+def benchmark_models(arguments, rates):
     """Two layers of each model, width 768, forward and backward from embeddings."""
     rebased = RebasedConfig(vocab_size=8, num_hidden_layers=2)
     llama = LlamaConfig(
@@ -212,18 +270,21 @@ def benchmark_models(arguments):
         "Mamba2 (transformers' torch form on a CPU)": Mamba2Model(mamba),
     }
     embedded = random_tensor(arguments, arguments.batch_size, arguments.model_length, 768)
-    functions = {}
+    functions, floor = {}, {}
     for name, model in models.items():
         model.to(embedded).train()
         functions[name] = lambda model=model: model(inputs_embeds=embedded).last_hidden_state.sum().backward()
+        with FlopCounterMode(display=False) as counter:
+            functions[name]()
+        floor[name] = counter.get_total_flops() / rates[0]
     times = medians(functions, arguments)
     ours = times["ReBased (convolution, attention)"]
-    rows = [
-        [name, f"{models[name].num_parameters():,}", milliseconds(seconds), f"{seconds / ours:.2f}×"]
-        for name, seconds in times.items()
-    ]
+    rows = []
+    for name, seconds in times.items():
+        row = [name, f"{models[name].num_parameters():,}", milliseconds(seconds), f"{seconds / ours:.2f}×"]
+        rows.append([*row, milliseconds(floor[name]), f"{seconds / floor[name]:.1f}×"])
     print(f"Two layers of transformers models, width 768, {arguments.model_length} tokens, forward and backward:\n")
-    table(["model", "parameters", "ms", "time / ReBased"], rows)
+    table(["model", "parameters", "ms", "time / ReBased", "flops floor ms", "time / floor"], rows)
 
 
 def memory_of_this_process(field):
@@ -245,12 +306,19 @@ def measure_memory(arguments):
 
 def benchmark_memory(arguments):
     rows = []
-    for name in ("rebased", "softmax"):
+    linear = 2 * arguments.feature_dim + 3 * arguments.head_dim
+    sizes = {"rebased": linear, "softmax": 5 * arguments.head_dim}
+    numbers = arguments.batch_size * arguments.memory_length * arguments.num_heads
+    for name, size in sizes.items():
         command = [sys.executable, *sys.argv, "--measure_memory_of", name]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        rows.append([name, f"{float(done.stdout):.0f}"])
-    print(f"Peak memory over inputs, forward and backward, {arguments.memory_length} tokens:\n")
-    table(["attention", "MB"], rows)
+        floor = numbers * size * getattr(torch, arguments.dtype).itemsize / 2**20
+        rows.append([name, f"{float(done.stdout):.0f}", f"{floor:.0f}", f"{float(done.stdout) / floor:.1f}×"])
+    print(
+        f"Peak memory over inputs, forward and backward, {arguments.memory_length} tokens; the floor is the output, its "
+    )
+    print("gradient and the inputs' gradients:\n")
+    table(["attention", "MB", "floor MB", "MB / floor"], rows)
 
 
 def main():
@@ -262,10 +330,12 @@ def main():
     print(f"{arguments.hardware}; {arguments.device}, {arguments.dtype}, batch {arguments.batch_size}, ", end="")
     print(f"{arguments.num_heads} heads, values {arguments.head_dim}, features {arguments.feature_dim}; ", end="")
     print(f"torch {torch.__version__}, one thread, CPU time\n" if arguments.device == "cpu" else "CUDA events\n")
-    benchmark_training(arguments)
-    benchmark_decoding(arguments)
+    rates = machine_rates(arguments)
+    print(f"Rates of this machine: {rates[0] / 1e9:.0f} Gflop/s, {rates[1] / 1e9:.1f} GB/s\n")
+    benchmark_training(arguments, rates)
+    benchmark_decoding(arguments, rates)
     if arguments.model_length:
-        benchmark_models(arguments)
+        benchmark_models(arguments, rates)
     if arguments.memory_length and arguments.device == "cpu":
         benchmark_memory(arguments)
 

@@ -132,6 +132,21 @@ def test_chunked_matches_reference(kernel, with_state, masked, packed, chunk_siz
     assert_same(got, (out, state), inputs, **TIGHT)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
+def test_long_chunks_match_reference(kernel, packed):
+    # Longer than the blocks of queries within a chunk.
+    attention, coefficients = KERNELS[kernel]
+    q, k, v = make_inputs(seq_len=200, num_heads=1)
+    options = {"eps": 1e-3, "initial_state": make_state(q, v, coefficients), "return_state": True}
+    options["attention_mask"] = torch.rand(2, 200) < 0.9
+    if packed:
+        options["segment_ids"] = torch.arange(200).div(37, rounding_mode="floor").expand(2, -1)
+    expected = rebased_attention_reference(q, k, v, scale=0.5, coefficients=coefficients, **options)
+    got = attention(q, k, v, scale=0.5, chunk_size=150, **options)
+    assert_same(got, expected, [q, k, v, options["initial_state"]], **TIGHT)
+
+
 @given(
     batch_size=st.integers(1, 3),
     seq_len=st.integers(1, 40),
