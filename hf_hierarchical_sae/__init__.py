@@ -7,6 +7,7 @@ from .configuration_hierarchical_sae import HierarchicalSaeConfig
 from .dashboard import write_dashboard
 from .evaluation import HierarchicalSaeEvaluation, evaluate_budgets, explained_variance, plot_evaluations
 from .hierarchical_topk_loss import hierarchical_topk_loss
+from .interop import load_saelens, load_sparsify, save_saelens, save_sparsify
 from .interventions import ablate, record_statistics, splice, steer
 from .latent_activations import LatentActivations, latent_activations
 from .modeling_hierarchical_sae import HierarchicalSaeModel, HierarchicalSaeOutput
@@ -40,10 +41,14 @@ __all__ = [
     "fuzzing_scores",
     "hierarchical_topk_loss",
     "iterate_activations",
+    "load_saelens",
+    "load_sparsify",
     "label_scores",
     "latent_activations",
     "plot_evaluations",
     "record_statistics",
+    "save_saelens",
+    "save_sparsify",
     "splice",
     "steer",
     "write_dashboard",

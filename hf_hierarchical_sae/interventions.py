@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -216,9 +217,10 @@ def edited_output(layer: nn.Module, edit: Callable[[torch.Tensor], torch.Tensor 
 
     handle = layer.register_forward_hook(hook)
     # transformers' own hook for output_hidden_states, once installed, has to come after this one to see its result.
-    for key, other in list(layer._forward_hooks.items()):
+    hooks: Any = layer._forward_hooks
+    for key, other in list(hooks.items()):
         if getattr(other, "__module__", None) == "transformers.utils.output_capturing":
-            layer._forward_hooks.move_to_end(key)
+            hooks.move_to_end(key)
     try:
         yield
     finally:

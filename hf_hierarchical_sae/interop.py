@@ -1,0 +1,312 @@
+"""Exchange with other libraries at a chosen budget: the formats of SAELens, which SAEBench takes too, and sparsify."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers.utils import cached_file
+
+from .configuration_hierarchical_sae import HierarchicalSaeConfig
+from .modeling_hierarchical_sae import HierarchicalSaeModel
+
+
+CONFIG = "cfg.json"
+SAELENS_WEIGHTS, SPARSIFY_WEIGHTS = "sae_weights.safetensors", "sae.safetensors"
+# Version of the format that is written; SAELens reads one without a version, or below 6, by older rules.
+SAELENS_VERSION = "6.54.0"
+PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
+
+
+def save_saelens(sae: HierarchicalSaeModel, folder: str | Path, k: int | None = None):
+    """
+    Write an autoencoder for SAELens 6 (`SAE.load_from_disk`) and what takes its objects, such as SAEBench, with one
+    budget: as a TopK SAE, or as a JumpReLU SAE if it selects by a threshold (`selection="batch_topk"`), which is what
+    SAELens does itself.
+
+    Args:
+        sae ([`HierarchicalSaeModel`]): its decoder rows are normalised first, as by `save_pretrained`.
+        folder (`str` or `Path`): gets `cfg.json` and `sae_weights.safetensors`; made if it is not there.
+        k (`int`, *optional*): latents per input, at most `sae.config.k`, which is the default.
+
+    Raises:
+        `ValueError`: `k` out of range, or a batch_topk SAE asked for another budget than its own.
+    """
+    k, config, tensors = _budget(sae, k), sae.config, _tensors(sae)
+    tensors["W_enc"] = tensors.pop("encoder_weight").T.contiguous()
+    metadata = {
+        "sae_lens_version": SAELENS_VERSION,
+        "sae_lens_training_version": None,
+        "model_name": config.model_name,
+        "hook_name": config.hook_point if config.layer is None else f"blocks.{config.layer}.hook_resid_post",
+        "dataset_path": config.dataset_name,
+    }
+    settings = {
+        "d_in": config.d_in,
+        "d_sae": config.d_sae,
+        "dtype": str(tensors["W_dec"].dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": metadata,
+    }
+    if config.selection == "batch_topk":
+        tensors["threshold"] = (sae.threshold / sae.input_scale).expand(config.d_sae).contiguous().cpu()
+        metadata |= {"training_architecture": "batchtopk", "training_architecture_details": {"k": k}}
+        settings |= {"architecture": "jumprelu"}
+    else:
+        settings |= {"architecture": "topk", "k": k, "rescale_acts_by_decoder_norm": False}
+    _write(folder, settings, SAELENS_WEIGHTS, tensors)
+
+
+def load_saelens(source: str | Path, subfolder: str = "") -> HierarchicalSaeModel:
+    """
+    Read a TopK SAE of SAELens 6, or a BatchTopK SAE, which SAELens saves as a JumpReLU SAE with one threshold.
+
+    Args:
+        source (`str` or `Path`): folder, or id on the Hub, with `cfg.json` and `sae_weights.safetensors`.
+        subfolder (`str`, *optional*): where they are in it.
+
+    Returns:
+        [`HierarchicalSaeModel`]: in evaluation mode and float32, with the same reconstructions, at the budget of the
+            file and at smaller ones.
+
+    Raises:
+        `ValueError`: another architecture, missing or unknown keys, transposed weights, a setting that cannot be
+            represented, or a pickle, which is never loaded.
+    """
+    settings, tensors = _read(source, subfolder, SAELENS_WEIGHTS)
+    metadata = settings.get("metadata") or {}
+    version = str(metadata.get("sae_lens_version") or settings.get("sae_lens_version"))
+    if not re.match(r"[6-9]\.|\d\d+\.", version):
+        raise ValueError(
+            f"expected the format of SAELens 6 or later, got version {version}: load it with SAELens and save it again"
+        )
+    architecture = settings.get("architecture")
+    if architecture not in ("topk", "jumprelu"):
+        raise ValueError(
+            f"expected a TopK SAE or a BatchTopK SAE saved as jumprelu, got architecture {architecture!r}, whose "
+            "activation function has no budget"
+        )
+    needed = {"d_in", "d_sae", "metadata", "architecture", *(["k"] if architecture == "topk" else [])}
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        **({"rescale_acts_by_decoder_norm": False} if architecture == "topk" else {}),
+    }
+    _check_keys(CONFIG, settings, needed, defaults)
+    settings = {**defaults, **settings}
+    for name in ("normalize_activations", "reshape_activations"):
+        if settings[name] != "none":
+            raise ValueError(
+                f"expected {name}='none', got {settings[name]!r}: fold it into the weights with SAELens first"
+            )
+    d_in, d_sae = settings["d_in"], settings["d_sae"]
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
+    if architecture == "jumprelu":
+        shapes["threshold"] = (d_sae,)
+    tensors = _checked(tensors, shapes)
+    W_enc, W_dec, b_enc = tensors["W_enc"], tensors["W_dec"], tensors["b_enc"]
+    if not settings["apply_b_dec_to_input"]:
+        b_enc = b_enc + tensors["b_dec"] @ W_enc
+    if settings.get("rescale_acts_by_decoder_norm"):
+        norms = torch.linalg.vector_norm(W_dec, dim=1)
+        W_enc, b_enc, W_dec = W_enc * norms, b_enc * norms, W_dec / norms.unsqueeze(1)
+    layer, hook_point = _place(metadata.get("hook_name"))
+    origin = {
+        "layer": layer,
+        "hook_point": hook_point,
+        "model_name": metadata.get("model_name"),
+        "dataset_name": metadata.get("dataset_path"),
+    }
+    threshold = None
+    if architecture == "topk":
+        k = settings["k"]
+    else:
+        threshold, k = tensors["threshold"], (metadata.get("training_architecture_details") or {}).get("k")
+        if k is None or not bool((threshold == threshold[0]).all()):
+            raise ValueError(
+                "a JumpReLU SAE with a threshold for each latent has no budget: expected a TopK SAE, or a BatchTopK "
+                "SAE with one threshold and its k in metadata.training_architecture_details"
+            )
+        origin["selection"] = "batch_topk"
+    return _build(int(k), W_enc.T, W_dec, b_enc, tensors["b_dec"], threshold, **origin)
+
+
+def save_sparsify(sae: HierarchicalSaeModel, folder: str | Path, k: int | None = None):
+    """
+    Write an autoencoder for EleutherAI's sparsify (`SparseCoder.load_from_disk`), with one budget.
+
+    Args:
+        sae ([`HierarchicalSaeModel`]): its decoder rows are normalised first, as by `save_pretrained`.
+        folder (`str` or `Path`): gets `cfg.json` and `sae.safetensors`; made if it is not there. sparsify calls it
+            after the module whose output is reconstructed, such as `layers.9`.
+        k (`int`, *optional*): latents per input, at most `sae.config.k`, which is the default.
+
+    Raises:
+        `ValueError`: `k` out of range, or a batch_topk SAE, which the format cannot hold.
+    """
+    k, config, tensors = _budget(sae, k), sae.config, _tensors(sae)
+    if config.selection == "batch_topk":
+        raise ValueError("sparsify holds a fixed number of latents per input, this autoencoder selects by a threshold")
+    tensors["encoder.weight"], tensors["encoder.bias"] = tensors.pop("encoder_weight"), tensors.pop("b_enc")
+    settings = {
+        "activation": "topk",
+        "expansion_factor": max(1, config.d_sae // config.d_in),
+        "normalize_decoder": config.normalize_decoder,
+        "num_latents": config.d_sae,
+        "k": k,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": config.d_in,
+    }
+    _write(folder, settings, SPARSIFY_WEIGHTS, tensors)
+
+
+def load_sparsify(source: str | Path, subfolder: str = "") -> HierarchicalSaeModel:
+    """
+    Read an autoencoder of EleutherAI's sparsify.
+
+    Args:
+        source (`str` or `Path`): folder, or id on the Hub, with `cfg.json` and `sae.safetensors`.
+        subfolder (`str`, *optional*): where they are in it. The last folder's name says which layer it is, as in
+            `layers.9`.
+
+    Returns:
+        [`HierarchicalSaeModel`]: in evaluation mode and float32, with the same reconstructions, at the budget of the
+            file and at smaller ones.
+
+    Raises:
+        `ValueError`: a transcoder, another activation function, missing or unknown keys, transposed weights, or a
+            pickle, which is never loaded.
+    """
+    settings, tensors = _read(source, subfolder, SPARSIFY_WEIGHTS)
+    defaults: dict[str, Any] = {
+        "activation": "topk",
+        "skip_connection": False,
+        "transcode": False,
+        "signed": False,
+        "expansion_factor": 32,
+        "num_latents": 0,
+        "multi_topk": False,
+        "normalize_decoder": True,
+    }
+    _check_keys(CONFIG, settings, {"d_in", "k"}, defaults)
+    settings = {**defaults, **settings}
+    for name in ("activation", "skip_connection", "transcode", "signed"):
+        if settings[name] != defaults[name]:
+            raise ValueError(
+                f"expected a TopK autoencoder with {name}={defaults[name]!r}, got {name}={settings[name]!r}"
+            )
+    d_in = settings["d_in"]
+    d_sae = settings["num_latents"] or d_in * settings["expansion_factor"]
+    tensors = _checked(
+        tensors,
+        {"encoder.weight": (d_sae, d_in), "encoder.bias": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)},
+    )
+    name = Path(subfolder or source).name
+    match = re.fullmatch(r"(?:.*\.)?layers\.(\d+)", name)
+    origin = {"layer": int(match[1]), "hook_point": "output"} if match else {"hook_point": name}
+    return _build(
+        settings["k"], tensors["encoder.weight"], tensors["W_dec"], tensors["encoder.bias"], tensors["b_dec"], **origin
+    )
+
+
+def _budget(sae, k):
+    config = sae.config
+    k = config.k if k is None else k
+    if not 1 <= k <= config.k:
+        raise ValueError(f"k must be in [1, {config.k}], the trained budget, got {k}")
+    if config.selection == "batch_topk" and k != config.k:
+        raise ValueError(f"a batch_topk SAE selects by a threshold and has one budget, k={config.k}, got {k}")
+    return k
+
+
+def _tensors(sae):
+    """Copies of the weights on the CPU, in units of x: what [`~HierarchicalSaeModel.fold_input_scale`] leads to."""
+    sae.normalize_decoder()
+    weights = {name: parameter.detach().cpu().clone() for name, parameter in sae.named_parameters()}
+    for name in ("b_enc", "b_dec"):
+        weights[name] /= sae.input_scale.cpu()
+    return weights
+
+
+def _build(k, encoder_weight, W_dec, b_enc, b_dec, threshold=None, **origin):
+    d_sae, d_in = W_dec.shape
+    is_unit = bool(((torch.linalg.vector_norm(W_dec, dim=1) - 1).abs() <= 1e-6).all())
+    sae = HierarchicalSaeModel(
+        HierarchicalSaeConfig(d_in=d_in, d_sae=d_sae, k=k, budgets=[k], normalize_decoder=is_unit, **origin)
+    ).eval()
+    with torch.no_grad():
+        sae.encoder_weight.copy_(encoder_weight)
+        sae.W_dec.copy_(W_dec)
+        sae.b_enc.copy_(b_enc)
+        sae.b_dec.copy_(b_dec)
+        if threshold is not None:
+            sae.threshold.copy_(threshold[0])
+    return sae
+
+
+def _place(hook_name):
+    """Layer and hook point of a name of TransformerLens; the input of a layer is the output of the one before."""
+    match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook_name or "")
+    if match is None or (match[1], match[2]) == ("0", "pre"):
+        return None, hook_name
+    return int(match[1]) - (match[2] == "pre"), "output"
+
+
+def _write(folder, settings, weights_name, tensors):
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / weights_name)
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _read(source, subfolder, weights_name):
+    folder = Path(source, subfolder)
+    if folder.is_dir() and not (folder / weights_name).exists():
+        pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
+        if pickles:
+            raise ValueError(
+                f"expected {weights_name} in {folder}, got the pickle {pickles[0]}: loading one can run any code, so "
+                "it is never done; have it saved as safetensors"
+            )
+        raise ValueError(f"expected {weights_name} in {folder}, got {sorted(path.name for path in folder.iterdir())}")
+    config_path, weights_path = (
+        cached_file(str(source), name, subfolder=subfolder) for name in (CONFIG, weights_name)
+    )
+    try:
+        return json.loads(Path(str(config_path)).read_text()), load_file(str(weights_path))
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"expected JSON in {CONFIG} and safetensors in {weights_name}, got {error}") from error
+
+
+def _check_keys(where, found, needed, optional=()):
+    missing, unknown = sorted(needed - found.keys()), sorted(found.keys() - needed - {*optional})
+    if missing or unknown:
+        raise ValueError(
+            f"{where} must have the keys {sorted(needed)}, got {f'none for {missing}' if missing else ''}"
+            f"{' and ' if missing and unknown else ''}{f'the unknown {unknown}' if unknown else ''}"
+        )
+
+
+def _checked(tensors, shapes):
+    """The tensors in float32, if they are those of `shapes`."""
+    _check_keys("the weights", tensors, set(shapes))
+    for name, shape in shapes.items():
+        found = tuple(tensors[name].shape)
+        if found != shape:
+            hint = ", which is transposed" if found == shape[::-1] else ""
+            raise ValueError(f"{name} must have shape {shape}, got {found}{hint}")
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+__all__ = ["load_saelens", "load_sparsify", "save_saelens", "save_sparsify"]
