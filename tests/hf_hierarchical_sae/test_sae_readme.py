@@ -1,10 +1,15 @@
-"""The snippets of the package's README and of the guide run as they stand."""
+"""The snippets of the package's README and of the guide run as they stand, its commands at small size."""
 
+import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import HfApi
+
+from hf_hierarchical_sae.cli import main
 
 
 README = (Path(__file__).parents[2] / "hf_hierarchical_sae" / "README.md").read_text()
@@ -38,3 +43,39 @@ def test_the_guide_runs_from_top_to_bottom(tiny_language_model, tmp_path, monkey
         exec(compile(snippet, "guide_sae.md", "exec"), names)
 
     assert names["evaluation"][names["sae"].config.k] > names["untrained"][names["sae"].config.k]
+    model, inputs = names["model"], names["inputs"]
+    clean = model(**inputs).logits
+    assert torch.equal(names["unchanged"], clean)
+    assert not torch.equal(names["spliced"], clean) and not torch.equal(names["ablated"], clean)
+    assert names["steered"].shape[1] > inputs["input_ids"].shape[1]
+    assert (names["from_saelens"].config.k, names["from_sparsify"].config.k) == (4, 8)
+
+
+@pytest.mark.slow
+def test_five_commands_lead_from_nothing_to_a_dashboard(tiny_language_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    HfApi().create_repo("HuggingFaceTB/SmolLM2-135M-Instruct", exist_ok=True)
+    HfApi().upload_folder(repo_id="HuggingFaceTB/SmolLM2-135M-Instruct", folder_path=tiny_language_model)
+    HfApi().create_repo("roneneldan/TinyStories", repo_type="dataset", exist_ok=True)
+    for split in ("train", "validation"):
+        rows = [
+            json.dumps({"text": f"Once upon a time there were {number} cats in {split}."}) for number in range(200)
+        ]
+        HfApi().upload_file(
+            repo_id="roneneldan/TinyStories",
+            repo_type="dataset",
+            path_or_fileobj="\n".join(rows).encode(),
+            path_in_repo=f"{split}.jsonl",
+        )
+    (block,) = re.findall(r"```bash\n(.*?)```", GUIDE, flags=re.DOTALL)
+    install, *commands = block.strip().splitlines()
+    small = {"harvest": "--tokens 3000", "train": "--d_sae 64 --k 8 --steps 30 --batch_size 64"}
+
+    for command in commands:
+        program, part, *arguments = shlex.split(command.replace("--layer 15", "--layer 1"))
+        assert program == "hierarchical-sae"
+        main([part, *arguments, *shlex.split(small.get(part, "--tokens 1000"))])
+
+    assert install.startswith("pip install") and len(commands) == 4
+    assert (tmp_path / "sae.html").stat().st_size > 10_000 and (tmp_path / "quality.png").exists()
+    assert "recovered" in capsys.readouterr().out

@@ -1,0 +1,342 @@
+"""The command `hierarchical-sae`: from text to an autoencoder, its numbers, a page of its latents, and other formats."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import create_repo, upload_folder
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from .activations import ActivationShards, iterate_activations
+from .configuration_hierarchical_sae import HierarchicalSaeConfig
+from .dashboard import write_dashboard
+from .evaluation import evaluate_budgets, plot_evaluations
+from .interop import load_saelens, load_sparsify, save_saelens, save_sparsify
+from .interventions import record_statistics
+from .modeling_hierarchical_sae import HierarchicalSaeModel
+from .training_callback import HierarchicalSaeCallback
+
+
+EXAMPLES = """
+examples:
+  # from text to a page of latents
+  hierarchical-sae harvest states --model HuggingFaceTB/SmolLM2-135M-Instruct --layer 15 --text book.txt
+  hierarchical-sae train states sae --k 64
+  hierarchical-sae evaluate sae --model HuggingFaceTB/SmolLM2-135M-Instruct --text other_book.txt
+  hierarchical-sae dashboard sae --model HuggingFaceTB/SmolLM2-135M-Instruct --text book.txt --output sae.html
+
+  # a dataset of the Hub as a stream; two machines that each write half of it
+  hierarchical-sae harvest states --model MODEL --layer 15 --dataset HuggingFaceFW/fineweb --tokens 100000000 \\
+      --num_processes 2 --process_index 0
+  # an interrupted harvest goes on with the same command, training with --resume
+  hierarchical-sae train states sae --k 64 --resume
+  # budgets that are trained for, and an upload with a model card
+  hierarchical-sae train states sae --k 64 --budgets 1 2 4 8 16 32 64 --push-to-hub user/my-sae
+
+  # one budget for SAELens and SAEBench, or for sparsify; and back
+  hierarchical-sae convert sae sae_lens/32 --to saelens --k 32
+  hierarchical-sae convert EleutherAI/sae-pythia-410m-65k sae --from sparsify --subfolder layers.12
+"""
+
+# Tokens that typical activations and the starting point of training are measured on.
+SAMPLE_TOKENS = 65_536
+# Characters of a file that are tokenised at a time.
+PASSAGE = 10_000
+LOADERS = {"hierarchical": HierarchicalSaeModel.from_pretrained, "saelens": load_saelens, "sparsify": load_sparsify}
+SAVERS = {"saelens": save_saelens, "sparsify": save_sparsify}
+
+
+def harvest(args: argparse.Namespace) -> None:
+    model, tokenizer = load_language_model(args)
+    stream = iterate_activations(
+        model,
+        tokenizer,
+        read_texts(args),
+        args.layer,
+        text_column=args.text_column,
+        context_length=args.context_length,
+        max_tokens=args.tokens,
+        max_norm_ratio=args.max_norm_ratio,
+    )
+    stream.save_shards(
+        args.folder,
+        shard_tokens=args.shard_tokens,
+        process_index=args.process_index,
+        num_processes=args.num_processes,
+    )
+    print(f"{stream.counts['tokens']} tokens in {args.folder}: train with `hierarchical-sae train {args.folder} sae`")
+
+
+def train(args: argparse.Namespace) -> None:
+    set_seed(args.seed)
+    shards = ActivationShards(args.harvest, args.layer)
+    if len(shards) < args.batch_size:
+        raise ValueError(
+            f"expected at least one batch of {args.batch_size} tokens in {args.harvest}, got {len(shards)}"
+        )
+    if args.resume and not (Path(args.output).is_dir() and get_last_checkpoint(args.output)):
+        raise ValueError(f"--resume goes on from a checkpoint in {args.output}, which has none: leave it out to start")
+    harvested = shards.description
+    d_in = harvested["hidden_size"]
+    config = HierarchicalSaeConfig(
+        d_in=d_in,
+        d_sae=args.d_sae or 8 * d_in,
+        k=args.k,
+        budgets=args.budgets,
+        model_name=harvested["model_name"],
+        layer=harvested["layers"][0] if args.layer is None else args.layer,
+        hook_point="output",
+        dataset_name=args.dataset_name,
+    )
+    sae = HierarchicalSaeModel(config)
+    sample = shards.rows(torch.randperm(len(shards))[:SAMPLE_TOKENS])
+    sae.initialize_from_activations(sample[:8192])
+    training = TrainingArguments(
+        output_dir=args.output,
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=max(1, args.steps // 20),
+        weight_decay=0.0,
+        bf16=args.bf16,
+        logging_steps=max(1, args.steps // 10),
+        save_steps=args.save_steps,
+        save_total_limit=1,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+        seed=args.seed,
+    )
+    trainer = Trainer(model=sae, args=training, train_dataset=shards, callbacks=[HierarchicalSaeCallback()])
+    trainer.train(resume_from_checkpoint=args.resume)
+    if not trainer.is_world_process_zero():
+        return
+    sae.eval()
+    sae.fold_input_scale()
+    record_statistics(sae, sample)
+    sae.save_pretrained(args.output)
+    print(f"{evaluate_budgets(sae, sample)}\non training data; saved in {args.output}")
+    if args.push_to_hub:
+        print(f"uploaded: {sae.push_to_hub(args.push_to_hub)}")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    sae = HierarchicalSaeModel.from_pretrained(args.sae)
+    if (args.harvest is None) == (args.model is None):
+        raise ValueError("give either --harvest, or --model with --text or --dataset")
+    if args.harvest is not None:
+        activations: Any = ActivationShards(args.harvest, sae.config.layer).batches()
+    else:
+        model, tokenizer = load_language_model(args)
+        sae.to(model.device)
+        activations = iterate_activations(
+            model,
+            tokenizer,
+            read_texts(args),
+            trained_layer(args, sae),
+            text_column=args.text_column,
+            context_length=args.context_length,
+            max_tokens=args.tokens,
+        )
+    evaluation = evaluate_budgets(sae, activations, args.budgets)
+    if args.plot:
+        plot_evaluations({str(args.sae): evaluation}, args.plot)
+    print(json.dumps(evaluation.to_dict(), indent=2) if args.json else evaluation)
+
+
+def dashboard(args: argparse.Namespace) -> None:
+    sae = HierarchicalSaeModel.from_pretrained(args.sae)
+    model, tokenizer = load_language_model(args)
+    found = write_dashboard(
+        sae.to(model.device),
+        model,
+        tokenizer,
+        read_texts(args),
+        args.output,
+        trained_layer(args, sae),
+        text_column=args.text_column,
+        context_length=args.context_length,
+        max_tokens=args.tokens,
+        latents=args.latents,
+        max_megabytes=args.max_megabytes,
+    )
+    print(
+        f"{args.output}: {found['latents']} of {found['live_latents']} latents that fire on {found['tokens']} tokens, "
+        f"{found['bytes'] / 1e6:.1f} MB"
+    )
+
+
+def convert(args: argparse.Namespace) -> None:
+    source, target = getattr(args, "from"), args.to
+    if args.k is not None and target == "hierarchical":
+        raise ValueError("--k is the budget that a file of saelens or sparsify is written for, --to is hierarchical")
+    sae = LOADERS[source](args.source, subfolder=args.subfolder)
+    if target == "hierarchical":
+        sae.save_pretrained(args.output)
+    else:
+        SAVERS[target](sae, args.output, args.k)
+    print(f"{args.output}: {sae.config.d_sae} latents, k = {args.k or sae.config.k}, for {target}")
+    if args.push_to_hub and target == "hierarchical":
+        print(f"uploaded: {sae.push_to_hub(args.push_to_hub)}")
+    elif args.push_to_hub:
+        repo_id = create_repo(args.push_to_hub, exist_ok=True).repo_id
+        print(f"uploaded: {upload_folder(repo_id=repo_id, folder_path=args.output)}")
+
+
+def load_language_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The language model that `--model` names, in evaluation mode and on the GPU if there is one, and its tokenizer."""
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval()
+    if torch.cuda.is_available():
+        model.cuda()
+    return model, AutoTokenizer.from_pretrained(args.model)
+
+
+def read_texts(args: argparse.Namespace) -> Any:
+    """What `--text` or `--dataset` names: passages of the files, or rows of the dataset, as a stream."""
+    if (args.text is None) == (args.dataset is None):
+        raise ValueError("give either --text with files, or --dataset with the id of a dataset")
+    if args.text is not None:
+        return passages(args.text)
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError("--dataset needs one more package: pip install 'hf_hierarchical_sae[cli]'") from error
+    return load_dataset(args.dataset, split=args.split, streaming=True)
+
+
+def passages(files: list[Path]) -> Iterator[str]:
+    """Each file in pieces, so that a large one is not tokenised at once."""
+    for file in files:
+        with open(file, encoding="utf-8") as lines:
+            while piece := lines.read(PASSAGE):
+                yield piece + lines.readline()
+
+
+def trained_layer(args: argparse.Namespace, sae: HierarchicalSaeModel) -> int:
+    """`--layer`, by default the one in the autoencoder's config."""
+    layer = sae.config.layer if args.layer is None else args.layer
+    if layer is None:
+        raise ValueError(f"{args.sae} does not say which layer it was trained on: give --layer")
+    return layer
+
+
+def _parser() -> argparse.ArgumentParser:
+    form: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXAMPLES}
+    parser = argparse.ArgumentParser(prog="hierarchical-sae", description=__doc__, **form)
+    commands = parser.add_subparsers(required=True, metavar="harvest | train | evaluate | dashboard | convert")
+
+    def command(function, summary):
+        subparser = commands.add_parser(function.__name__, help=summary, description=summary, **form)
+        subparser.set_defaults(run=function)
+        return subparser
+
+    part = command(harvest, "write a language model's hidden states to disk; the same command goes on after a stop")
+    part.add_argument("folder", type=Path, help="where to write")
+    _text_options(part, required=True, tokens=None)
+    _option(part, "layer", type=int, nargs="+", required=True, help="decoder layers, counted from 0")
+    _option(part, "shard_tokens", type=int, default=65_536, help="tokens per file (default: 65536)")
+    _option(
+        part,
+        "max_norm_ratio",
+        type=float,
+        default=5.0,
+        help="leave out tokens above so many median norms (default: 5)",
+    )
+    _option(part, "num_processes", type=int, default=1, help="processes that share the work (default: 1)")
+    _option(part, "process_index", type=int, default=0, help="number of this one, from 0 (default: 0)")
+
+    part = command(train, "train an autoencoder on what harvest wrote")
+    part.add_argument("harvest", type=Path, help="folder that harvest wrote")
+    part.add_argument("output", help="where to write checkpoints and the result")
+    _option(part, "layer", type=int, help="which one, if several were harvested")
+    _option(part, "d_sae", type=int, help="number of latents (default: 8 times the hidden size)")
+    _option(part, "k", type=int, default=64, help="largest number of latents per token (default: 64)")
+    _option(part, "budgets", type=int, nargs="+", help="budgets to train for (default: every one up to k)")
+    _option(part, "steps", type=int, default=1000, help="optimizer steps (default: 1000)")
+    _option(part, "batch_size", type=int, default=1024, help="tokens per step and process (default: 1024)")
+    _option(part, "learning_rate", type=float, default=3e-3, help="peak learning rate (default: 3e-3)")
+    _option(part, "bf16", action="store_true", help="bfloat16 autocast; weights and moments stay float32")
+    _option(part, "save_steps", type=int, default=200, help="steps between checkpoints (default: 200)")
+    _option(part, "seed", type=int, default=0, help="seed of the weights and batches (default: 0)")
+    _option(part, "dataset_name", help="name of the text, for the model card")
+    _option(part, "resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    _option(part, "push_to_hub", metavar="REPO_ID", help="upload the result, with a model card, to this repository")
+
+    part = command(evaluate, "quality at each budget; with --model, inside the language model as well")
+    part.add_argument("sae", help="folder or Hub id of the autoencoder")
+    _option(part, "harvest", type=Path, help="folder that harvest wrote, instead of --model")
+    _text_options(part, required=False, tokens=16_384)
+    _option(part, "layer", type=int, help="decoder layer, if not the one in the autoencoder's config")
+    _option(part, "budgets", type=int, nargs="+", help="numbers of latents per token (default: powers of two and k)")
+    _option(part, "plot", type=Path, metavar="FILE", help="draw quality against budget into this image file")
+    _option(part, "json", action="store_true", help="print JSON instead of a table")
+
+    part = command(dashboard, "one self-contained HTML page of the latents, with a slider for the budget")
+    part.add_argument("sae", help="folder or Hub id of the autoencoder")
+    _text_options(part, required=True, tokens=100_000, context_length=128)
+    _option(part, "layer", type=int, help="decoder layer, if not the one in the autoencoder's config")
+    _option(part, "output", type=Path, default=Path("dashboard.html"), help="file to write (default: dashboard.html)")
+    _option(part, "latents", type=int, nargs="+", help="show these only")
+    _option(part, "max_megabytes", type=float, default=32.0, help="largest size of the page (default: 32)")
+
+    part = command(convert, "from and to the formats of SAELens and sparsify")
+    part.add_argument("source", help="folder or Hub id of the autoencoder")
+    part.add_argument("output", help="folder to write")
+    _option(part, "from", choices=list(LOADERS), default="hierarchical", help="what the source is (ours)")
+    _option(part, "to", choices=list(LOADERS), default="hierarchical", help="what to write (ours)")
+    _option(part, "subfolder", default="", help="where in the source it is")
+    _option(part, "k", type=int, help="budget that saelens or sparsify get (default: the trained one)")
+    _option(part, "push_to_hub", metavar="REPO_ID", help="upload the result to this repository")
+    return parser
+
+
+def _option(parser, name, **settings):
+    """`--two_words` and `--two-words`, as transformers' own scripts have it."""
+    parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), **settings)
+
+
+def _text_options(parser, *, required, tokens, context_length=256):
+    _option(parser, "model", required=required, help="folder or Hub id of the language model")
+    _option(parser, "text", type=Path, nargs="+", metavar="FILE", help="text files")
+    _option(parser, "dataset", help="Hub id of a dataset, read as a stream, instead of --text")
+    _option(parser, "split", default="train", help="which part of the dataset (default: train)")
+    _option(parser, "text_column", default="text", help="column of the dataset (default: text)")
+    _option(
+        parser, "tokens", type=int, default=tokens, help=f"stop after so many (default: {tokens or 'all of them'})"
+    )
+    _option(
+        parser,
+        "context_length",
+        type=int,
+        default=context_length,
+        help=f"longest piece of text in tokens (default: {context_length})",
+    )
+    _option(
+        parser, "dtype", default="float32", help="of the language model: float32, bfloat16 or auto (default: float32)"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs `hierarchical-sae` with the given arguments, by default those of the process."""
+    args = _parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except (ImportError, OSError, SafetensorError, StrictDataclassError, ValueError) as error:
+        # A config's own check arrives wrapped.
+        reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
+        raise SystemExit(f"hierarchical-sae: {reason}") from error
+    except KeyboardInterrupt:
+        print("\nhierarchical-sae: stopped; the same command goes on (train: with --resume)", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""The command line from text to a dashboard, as a user types it."""
+
+import importlib
+import json
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_hierarchical_sae import HierarchicalSaeModel, cli, evaluate_budgets
+from hf_hierarchical_sae.activations import ActivationShards
+from hf_hierarchical_sae.cli import main
+
+
+LINES = [f"To be, or not to be, that is question {number}: whether 'tis nobler to suffer." for number in range(60)]
+SMALL = ["--d_sae", "64", "--k", "8", "--batch-size", "64", "--steps", "40"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    path.write_text("\n".join(LINES))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def harvest_command(tmp_path_factory, text, tiny_language_model):
+    folder = str(tmp_path_factory.mktemp("states"))
+    options = ["--layer", "0", "1", "--text", text, "--context_length", "32", "--shard_tokens", "1000"]
+    return ["harvest", folder, "--model", tiny_language_model, *options]
+
+
+@pytest.fixture(scope="module")
+def states(harvest_command):
+    """A harvest of both layers."""
+    main(harvest_command)
+    return harvest_command[1]
+
+
+@pytest.fixture(scope="module")
+def sae(tmp_path_factory, states):
+    folder = str(tmp_path_factory.mktemp("sae"))
+    main(["train", states, folder, "--layer", "1", *SMALL])
+    return folder
+
+
+def test_harvest_writes_every_layer_and_goes_on_after_a_stop(states, harvest_command, capsys):
+    first, second = (ActivationShards(states, layer) for layer in (0, 1))
+    assert len(first) == len(second) > 3000 and first.description["context_length"] == 32
+    shards = sorted(Path(states).glob("shard-*"))
+    before = [path.read_bytes() for path in shards]
+    shards[1].unlink()
+
+    main(harvest_command)
+
+    assert [path.read_bytes() for path in shards] == before
+    assert f"{len(first)} tokens in {states}" in capsys.readouterr().out
+
+
+def test_training_ends_in_a_model_that_says_what_it_is_and_prints_its_numbers(states, tmp_path, hub, capsys):
+    main(["train", states, str(tmp_path / "sae"), "--layer", "1", *SMALL, "--push-to-hub", "tester/cli-sae"])
+
+    sae = HierarchicalSaeModel.from_pretrained(tmp_path / "sae")
+    assert (sae.config.layer, sae.config.d_sae, sae.config.k, sae.config.d_in) == (1, 64, 8, 32)
+    assert sae.input_scale == 1 and sae.median_norm > 0 and (sae.mean_activation > 0).sum() > 20
+    held_out = torch.cat(list(ActivationShards(states, 1).batches()))
+    after = evaluate_budgets(sae, held_out, [8]).explained_variance[0]
+    assert after > 0.5
+    assert "expl. var." in capsys.readouterr().out
+    assert {"config.json", "model.safetensors", "README.md"} <= set(hub.files("tester/cli-sae"))
+
+
+def test_training_goes_on_from_its_checkpoint(states, tmp_path, capsys):
+    command = ["train", states, str(tmp_path / "sae"), "--layer", "0", *SMALL, "--save_steps", "10"]
+    main(command)
+    whole = load_file(tmp_path / "sae" / "model.safetensors")
+    other = ["train", states, str(tmp_path / "part"), "--layer", "0", *SMALL, "--save_steps", "10"]
+
+    class Stopped(Exception):
+        pass
+
+    def stop_after_20(self, args, state, control, **kwargs):
+        if state.global_step == 20:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli.HierarchicalSaeCallback, "on_save", stop_after_20, raising=False)
+        with pytest.raises(SystemExit) as stopped:
+            main(other)
+    assert stopped.value.code == 130 and "train: with --resume" in capsys.readouterr().err
+    main([*other, "--resume"])
+
+    for name, tensor in load_file(tmp_path / "part" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, whole[name], atol=1e-6, rtol=1e-5)
+
+
+def test_evaluation_prints_a_table_or_json_from_shards_or_inside_the_language_model(
+    sae, states, text, tiny_language_model, tmp_path, capsys
+):
+    capsys.readouterr()
+    main(["evaluate", sae, "--harvest", states, "--budgets", "2", "8", "--json"])
+    alone = json.loads(capsys.readouterr().out)
+    inside = ["evaluate", sae, "--model", tiny_language_model, "--text", text, "--plot", str(tmp_path / "plot.png")]
+    main([*inside, "--tokens", "500"])
+    table = capsys.readouterr().out
+
+    assert alone["budgets"] == [2, 8] and alone["tokens"] == len(ActivationShards(states, 1))
+    assert alone["cross_entropy"] is None and "recovered" in table and "clean" in table
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_dashboard_is_one_page(sae, text, tiny_language_model, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    main(["dashboard", sae, "--model", tiny_language_model, "--text", text, "--output", str(page)])
+
+    assert page.read_text().lstrip().lower().startswith("<!doctype html>")
+    assert f"{page}: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["saelens", "sparsify"])
+def test_conversion_there_and_back_keeps_the_reconstructions(sae, tmp_path, hub, form):
+    original, x = HierarchicalSaeModel.from_pretrained(sae), 3 * torch.randn(20, 32)
+    repo = f"tester/{form}"
+
+    there, back = str(tmp_path / "there" / "layers.1"), str(tmp_path / "back")
+    main(["convert", sae, there, "--to", form, "--k", "4", "--push-to-hub", repo])
+    main(["convert", there, back, "--from", form, "--push-to-hub", f"{repo}-ours"])
+    main(["convert", repo, str(tmp_path / "pulled"), "--from", form])
+
+    for folder in (back, tmp_path / "pulled"):
+        found = HierarchicalSaeModel.from_pretrained(folder)
+        torch.testing.assert_close(found(x).reconstruction, original(x, k=4).reconstruction, atol=1e-5, rtol=1e-5)
+    assert HierarchicalSaeModel.from_pretrained(back).config.layer == 1
+    assert "cfg.json" in hub.files(repo) and "config.json" in hub.files(f"{repo}-ours")
+
+
+def test_a_dataset_of_the_hub_is_read_as_a_stream(tiny_language_model, tmp_path, hub):
+    from huggingface_hub import HfApi
+
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"story": line}) for line in LINES))
+    HfApi().create_repo("tester/stories", repo_type="dataset", exist_ok=True)
+    HfApi().upload_file(
+        repo_id="tester/stories",
+        repo_type="dataset",
+        path_or_fileobj=tmp_path / "data.jsonl",
+        path_in_repo="train.jsonl",
+    )
+
+    options = ["--dataset", "tester/stories", "--text-column", "story", "--tokens", "500"]
+    main(["harvest", str(tmp_path / "states"), "--model", tiny_language_model, "--layer", "0", *options])
+
+    assert len(ActivationShards(tmp_path / "states")) > 400
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("harvest {out} --model {model} --layer 0", "give either --text with files, or --dataset"),
+        ("harvest {out} --model {model} --layer 0 --text missing.txt", "No such file or directory: 'missing.txt'"),
+        ("harvest {out} --model {model} --layer 5 --text {text}", r"layer must be in \[0, 1\], got \[5\]"),
+        ("harvest {out} --model {out}/nothing --layer 0 --text {text}", "nothing"),
+        ("train {out} {out}/sae", "expected a folder written by save_shards"),
+        ("train {states} {out}/sae", r"layer must be one of the harvested layers \[0, 1\], got None"),
+        ("train {states} {out}/sae --layer 0 --k 9 --d_sae 8", r"k must be in \[1, d_sae=8\], got 9"),
+        ("train {states} {out}/sae --layer 0 --batch_size 100000", "expected at least one batch of 100000 tokens"),
+        ("train {states} {out}/sae --layer 0 --resume", "--resume goes on from a checkpoint in .*, which has none"),
+        ("evaluate {sae}", "give either --harvest, or --model with --text or --dataset"),
+        ("evaluate {sae} --harvest {states} --budgets 9", r"budgets must be in \[1, 8\], the trained budget"),
+        ("dashboard {sae} --model {model}", "give either --text with files, or --dataset"),
+        ("convert {sae} {out}/x --k 2", "--k is the budget that a file of saelens or sparsify is written for"),
+        ("convert {sae} {out}/x --to saelens --k 9", r"k must be in \[1, 8\], the trained budget, got 9"),
+        ("convert {sae} {out}/x --from saelens", "cfg.json|sae_weights.safetensors"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(arguments, message, text, tiny_language_model, tmp_path, request):
+    values = {"out": tmp_path, "model": tiny_language_model, "text": text}
+    for name in ("states", "sae"):
+        if "{" + name + "}" in arguments:
+            values[name] = request.getfixturevalue(name)
+
+    with pytest.raises(SystemExit, match=f"^hierarchical-sae: .*{message}"):
+        main(shlex.split(arguments.format(**values)))
+
+
+@pytest.mark.parametrize("project", ["pyproject.toml", "hf_hierarchical_sae/pyproject.toml"])
+def test_both_projects_install_the_command(project):
+    scripts = tomllib.loads((Path(__file__).parents[2] / project).read_text())["project"]["scripts"]
+    module, _, function = scripts["hierarchical-sae"].partition(":")
+
+    assert getattr(importlib.import_module(module), function) is main
+
+
+@pytest.mark.parametrize("part", ["harvest", "train", "evaluate", "dashboard", "convert"])
+def test_help_explains_every_option_and_shows_examples(part, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([part, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+
+    assert stopped.value.code == 0
+    assert shown.count(f"hierarchical-sae {part} ") >= 2
+    parser = cli._parser()._subparsers._group_actions[0].choices[part]
+    assert all(action.help for action in parser._actions)
