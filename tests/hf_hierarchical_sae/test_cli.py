@@ -60,6 +60,7 @@ def test_harvest_writes_every_layer_and_goes_on_after_a_stop(states, harvest_com
     assert f"{len(first)} tokens in {states}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_training_ends_in_a_model_that_says_what_it_is_and_prints_its_numbers(states, tmp_path, hub, capsys):
     main(["train", states, str(tmp_path / "sae"), "--layer", "1", *SMALL, "--push-to-hub", "tester/cli-sae"])
 
@@ -73,6 +74,7 @@ def test_training_ends_in_a_model_that_says_what_it_is_and_prints_its_numbers(st
     assert {"config.json", "model.safetensors", "README.md"} <= set(hub.files("tester/cli-sae"))
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_its_checkpoint(states, tmp_path, capsys):
     command = ["train", states, str(tmp_path / "sae"), "--layer", "0", *SMALL, "--save_steps", "10"]
     main(command)
@@ -112,6 +114,7 @@ def test_evaluation_prints_a_table_or_json_from_shards_or_inside_the_language_mo
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_dashboard_is_one_page(sae, text, tiny_language_model, tmp_path, capsys):
     page = tmp_path / "page.html"
     main(["dashboard", sae, "--model", tiny_language_model, "--text", text, "--output", str(page)])
