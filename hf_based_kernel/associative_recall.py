@@ -4,11 +4,15 @@ Multi-query associative recall (MQAR): the task of Zoology (arXiv 2312.04927, se
 A sequence lists pairs of a key and a value, then asks for some of the keys again; the model has to answer with the value.
 """
 
+import itertools
+
+import numpy as np
 import torch
 from transformers import EvalPrediction
 
 
 IGNORED = -100
+BLOCK = 1024
 
 
 def make_recall_dataset(
@@ -18,13 +22,15 @@ def make_recall_dataset(
     num_pairs: int = 8,
     vocab_size: int = 1024,
     power: float = 0.01,
+    random_non_queries: bool = True,
     seed: int = 0,
+    streaming: bool = False,
 ):
     """
     Draw examples of multi-query associative recall.
 
     Tokens 0 … 2 `num_pairs` - 1 are the pairs. Every key comes once more at an even distance from them, nearer ones more
-    often than farther ones; the tokens in between are drawn at random. Keys are in [1, `vocab_size` // 2), values above.
+    often than farther ones; all other tokens are fillers. Keys are in [1, `vocab_size` // 2), values above.
 
     Args:
         num_examples (`int`): Number of sequences.
@@ -32,35 +38,51 @@ def make_recall_dataset(
         num_pairs (`int`, *optional*, defaults to 8): Pairs of key and value, and queries, per sequence.
         vocab_size (`int`, *optional*, defaults to 1024): Number of tokens.
         power (`float`, *optional*, defaults to 0.01): The distance d of a query has probability ∝ d ** (`power` - 1).
+        random_non_queries (`bool`, *optional*, defaults to `True`): Draw the fillers from the whole vocabulary, so they can
+            repeat keys and values by chance. `False` takes token 0, as the ReBased authors' code does.
         seed (`int`, *optional*, defaults to 0): Seed of the drawing.
+        streaming (`bool`, *optional*, defaults to `False`): Draw the examples while they are read instead of now: memory
+            for 1,024 of them at a time, whatever `num_examples` is. They are the same examples.
 
     Returns:
-        `datasets.Dataset` with the columns `input_ids` and `labels`, (seq_len,) each. As transformers' losses shift labels,
-        the answer to the query at token t is `labels[t + 1]`; all else is -100.
+        `datasets.Dataset`, or `datasets.IterableDataset` if `streaming`, with the columns `input_ids` and `labels`,
+        (seq_len,) each. As transformers' losses shift labels, the answer to the query at token t is `labels[t + 1]`; all
+        else is -100.
 
     Raises:
         `ValueError`: If the pairs and queries do not fit into the sequence or the vocabulary.
         `ImportError`: If `datasets` is not installed (`pip install "hf_based_kernel[data]"`).
     """
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
     _check_sizes(num_examples, seq_len, num_pairs, vocab_size)
-    generator = torch.Generator().manual_seed(seed)
-    keys = 1 + _draw_distinct(torch.zeros(num_examples, vocab_size // 2 - 1), num_pairs, generator)
-    values = vocab_size // 2 + _draw_distinct(
-        torch.zeros(num_examples, vocab_size - vocab_size // 2), num_pairs, generator
+    sizes = {"seq_len": seq_len, "num_pairs": num_pairs, "vocab_size": vocab_size, "power": power}
+    sizes |= {"random_non_queries": random_non_queries, "seed": seed}
+    starts = range(0, num_examples, BLOCK)
+    if streaming:
+        # A list among the arguments is what `datasets` divides between processes and workers.
+        share = -(-len(starts) // min(64, len(starts)))
+        spans = [starts[i : i + share] for i in range(0, len(starts), share)]
+        arguments = {"spans": spans, "num_examples": num_examples, **sizes}
+        return IterableDataset.from_generator(_stream, gen_kwargs=arguments)
+    blocks = [_draw(start, num_examples, **sizes) for start in starts]
+    return Dataset.from_dict(
+        {column: np.concatenate([block[column] for block in blocks]) for column in ("input_ids", "labels")}
     )
-    distances = torch.arange(1, (seq_len - 2 * num_pairs) // 2 + 1)
-    log_probability = (power - 1) * distances.double().log()
-    gaps = _draw_distinct(log_probability.expand(num_examples, -1), num_pairs, generator)
-    queries = 2 * num_pairs + 2 * gaps
 
-    input_ids = torch.randint(vocab_size, (num_examples, seq_len), generator=generator)
-    input_ids[:, 0 : 2 * num_pairs : 2] = keys
-    input_ids[:, 1 : 2 * num_pairs : 2] = values
-    input_ids.scatter_(1, queries, keys)
-    labels = torch.full_like(input_ids, IGNORED).scatter_(1, queries + 1, values)
-    return Dataset.from_dict({"input_ids": input_ids.numpy(), "labels": labels.numpy()})
+
+def query_positions(seq_len: int, num_pairs: int) -> torch.Tensor:
+    """
+    Where a query can stand: every second token behind the pairs.
+
+    Args:
+        seq_len (`int`): Tokens per sequence.
+        num_pairs (`int`): Pairs of key and value per sequence.
+
+    Returns:
+        `torch.Tensor`: (positions,) in ascending order.
+    """
+    return torch.arange(2 * num_pairs, seq_len, 2)
 
 
 def recall_accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -88,8 +110,37 @@ def _check_sizes(num_examples, seq_len, num_pairs, vocab_size):
         raise ValueError(f"vocab_size must be at least 2 * num_pairs + 2 = {2 * num_pairs + 2}, got {vocab_size}")
 
 
-def _draw_distinct(log_weights, count, generator):
-    """log_weights: (rows, choices) -> (rows, count) indices, drawn one after the other without replacement."""
-    # The largest of log-weights with Gumbel noise are such a draw (arXiv 1903.06059).
-    uniform = torch.rand(log_weights.shape, generator=generator, dtype=torch.float64)
-    return (log_weights - (-uniform.log()).log()).topk(count, dim=-1).indices
+def _stream(spans, num_examples, **sizes):
+    for start in itertools.chain(*spans):
+        block = _draw(start, num_examples, **sizes)
+        for input_ids, labels in zip(block["input_ids"], block["labels"]):
+            yield {"input_ids": input_ids, "labels": labels}
+
+
+def _draw(start, num_examples, *, seq_len, num_pairs, vocab_size, power, random_non_queries, seed):
+    """Examples `start` … `start + BLOCK - 1`, fewer at the end: two arrays (examples, seq_len)."""
+    generator = np.random.default_rng([seed, start])
+    rows = min(BLOCK, num_examples - start)
+    half = vocab_size // 2
+    keys = 1 + _draw_distinct(np.zeros(half - 1), rows, num_pairs, generator)
+    values = half + _draw_distinct(np.zeros(vocab_size - half), rows, num_pairs, generator)
+    positions = query_positions(seq_len, num_pairs).numpy()
+    log_probability = (power - 1) * np.log(np.arange(1, len(positions) + 1))
+    queries = positions[_draw_distinct(log_probability, rows, num_pairs, generator)]
+
+    input_ids = generator.integers(vocab_size if random_non_queries else 1, size=(rows, seq_len))
+    input_ids[:, 0 : 2 * num_pairs : 2] = keys
+    input_ids[:, 1 : 2 * num_pairs : 2] = values
+    np.put_along_axis(input_ids, queries, keys, axis=1)
+    labels = np.full_like(input_ids, IGNORED)
+    np.put_along_axis(labels, queries + 1, values, axis=1)
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def _draw_distinct(log_weights, rows, count, generator):
+    """log_weights: (choices,) -> (rows, count) indices, drawn one after the other without replacement."""
+    scores = generator.random((rows, len(log_weights)))
+    # The largest of log-weights with Gumbel noise are such a draw (arXiv 1903.06059); equal weights need no noise's form.
+    if log_weights.any():
+        scores = log_weights - np.log(-np.log(scores))
+    return torch.from_numpy(scores).topk(count, dim=-1).indices.numpy()

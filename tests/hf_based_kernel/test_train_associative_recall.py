@@ -3,11 +3,13 @@
 import json
 import runpy
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, Trainer
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "hf_based_kernel" / "train_associative_recall.py"
@@ -36,12 +38,13 @@ def run(monkeypatch, *arguments):
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
-@pytest.mark.parametrize("kernel", ["rebased", "taylor"])
+@pytest.mark.parametrize("kernel", ["rebased", "gamma_x2", "attention", "mamba2"])
 def test_run_leaves_a_model_numbers_and_a_plot(monkeypatch, tmp_path, kernel):
     run(monkeypatch, *SMALL, "--kernel", kernel, "--max_steps", 3, "--output_dir", tmp_path)
 
     result = json.loads((tmp_path / "associative_recall.json").read_text())
-    assert (result["steps"], result["kernel"]) == (3, kernel)
+    assert (result["max_steps"], result["kernel"]) == (3, kernel)
+    assert [step for step, _ in result["curve"]] == [1, 2, 3]
     assert 0 <= result["accuracy_before"] < 0.5
     assert (tmp_path / "associative_recall.png").stat().st_size > 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() == result["parameters"]
@@ -59,7 +62,95 @@ def test_interrupt_leaves_a_checkpoint_to_resume_from(monkeypatch, tmp_path, cap
         run(patch, *SMALL, "--max_steps", 3, "--output_dir", tmp_path)
     assert "Stopped at step 1 of 3" in capsys.readouterr().out
     run(monkeypatch, *SMALL, "--max_steps", 3, "--output_dir", tmp_path, "--resume_from_checkpoint")
-    assert json.loads((tmp_path / "associative_recall.json").read_text())["steps"] == 3
+    assert json.loads((tmp_path / "associative_recall.json").read_text())["resumed"]
+    assert json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
+
+
+def results(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_sweep_is_one_line_per_run_and_goes_on_where_it_was_cut_off(monkeypatch, tmp_path):
+    grid = [
+        "--kernel",
+        "rebased",
+        "taylor",
+        "--seed",
+        0,
+        1,
+        "--max_steps",
+        4,
+        "--save_steps",
+        2,
+        "--output_dir",
+        tmp_path,
+    ]
+    runs, trained = [], Trainer.train
+
+    def counted(trainer, resume_from_checkpoint=None):
+        runs.append(resume_from_checkpoint)
+        if len(runs) == 3:
+            trainer.add_callback(CutOff())
+        return trained(trainer, resume_from_checkpoint=resume_from_checkpoint)
+
+    monkeypatch.setattr(Trainer, "train", counted)
+    with pytest.raises(BrokenPipeError):
+        run(monkeypatch, *SMALL, *grid)
+    assert [(row["seed"], row["kernel"]) for row in results(tmp_path)] == [(0, "rebased"), (0, "taylor")]
+    run(monkeypatch, *SMALL, *grid)
+
+    rows = results(tmp_path)
+    assert [(row["seed"], row["kernel"]) for row in rows] == [(s, k) for s in (0, 1) for k in ("rebased", "taylor")]
+    assert [row["resumed"] for row in rows] == [False, False, True, False]
+    assert [Path(runs[3]).name, runs[4], len(runs)] == ["checkpoint-2", None, 5]
+
+
+class CutOff(TrainerCallback):
+    """As if the power failed after step 3."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise BrokenPipeError
+
+
+@pytest.mark.slow
+def test_sweep_in_two_processes_gives_what_one_gives(monkeypatch, tmp_path):
+    grid = [*SMALL, "--seed", 0, 1, "--max_steps", 3]
+    run(monkeypatch, *grid, "--output_dir", tmp_path / "one")
+    command = [sys.executable, SCRIPT, *grid, "--jobs", 2, "--output_dir", tmp_path / "two"]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+
+    one, two = (sorted(results(tmp_path / name), key=lambda row: row["seed"]) for name in ("one", "two"))
+    assert [row["curve"] for row in one] == [row["curve"] for row in two]
+
+
+def test_batches_ask_for_logits_only_where_a_query_can_stand(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *SMALL])
+    script = runpy.run_path(str(SCRIPT))
+    (arguments,) = script["parse_arguments"]()
+    train, _ = script["make_datasets"](arguments, 1)
+    rows = list(train.take(5).with_format("torch"))
+    batch = script["make_collator"](arguments)(rows)
+    model = script["make_model"](arguments)
+
+    assert batch["logits_to_keep"].tolist() == [4, 6, 7]
+    whole = {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels")}
+    torch.testing.assert_close(model(**batch).loss, model(**whole).loss)
+
+
+def test_presets_are_the_grids_that_they_are_called_after(monkeypatch):
+    def runs(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+        return runpy.run_path(str(SCRIPT))["parse_arguments"]()
+
+    paper = runs("--preset", "paper", "--seed", "7")
+    assert len(paper) == 4 * (4 * 4 * 5 + 6 * 4 * 2)
+    assert {(run.seq_len, run.num_pairs) for run in paper} == {
+        (128, 16), (256, 64), (512, 128), (1024, 256), (2048, 512), (256, 32), (2048, 32)
+    }  # fmt: skip
+    minutes = runs("--preset", "minutes")
+    assert {(run.seq_len, run.vocab_size, run.max_steps) for run in minutes} == {(64, 1024, 1600), (32, 256, 1500)}
+    assert {run.seed for run in minutes} == {0, 1, 2}
 
 
 @pytest.mark.parametrize(
@@ -68,6 +159,7 @@ def test_interrupt_leaves_a_checkpoint_to_resume_from(monkeypatch, tmp_path, cap
         (["--seq_len", "6"], "the task's sizes do not fit together: seq_len must be even and at least"),
         (["--num_attention_heads", "64"], "the model's sizes do not fit together"),
         (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
+        (["--seq_len", "8", "16"], "--num_pairs must give one number for each --seq_len, got 1 for 2"),
         (["--output_dir", "empty", "--resume_from_checkpoint"], "--resume_from_checkpoint: empty holds no checkpoint"),
     ],
 )

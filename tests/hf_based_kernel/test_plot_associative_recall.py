@@ -1,0 +1,62 @@
+"""The example script that draws a sweep, on made-up results."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "hf_based_kernel" / "plot_associative_recall.py"
+
+
+def run_line(kernel, seed, accuracy, learning_rate=1e-3, hidden_size=32, seq_len=64):
+    return json.dumps(
+        {
+            "kernel": kernel,
+            "seq_len": seq_len,
+            "num_pairs": 8,
+            "vocab_size": 1024,
+            "hidden_size": hidden_size,
+            "max_steps": 20,
+            "learning_rate": learning_rate,
+            "seed": seed,
+            "parameters": 1000,
+            "accuracy": accuracy,
+            "curve": [[10, accuracy / 2], [20, accuracy]],
+            "cpu_seconds": 60.0,
+        }
+    )
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def test_table_has_the_best_rate_and_every_seed(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "results.jsonl"
+    lines = [run_line("rebased", seed, accuracy) for seed, accuracy in ((1, 0.95), (0, 0.85))]
+    lines += [run_line("rebased", seed, 0.4, learning_rate=1e-2) for seed in (0, 1)]
+    lines += [
+        run_line("taylor", 0, 0.3),
+        run_line("taylor", 0, 0.2, hidden_size=16),
+        run_line("x2", 0, 0.1, seq_len=32),
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    run(monkeypatch, path)
+
+    said = capsys.readouterr().out
+    assert "| 32 | ReBased | 1,000 | 0.001 | 2 | 0.900 | 0.850 – 0.950 | never, 20 |" in said
+    assert said.index("| 16 | Based |") < said.index("| 32 | ReBased |") < said.index("| 32 | Based |")
+    assert said.index("| x² |") < said.index("| 16 | Based |"), "shorter tasks come first"
+    assert "0.01" not in said.split()
+    for name in ("recall_accuracy.png", "recall_curves.png"):
+        assert (tmp_path / name).stat().st_size > 0
+
+
+def test_missing_results_are_one_clear_sentence(monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, tmp_path / "nothing.jsonl")
+    assert "expected the results.jsonl of a sweep" in capsys.readouterr().err
