@@ -22,7 +22,12 @@ import hf_based_kernel
 
 # One variant serves every torch and every GPU: the kernels are compiled where they run.
 VARIANT = "torch-universal"
-MODULES = ["rebased_attention.py", "rebased_attention_triton.py"]
+MODULES = [
+    "rebased_attention.py",
+    "rebased_attention_triton.py",
+    "rebased_kernels_triton.py",
+    "rebased_state_triton.py",
+]
 INIT = '''"""Causal linear attention with a quadratic kernel (arXiv 2402.10644, arXiv 2402.18668)."""
 
 from .rebased_attention import rebased_attention, taylor_attention

@@ -2,10 +2,11 @@
 
 import contextlib
 import importlib
-import importlib.util
 import re
 import subprocess
+import sys
 import tempfile
+import types
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ from hf_based_kernel.rebased_attention import (  # noqa: E402
 )
 
 
-SOURCE = Path(hf_based_kernel.__file__).with_name("rebased_attention_triton.py")
+FOLDER = str(Path(hf_based_kernel.__file__).parent)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # Sums of up to 37 float32 terms in another order; relative to the largest element.
 FLOAT32_TOLERANCE = 1e-5
@@ -39,13 +40,14 @@ HALF_TOLERANCES = {torch.bfloat16: 2**-6, torch.float16: 2**-9}
 
 
 def load_module(name, *, interpreted):
-    """A copy of the module whose kernels are interpreted or compiled, whatever the environment says."""
-    spec = importlib.util.spec_from_file_location(name, SOURCE)
-    module = importlib.util.module_from_spec(spec)
+    """A copy of the module and its siblings whose kernels are interpreted or compiled, whatever the environment says."""
+    for loaded in [other for other in sys.modules if other.partition(".")[0] == name]:
+        del sys.modules[loaded]
+    package = sys.modules[name] = types.ModuleType(name)
+    package.__path__ = [FOLDER]
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = interpreted
-        spec.loader.exec_module(module)
-    return module
+        return importlib.import_module(f"{name}.rebased_attention_triton")
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +200,34 @@ def test_spans_that_run_side_by_side_give_the_same(interpreted, monkeypatch, siz
     assert max(errors(interpreted, *make_inputs(**sizes))) < FLOAT32_TOLERANCE
 
 
+@pytest.mark.parametrize("spoilt", ["q", "k", "v", "grad_out"])
+# The last is finite, its square is not.
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_bad_numbers_stay_in_their_packed_sequence(interpreted, monkeypatch, spoilt, value):
+    force_spans(interpreted, monkeypatch, 2)
+    # The middle sequence shares chunks of 16 tokens with both others.
+    segment_ids = torch.tensor([[0] * 13 + [1] * 11 + [2] * 13])
+    tensors, options = make_inputs(seq_len=37, feature_dim=4, head_dim=4, with_state=True)
+    results = []
+    for bad in (False, True):
+        q, k, v, state = inputs = [x.clone().requires_grad_() for x in tensors]
+        generator = torch.Generator().manual_seed(1)
+        grad_out = torch.randn(v.shape, generator=generator)
+        if bad:
+            {"q": q, "k": k, "v": v, "grad_out": grad_out}[spoilt].data[0, 18] = value
+        out, final_state = interpreted.rebased_attention_triton(
+            q, k, v, initial_state=state, return_state=True, segment_ids=segment_ids, **options
+        )
+        weights = torch.randn(final_state.shape, generator=generator)
+        results.append((out, final_state, *torch.autograd.grad((out, final_state), inputs, (grad_out, weights))))
+    for i, (expected, got) in enumerate(zip(*results)):
+        # The final and the initial state, and every token of the first and the last sequence.
+        others = slice(None) if i in (1, 5) else segment_ids != 1
+        torch.testing.assert_close(got[others], expected[others], rtol=0, atol=0)
+    reached = results[1][2] if spoilt in ("q", "grad_out") else results[1][0]
+    assert value == 1e30 or not reached[0, 18].isfinite().any()
+
+
 @pytest.mark.parametrize("dtype", HALF_TOLERANCES, ids=str)
 def test_half_precision_differs_from_the_reference_by_its_rounding(interpreted, dtype):
     out, state, *gradients = errors(interpreted, *make_inputs(dtype=dtype, with_state=True))
@@ -272,7 +302,7 @@ def test_compiles_into_one_graph_forward_and_backward(interpreted, backend):
 
 def test_two_copies_of_the_module_live_side_by_side(interpreted):
     """As the package and a checkpoint's remote code do; and one copy may be loaded again."""
-    copies = [load_module(name, interpreted=True) for name in ("a-copy.of_it", "another_copy", "another_copy")]
+    copies = [load_module(name, interpreted=True) for name in ("a-copy_of_it", "another_copy", "another_copy")]
     inputs, options = make_inputs(seq_len=2)
     expected = interpreted.rebased_attention_triton(*inputs, **options)
 
