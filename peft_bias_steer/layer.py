@@ -94,11 +94,12 @@ class BiasSteerLayer(nn.Module, BaseTunerLayer):
         return cast(SteeringVector, self.bias_steer_vector[adapter_name]).weight
 
     def sum_vectors(self, adapter_names: list[str]) -> torch.Tensor | None:
-        """Sum of the scaled vectors, (size,), or None if this layer has none of the adapters."""
+        """Sum of the scaled vectors, (size,), or None if this layer has none of the adapters. Not to be written to."""
         total = None
         for name in adapter_names:
-            if name in self.bias_steer_vector:
-                vector = self.vector(name) * self.scaling[name]
+            if name in self.scaling:
+                scale, vector = self.scaling[name], self.vector(name)
+                vector = vector if scale == 1 else vector * scale
                 total = vector if total is None else total + vector
         return total
 

@@ -191,7 +191,7 @@ def test_decoder_of_a_sequence_to_sequence_model_is_steered(tokens, set_vectors,
     torch.testing.assert_close(generate(model, tokens), generate(oracle, tokens))
 
 
-def test_text_tower_of_a_vision_language_model_is_steered(tokens):
+def test_text_tower_of_a_vision_language_model_is_steered(set_vectors, add_by_plain_hooks):
     text = {**SMALL_BERT, "num_key_value_heads": 2, "head_dim": 8}
     vision = {
         "hidden_size": 16,
@@ -201,12 +201,19 @@ def test_text_tower_of_a_vision_language_model_is_steered(tokens):
         "image_size": 28,
         "patch_size": 14,
     }
-    base = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_id=63)
+    base, oracle = (Gemma3ForConditionalGeneration(config).eval() for _ in range(2))
+    oracle.load_state_dict(base.state_dict())
     model = get_peft_model(base, BiasSteerConfig())
+    vectors = set_vectors(model)
+    add_by_plain_hooks(oracle.model.language_model.layers, vectors)
+    # text, an image of four tokens, text
+    inputs = {"tokens": torch.tensor([[5, 63, 63, 63, 63, 9, 3]]), "pixel_values": torch.randn(1, 3, 28, 28)}
 
+    assert [len(vector) for vector in vectors] == [32, 32]
     names = list(model.base_model.steering_layers)
     assert names == ["model.language_model.layers.0", "model.language_model.layers.1"]
-    assert all(len(layer.vector("default")) == 32 for layer in model.base_model.steering_layers.values())
+    torch.testing.assert_close(logits(model, **inputs), logits(oracle, **inputs))
 
 
 def test_adapter_can_be_injected_and_its_state_restored_without_peft_model(llama, tokens):
@@ -262,17 +269,20 @@ def test_transformers_keeps_the_vectors_of_a_half_precision_model_in_float32(lla
     assert torch.equal(logits(model, tokens), logits(peft_model, tokens))
 
 
-def test_hotswapping_replaces_the_vectors_in_place(llama, tokens, set_vectors, tmp_path):
+def test_hotswapping_replaces_the_vectors_in_place_and_compiles_nothing_anew(llama, tokens, set_vectors):
     model = get_peft_model(llama(), BiasSteerConfig())
     set_vectors(model)
     expected = logits(model, tokens)
-    state = get_peft_model_state_dict(model)
-    state = {key: value.clone() for key, value in state.items()}
+    state = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
     served = get_peft_model(llama(), BiasSteerConfig())
     parameters = [layer.vector("default") for layer in served.base_model.steering_layers.values()]
+    torch.compiler.reset()
+    compiled = torch.compile(served, fullgraph=True, backend="eager")
+    assert not torch.equal(logits(compiled, tokens), expected)
     set_peft_model_state_dict(served, state)
 
-    assert torch.equal(logits(served, tokens), expected)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(logits(compiled, tokens), expected)
     after = [layer.vector("default") for layer in served.base_model.steering_layers.values()]
     assert all(new is old for new, old in zip(after, parameters))
 
