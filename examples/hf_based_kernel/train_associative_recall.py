@@ -71,15 +71,10 @@ SETTINGS = [
     "learning_rate",
     "seed",
 ]
-SHORTER = {"hidden_size": [16, 32, 64], "batch_size": 64, "seed": [0, 1, 2]}
-LONGER = {
-    "seq_len": [64],
-    "num_pairs": [8],
-    "vocab_size": 1024,
-    "max_steps": 1600,
-    "batch_size": 64,
-    "seed": [0, 1, 2],
-}
+SHORTER = {"batch_size": 64, "seed": [0, 1, 2]}
+LONGER = {**SHORTER, "seq_len": [64], "num_pairs": [8], "vocab_size": 1024, "max_steps": 1600}
+COMPARED = ["rebased", "taylor", "attention"]
+ABLATIONS = ["x2", "norm_x2", "gamma_x2", "gamma_beta_x2"]
 # As the authors' configuration: 64 epochs of 100,000 examples.
 PAPER = {
     "vocab_size": 8192,
@@ -91,25 +86,23 @@ PAPER = {
     "seed": [0, 1, 2, 3, 4],
     "eval_examples": 3000,
 }
-COMPARED = ["rebased", "taylor", "attention"]
 PRESETS = {
     "minutes": [
-        {**SHORTER, "kernel": COMPARED},
-        {**LONGER, "kernel": COMPARED, "hidden_size": [64]},
-        {**SHORTER, "kernel": ["x2", "norm_x2", "gamma_x2", "gamma_beta_x2"]},
-        {**LONGER, "kernel": COMPARED, "hidden_size": [32]},
+        {**SHORTER, "kernel": COMPARED, "hidden_size": [16, 32, 64]},
+        {**LONGER, "kernel": COMPARED},
+        {**SHORTER, "kernel": ABLATIONS, "hidden_size": [32, 64]},
     ],
     "paper": [
         {
             **PAPER,
-            "kernel": ["rebased", "taylor", "attention", "mamba2"],
+            "kernel": [*COMPARED, "mamba2"],
             "hidden_size": [64, 128, 256, 512],
             "seq_len": [128, 256, 512, 1024, 2048],
             "num_pairs": [16, 64, 128, 256, 512],
         },
         {
             **PAPER,
-            "kernel": [name for name in KERNELS if name not in ("attention", "mamba2")],
+            "kernel": ["rebased", "taylor", *ABLATIONS],
             "hidden_size": [16, 24, 32, 48],
             "seq_len": [256, 2048],
             "num_pairs": [32, 32],
