@@ -6,12 +6,16 @@ the tests themselves compare with that file.
 """
 
 import copy
+import os
+import re
+import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -86,13 +90,20 @@ HEADER = """# Which architectures are steered
 
 Every type of `AutoModelForCausalLM` in transformers {version}, built with random weights and a few layers, and compared
 with an oracle that adds the same vectors by hand: hidden states and logits, greedy decoding with and without cache,
-gradients of every vector in training, gradient checkpointing in both modes. "Merge site" is the bias that holds a vector
-once it is merged (checked by comparing logits, and by unmerging bit for bit); "none" means that no bias of the layer
-reaches its output as it is, so the adapter stays unmerged. Written by
+gradients of every vector in training, gradient checkpointing in both modes. Written by
 `python tests/peft_bias_steer/test_architectures.py`; CI fails if it says anything else than what the code does.
 
-| type | layers | steering | merge site |
-|---|---|---|---|
+"Merge site" is the bias that holds a vector once it is merged (checked by comparing logits, and by unmerging bit for
+bit). "None" means that no bias of the layer reaches its output as it is: there, merging raises and names the layer, and
+the adapter stays unmerged.
+
+"Merged and saved" is what `save_pretrained` does after `merge_and_unload`. "Kept": the checkpoint, loaded by stock
+`from_pretrained`, gives the steered logits. "Refused": the config of the type cannot announce such biases, and stock
+`from_pretrained` would drop them, so `save_pretrained` raises; for the types marked `export_stock_checkpoint`, that
+function writes an equal checkpoint of another stock class.
+
+| type | layers | steering | merge site | merged and saved |
+|---|---|---|---|---|
 """
 IDS = torch.tensor([[5, 9, 3, 17, 40, 22], [8, 30, 12, 55, 4, 6]])
 
@@ -206,21 +217,57 @@ def assert_training_is_exact(model, oracle, vectors, by_hand) -> None:
     model.eval()
 
 
-def assert_merged_exactly(base: PreTrainedModel) -> None:
-    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+def steer(base: PreTrainedModel) -> tuple[PeftModel, torch.Tensor]:
+    """A model steered by random vectors, and its logits."""
     model = get_peft_model(base, BiasSteerConfig())
     for layer in model.base_model.steering_layers.values():
         nn.init.normal_(layer.vector("default"), std=0.3)
     with torch.no_grad():
-        expected = model(IDS).logits
-        model.merge_adapter()
-        merged = model(IDS).logits
-    model.unmerge_adapter()
+        return model, model(IDS).logits
+
+
+def assert_same_logits(model, expected: torch.Tensor) -> None:
+    with torch.no_grad():
+        logits = model(IDS).logits
     # the bias is added before the residual, the vector after it: the sums round differently
-    torch.testing.assert_close(merged, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+def assert_merged_exactly(base: PreTrainedModel) -> None:
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model, expected = steer(base)
+    assert model.check_merge(IDS) < 1e-3
+    model.merge_adapter()
+    assert_same_logits(model, expected)
+    model.unmerge_adapter()
     after = model.unload().state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def assert_merging_is_refused(base: PreTrainedModel) -> None:
+    model, expected = steer(base)
+    kinds = "|".join({type(layer.get_base_layer()).__name__ for layer in model.base_model.steering_layers.values()})
+    for merge in (model.merge_adapter, model.merge_and_unload, partial(model.check_merge, IDS)):
+        with pytest.raises(ValueError, match=f"^({kinds}) has no known place .*: keep the adapter unmerged"):
+            merge()
+    assert_same_logits(model, expected)
+
+
+def save_merged(base: PreTrainedModel) -> str:
+    """What `save_pretrained` does after `merge_and_unload`; raises if the saved model has lost its vectors."""
+    model, expected = steer(base)
+    merged = model.merge_and_unload()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            merged.save_pretrained(folder)
+        except ValueError as refusal:
+            assert "would lose the merged steering vectors" in str(refusal) and not os.listdir(folder)
+            assert_same_logits(merged, expected)
+            return "refused; `export_stock_checkpoint`" if "export_stock_checkpoint" in str(refusal) else "refused"
+        reloaded = type(base).from_pretrained(folder, attn_implementation="eager")
+    assert_same_logits(reloaded, expected)
+    return "kept"
 
 
 def describe_sites(base: PreTrainedModel) -> str:
@@ -233,24 +280,27 @@ def describe_sites(base: PreTrainedModel) -> str:
     return ", ".join(sites)
 
 
-def verdict(model_type: str) -> tuple[str, str, str]:
-    """Layers, how they are steered, where they can be merged: a row of the table. Raises if anything is inexact."""
+def verdict(model_type: str) -> tuple[str, ...]:
+    """A row of the table without its first cell. Raises if anything is inexact."""
     if model_type in CANNOT_BUILD:
-        return "", f"not built here: {CANNOT_BUILD[model_type]}", ""
+        return "", f"not built here: {CANNOT_BUILD[model_type]}", "", ""
     base = build(tiny_config(CONFIGS[model_type]))
     try:
         path, layers = find_layers(base)
     except ValueError as refusal:
-        return "", f"refused: {refusal}", ""
+        with pytest.raises(ValueError, match=re.escape(str(refusal))):
+            get_peft_model(base, BiasSteerConfig())
+        return "", f"refused: {refusal}", "", ""
     if model_type not in COUNTS_OTHERWISE:
         assert len(layers) == base.config.get_text_config(decoder=True).num_hidden_layers
     assert_steered_exactly(copy.deepcopy(base))
     try:
         sites = describe_sites(base)
     except ValueError:
-        return f"`{path}`", "exact", "none"
+        assert_merging_is_refused(base)
+        return f"`{path}`", "exact", "none", ""
     assert_merged_exactly(base)
-    return f"`{path}`", "exact", sites
+    return f"`{path}`", "exact", sites, save_merged(base)
 
 
 def row(model_type: str) -> str:
