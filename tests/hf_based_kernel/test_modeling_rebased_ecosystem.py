@@ -1,5 +1,6 @@
 """What transformers, PEFT and torch offer every language model, on this one."""
 
+import json
 import os
 import subprocess
 import sys
@@ -177,6 +178,55 @@ def test_prefill_allocates_nothing_of_seq_by_seq():
         model(torch.randint(8, (1, seq_len)), use_cache=True)
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert 0 < largest < seq_len**2 * 4 / 16
+
+
+TASK = """
+task: last_letter
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: ["a", "b"]
+doc_to_target: label
+target_delimiter: ""
+metric_list:
+  - metric: acc
+"""
+
+
+@pytest.mark.slow
+def test_lm_eval_scores_a_saved_checkpoint_on_a_local_task(tmp_path, tiny_language_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_language_model)
+    model = tiny_model(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    texts = ["good morrow", "to be", "or not", "x"]
+    choices = []
+    for text in texts:
+        logits = model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits[0, -1]
+        a, b = (logits[tokenizer(letter)["input_ids"][-1]] for letter in "ab")
+        choices.append(int(b > a))
+    # All but the first label are what the model prefers: accuracy 3/4.
+    labels = [1 - choices[0], *choices[1:]]
+    rows = [json.dumps({"text": text, "label": label}) for text, label in zip(texts, labels)]
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "test.jsonl").write_text("\n".join(rows))
+    (tmp_path / "tasks" / "task.yaml").write_text(TASK.format(data=tmp_path / "tasks" / "test.jsonl"))
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", "last_letter", "--batch_size", "2"]
+    command += ["--model_args", "pretrained=model,trust_remote_code=True,dtype=float32", "--device", "cpu"]
+    command += ["--include_path", "tasks", "--output_path", "results"]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (results,) = (tmp_path / "results").rglob("results*.json")
+    assert json.loads(results.read_text())["results"]["last_letter"]["acc,none"] == 0.75
 
 
 PARALLEL = """
