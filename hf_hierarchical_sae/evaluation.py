@@ -114,8 +114,8 @@ def evaluate_budgets(
         [`HierarchicalSaeEvaluation`]
 
     Raises:
-        `ValueError`: budgets out of range, fewer than 2 tokens, NaN or infinite activations, or a language model that
-            the autoencoder was not trained on.
+        `ValueError`: budgets out of range, fewer than 2 tokens, integer, NaN or infinite activations, or a language
+            model that the autoencoder was not trained on.
     """
     budgets = _resolve(sae, budgets)
     sums = _BudgetSums(sae, budgets)
@@ -184,6 +184,7 @@ class _BudgetSums:
 
     def reconstructions(self, x):
         """Yield the reconstruction of x, (tokens, d_in), at each budget, each from the one before, and add them up."""
+        self.sae._check_input(x, None)
         check_finite(x)
         x = x.float()
         is_batch_topk = self.sae.config.selection == "batch_topk"

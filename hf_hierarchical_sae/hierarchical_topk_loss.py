@@ -39,14 +39,16 @@ def hierarchical_topk_loss(
         budgets (`Sequence[int]`, *optional*): strictly increasing budgets in [1, k]; every prefix 1…k by default.
             `(k,)` is the plain TopK loss.
         budget_weights (`Sequence[float]`, *optional*): one weight per budget, normalised to sum 1; equal by default.
-        backend (`str`, defaults to `"auto"`): `"torch"`, `"triton"`, or `"auto"`: Triton for CUDA tensors.
+        backend (`str`, defaults to `"auto"`): `"torch"`, `"triton"`, `"numba"`, or `"auto"`: Triton for CUDA tensors,
+            numba for float32 on CPU, each where it is installed, and torch for the rest.
 
     Returns:
         `torch.Tensor`: the loss, a float32 scalar (float64 for float64 inputs).
 
     Raises:
         `ValueError`: shapes, budgets or weights that do not fit together, or an unknown or unsuitable backend.
-        `ImportError`: `backend="triton"` without triton.
+        `ImportError`: `backend="triton"` without triton, or `backend="numba"` without numba.
+        `IndexError`: with numba, indices outside [0, d_sae).
     """
     _check_shapes(top_indices, top_values, W_dec, b_dec, target)
     budgets = resolve_budgets(budgets, top_indices.shape[1])
@@ -160,6 +162,12 @@ def _check_shapes(top_indices, top_values, W_dec, b_dec, target):
         raise ValueError(f"the batch and k must not be empty, got top_indices of shape {tuple(top_indices.shape)}")
 
 
+def _blocks(residual):
+    """Slices of the batch: on CPU a few hundred inputs, whose residuals stay in the cache, elsewhere all of it."""
+    size = 512 if residual.device.type == "cpu" else len(residual)
+    return [slice(start, start + size) for start in range(0, len(residual), size)]
+
+
 class _HierarchicalTopK(torch.autograd.Function):
     """Keeps one residual: updated latent by latent going forward, undone latent by latent going backward."""
 
@@ -169,15 +177,18 @@ class _HierarchicalTopK(torch.autograd.Function):
         # One latent of every input at a time: its indices and values have to be contiguous.
         indices, values = top_indices.t().contiguous(), top_values.t().to(dtype).contiguous()
         residual = b_dec.to(dtype) - target.to(dtype)
-        errors = torch.empty(len(budgets), dtype=dtype, device=target.device)
-        rows = torch.empty_like(residual, dtype=W_dec.dtype)
+        errors = torch.zeros(len(budgets), dtype=dtype, device=target.device)
         position = {budget: place for place, budget in enumerate(budgets)}
-        for j in range(len(indices)):
-            # index_select is several times faster on CPU than W_dec[indices[j]].
-            torch.index_select(W_dec, 0, indices[j], out=rows)
-            residual.addcmul_(rows.to(dtype), values[j].unsqueeze(1))
-            if j + 1 in position:
-                errors[position[j + 1]] = torch.linalg.vector_norm(residual, dim=1).square().sum() / residual.numel()
+        for block in _blocks(residual):
+            part = residual[block]
+            rows = torch.empty_like(part, dtype=W_dec.dtype)
+            for j in range(len(indices)):
+                # index_select is several times faster on CPU than W_dec[indices[j]].
+                torch.index_select(W_dec, 0, indices[j, block], out=rows)
+                part.addcmul_(rows.to(dtype), values[j, block].unsqueeze(1))
+                if j + 1 in position:
+                    errors[position[j + 1]] += torch.linalg.vector_norm(part, dim=1).square().sum()
+        errors /= residual.numel()
         ctx.save_for_backward(indices, values, W_dec, residual)
         ctx.position, ctx.target_dtype, ctx.b_dec_dtype = position, target.dtype, b_dec.dtype
         ctx.values_dtype = top_values.dtype
@@ -195,17 +206,19 @@ class _HierarchicalTopK(torch.autograd.Function):
         grad = torch.zeros_like(residual) if grad_reconstruction is None else grad_reconstruction.to(dtype).clone()
         grad_values = torch.empty_like(values)
         grad_W_dec = torch.zeros_like(W_dec, dtype=dtype) if ctx.needs_input_grad[2] else None
-        rows, scaled = torch.empty_like(residual, dtype=W_dec.dtype), torch.empty_like(residual)
-        for j in reversed(range(len(indices))):
-            if scales is not None and j + 1 in ctx.position:
-                grad.add_(residual, alpha=scales[ctx.position[j + 1]])
-            value = values[j].unsqueeze(1)
-            torch.index_select(W_dec, 0, indices[j], out=rows)
-            row = rows.to(dtype)
-            torch.bmm(grad.unsqueeze(1), row.unsqueeze(2), out=grad_values[j].view(-1, 1, 1))
-            residual.addcmul_(row, value, value=-1)
-            if grad_W_dec is not None:
-                grad_W_dec.index_add_(0, indices[j], torch.mul(grad, value, out=scaled))
+        for block in _blocks(residual):
+            part, suffix = residual[block], grad[block]
+            rows, scaled = torch.empty_like(part, dtype=W_dec.dtype), torch.empty_like(part)
+            for j in reversed(range(len(indices))):
+                if scales is not None and j + 1 in ctx.position:
+                    suffix.add_(part, alpha=scales[ctx.position[j + 1]])
+                value = values[j, block].unsqueeze(1)
+                torch.index_select(W_dec, 0, indices[j, block], out=rows)
+                row = rows.to(dtype)
+                torch.bmm(suffix.unsqueeze(1), row.unsqueeze(2), out=grad_values[j, block].view(-1, 1, 1))
+                part.addcmul_(row, value, value=-1)
+                if grad_W_dec is not None:
+                    grad_W_dec.index_add_(0, indices[j, block], torch.mul(suffix, value, out=scaled))
         grad_target = None
         if ctx.needs_input_grad[4]:
             grad_target = (-grad if grad_reconstruction is None else grad_reconstruction - grad).to(ctx.target_dtype)

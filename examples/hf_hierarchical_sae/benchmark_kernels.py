@@ -9,6 +9,7 @@ The HierarchicalTopK loss and all its gradients on a GPU, in every form, beside 
 All forms run in turn, several rounds over; times are medians, ratios are to plain TopK by `embedding_bag` at the same
 k. Memory is the peak above the inputs. The floor of a form is the bytes it has to move through device memory (as the
 docstring of `hierarchical_topk_loss_triton.py` counts them) over the bandwidth at which this GPU copies a tensor.
+Without a GPU, --bandwidth 3.35 lists the floors for a card with that many TB/s (here an H100) and no times.
 """
 
 import argparse
@@ -34,6 +35,7 @@ def parse_arguments():
     parser.add_argument("--d_in", type=int, default=2304, help="width of an input (default: 2304)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of all tensors (default: float32)")
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds (default: 20)")
+    parser.add_argument("--bandwidth", type=float, help="TB/s of device memory to list floors for, without a GPU")
     parser.add_argument("--output", type=Path, help="file for the table, which is printed too")
     return parser.parse_args()
 
@@ -126,21 +128,37 @@ def rows_for(k, arguments, bandwidth):
     return rows
 
 
+def floors_for(k, arguments, bandwidth):
+    """The rows of `rows_for` where there is nothing to time them on."""
+    dtype = DTYPES[arguments.dtype]
+    inputs = make_inputs(arguments.batch_size, k, arguments.d_sae, arguments.d_in, dtype, "meta")
+    floors = {name: floor_bytes(name, inputs[0], inputs[2], inputs[4]) for name in make_forms(k)}
+    cells = {name: f"{floor / bandwidth * 1e3:.2f}" if floor else "" for name, floor in floors.items()}
+    return [f"| {k} | {name} | not measured | | | {cell} |" for name, cell in cells.items()]
+
+
 def main():
     arguments = parse_arguments()
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmark_kernels.py times GPU kernels and found no CUDA GPU: run it on a machine with one.")
-    torch.manual_seed(0)
-    bandwidth = copied_bytes_per_second()
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+        rows, bandwidth = rows_for, copied_bytes_per_second()
+        where = f"{torch.cuda.get_device_name()}, {bandwidth / 1e12:.2f} TB/s in a copy, torch {torch.__version__}"
+    elif arguments.bandwidth:
+        rows, bandwidth = floors_for, arguments.bandwidth * 1e12
+        where = f"No GPU here; floors at {arguments.bandwidth:.2f} TB/s"
+    else:
+        raise SystemExit(
+            "benchmark_kernels.py times GPU kernels and found no CUDA GPU: run it on a machine with one, or give "
+            "--bandwidth to list floors."
+        )
     lines = [
-        f"{torch.cuda.get_device_name()}, {bandwidth / 1e12:.2f} TB/s in a copy, torch {torch.__version__}. "
-        f"Batch {arguments.batch_size}, {arguments.d_sae} latents, d_in {arguments.d_in}, {arguments.dtype}.",
+        f"{where}. Batch {arguments.batch_size}, {arguments.d_sae} latents, d_in {arguments.d_in}, {arguments.dtype}.",
         "",
         "| k | form | ms | ratio to plain TopK | peak memory above the inputs, GiB | floor, ms |",
         "|---|---|---|---|---|---|",
     ]
     for k in arguments.k:
-        lines += rows_for(k, arguments, bandwidth)
+        lines += rows(k, arguments, bandwidth)
     table = "\n".join(lines) + "\n"
     print(table)
     if arguments.output:

@@ -76,7 +76,7 @@ def loss_contestants(batch, k, d_sae, d_in, with_compile):
         "plain TopK, dense": run(dense),
     }
     if with_compile:
-        compiled = torch.compile(hierarchical_topk_loss_reference)
+        compiled = torch.compile(hierarchical_topk_loss_reference, dynamic=False)
         contestants["HierarchicalTopK, torch.compile of the reference"] = run(compiled)
     return contestants
 

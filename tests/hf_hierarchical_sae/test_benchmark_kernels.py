@@ -26,8 +26,19 @@ def test_without_a_gpu_one_sentence_says_so():
     assert done.returncode == 1
     # the last line: torchao, if installed, complains of missing GPU libraries before
     assert done.stderr.splitlines()[-1] == (
-        "benchmark_kernels.py times GPU kernels and found no CUDA GPU: run it on a machine with one."
+        "benchmark_kernels.py times GPU kernels and found no CUDA GPU: run it on a machine with one, or give "
+        "--bandwidth to list floors."
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_floors_are_listed_for_a_given_bandwidth():
+    done = run_script("--bandwidth", "3.35")
+
+    assert done.returncode == 0, done.stderr
+    assert "| 32 | HierarchicalTopK, Triton | not measured | | | 1.56 |" in done.stdout
+    assert done.stdout.count("not measured") == 15
 
 
 @pytest.mark.gpu

@@ -277,6 +277,7 @@ def test_a_language_model_of_another_name_is_mentioned(model, tokenizer, caplog)
     [
         (torch.full((4, 6), torch.nan), None, "got 24 NaN and 0 infinite of 24 entries in 4 tokens"),
         (torch.tensor([[0.0] * 6, [torch.inf] * 6]), None, "got 0 NaN and 6 infinite of 12 entries in 1 tokens"),
+        (torch.ones(4, 6, dtype=torch.int64), None, "must be floating point, got torch.int64"),
         (torch.randn(4, 5), None, r"must have shape \(..., d_in=6\), got \(4, 5\)"),
         (torch.randn(4, 6), [6], r"budgets must be in \[1, 5\], the trained budget, got \[6\]"),
         (torch.randn(4, 6), [0, 1], r"budgets must be in \[1, 5\], the trained budget, got \[0, 1\]"),

@@ -79,24 +79,39 @@ def test_value_and_every_gradient_equal_the_reference_at_any_size(data):
     assert_equal_to_reference(inputs, budgets=budgets, budget_weights=weights)
 
 
-@pytest.mark.parametrize("batch, k, d_sae", [(1, 1, 1), (1, 6, 6), (5, 6, 6), (17, 3, 33)])
-def test_edge_sizes_equal_the_reference(batch, k, d_sae):
-    assert_equal_to_reference(make_inputs(batch, k, d_sae, 5))
+# numba takes float32 only: sums of up to 40 terms in another order.
+FORMS = {
+    "torch": {"backend": "torch", "rtol": 1e-9, "atol": 1e-12},
+    "numba": {"backend": "numba", "rtol": 1e-4, "atol": 1e-5},
+}
+forms = pytest.mark.parametrize("form", FORMS)
 
 
-def test_repeated_indices_add_up():
-    indices, *tensors = make_inputs(4, 5, 3, 6, distinct=False)
+def dtype_of(form):
+    return torch.float32 if form == "numba" else torch.float64
+
+
+@forms
+@pytest.mark.parametrize("batch, k, d_sae", [(1, 1, 1), (1, 6, 6), (5, 6, 6), (17, 3, 33), (1100, 3, 9)])
+def test_edge_sizes_equal_the_reference(batch, k, d_sae, form):
+    assert_equal_to_reference(make_inputs(batch, k, d_sae, 5, dtype=dtype_of(form)), **FORMS[form])
+
+
+@forms
+def test_repeated_indices_add_up(form):
+    indices, *tensors = make_inputs(4, 5, 3, 6, dtype=dtype_of(form), distinct=False)
     indices[0] = 2
 
-    assert_equal_to_reference((indices, *tensors))
+    assert_equal_to_reference((indices, *tensors), **FORMS[form])
 
 
-def test_zero_values_equal_the_reference():
-    indices, values, *rest = make_inputs(4, 5, 9, 6)
+@forms
+def test_zero_values_equal_the_reference(form):
+    indices, values, *rest = make_inputs(4, 5, 9, 6, dtype=dtype_of(form))
     values = values.detach().clone()
     values[:, 2:] = 0
 
-    assert_equal_to_reference((indices, values.requires_grad_(), *rest))
+    assert_equal_to_reference((indices, values.requires_grad_(), *rest), **FORMS[form])
 
 
 def test_gradients_and_reconstruction_pass_gradcheck():
@@ -141,8 +156,7 @@ def test_numba_form_equals_the_reference_at_any_size(data):
     budgets = data.draw(st.none() | st.sets(st.integers(1, k), min_size=1).map(sorted))
     inputs = make_inputs(batch, k, d_sae, d_in, dtype=torch.float32, distinct=data.draw(st.booleans()))
 
-    # float32 sums of up to 40 terms in another order.
-    assert_equal_to_reference(inputs, rtol=1e-4, atol=1e-5, budgets=budgets, backend="numba")
+    assert_equal_to_reference(inputs, budgets=budgets, **FORMS["numba"])
 
 
 @pytest.mark.parametrize("threads", [2, 3, 7])
@@ -151,7 +165,7 @@ def test_numba_form_is_the_same_with_more_threads(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert_equal_to_reference(inputs, rtol=1e-4, atol=1e-5, backend="numba")
+        assert_equal_to_reference(inputs, **FORMS["numba"])
     finally:
         torch.set_num_threads(before)
 

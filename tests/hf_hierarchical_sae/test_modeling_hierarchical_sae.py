@@ -113,7 +113,7 @@ def test_batch_topk_uses_its_learned_threshold_at_inference_one_input_at_a_time(
     train(sae, x)
     # The threshold is a running mean: it settles once the weights do.
     sae.train()
-    for _ in range(400):
+    for _ in range(40):
         sae(x)
     sae.eval()
 
@@ -122,7 +122,38 @@ def test_batch_topk_uses_its_learned_threshold_at_inference_one_input_at_a_time(
 
     # float32 products of another batch size round differently.
     torch.testing.assert_close(alone, together.reconstruction, rtol=1e-5, atol=1e-4)
-    assert 6 < (together.top_values > 0).sum(dim=1).float().mean() < 10
+    assert (together.top_values > 0).sum(dim=1).float().mean() == pytest.approx(8, rel=0.02)
+
+
+@pytest.mark.parametrize("chunk", [None, 10])
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_topk_finds_all_latents_of_an_input_that_uses_many(chunk, training):
+    sae = make_sae(**OBJECTIVES["batch_topk"], encoder_chunk_size=chunk).train(training)
+    x = make_activations(40, scale=1.0) - 100
+    x[3] *= 50
+    sae.threshold.fill_(0.9)
+    dense = torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    threshold = dense.flatten().topk(8 * 40).values[-1] if training else sae.threshold
+
+    top_indices, top_values = sae.encode(x)
+
+    expected = torch.where(dense >= threshold, dense, 0.0)
+    found = torch.zeros_like(dense).scatter_add(1, top_indices, top_values)
+    # The same float32 products, blocked differently.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    used = (expected > 0).sum(dim=1)
+    assert used[3] > 16 and used.min() == 0
+    assert top_indices.shape == (40, used.max())
+
+
+def test_batch_topk_multiplies_by_the_encoder_once(monkeypatch):
+    sae, x, products = make_sae(**OBJECTIVES["batch_topk"]), make_activations(40, scale=1.0), []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *given: products.append(1) or linear(*given))
+    sae.threshold.fill_(0.1)
+
+    assert sae.encode(x)[0].shape[1] > 16
+    assert len(products) == 1
 
 
 @objectives
@@ -224,8 +255,9 @@ def test_padding_takes_no_part_in_the_loss_or_the_counters():
     assert torch.isfinite(output.reconstruction).all()
 
 
-def test_a_batch_of_padding_only_gives_zero_loss_and_zero_gradients():
-    sae = make_sae().train()
+@objectives
+def test_a_batch_of_padding_only_gives_zero_loss_and_zero_gradients(options):
+    sae = make_sae(**options).train()
 
     loss = sae(torch.zeros(2, 3, 16), attention_mask=torch.zeros(2, 3)).loss
     loss.backward()
@@ -270,21 +302,41 @@ def test_selection_among_many_latents_is_exact(d_sae, k):
     assert all(len(set(row.tolist())) == k for row in indices)
 
 
-def test_chunks_bound_the_memory_of_many_latents():
-    largest = []
+class Sizes(TorchDispatchMode):
+    """Records how many elements each tensor has that an operator returns in memory of its own."""
 
-    class Largest(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            largest.extend(part.numel() for part in pytree.tree_leaves(result) if isinstance(part, torch.Tensor))
-            return result
+    def __init__(self):
+        super().__init__()
+        self.allocated = []
 
-    sae, x = make_sae(d_sae=2**17, k=4, encoder_chunk_size=2**12), make_activations(300, scale=1.0)
-    with torch.no_grad(), Largest():
-        sae.encode(x)
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {part.data_ptr() for part in pytree.tree_leaves((args, kwargs)) if isinstance(part, torch.Tensor)}
+        made = [part for part in pytree.tree_leaves(result) if isinstance(part, torch.Tensor)]
+        self.allocated += [part.numel() for part in made if part.data_ptr() not in given]
+        return result
 
-    # Views of the encoder's weight (2^17 × 16) are no allocation; the pre-activations of a chunk are.
-    assert max(largest) <= max(300 * 2**12, 2**17 * 16) < 300 * 2**17
+
+def test_a_training_step_in_chunks_makes_nothing_larger_than_a_chunk_or_the_weights():
+    sae, x = make_sae(d_sae=2**17, k=4, encoder_chunk_size=2**12).train(), make_activations(300, scale=1.0)
+
+    with Sizes() as sizes:
+        sae(x).loss.backward()
+
+    assert 300 * 2**12 in sizes.allocated
+    assert max(sizes.allocated) <= max(300 * 2**12, 2**17 * 16) < 300 * 2**17
+
+
+def test_a_training_step_makes_one_copy_of_batch_times_latents_and_its_backward_none():
+    sae, x = make_sae(d_sae=4096, k=4).train(), make_activations(300, scale=1.0)
+
+    with Sizes() as forward:
+        loss = sae(x).loss
+    with Sizes() as backward:
+        loss.backward()
+
+    assert [size for size in forward.allocated if size > 300 * 4096 // 8] == [300 * 4096]
+    assert max(backward.allocated) == 4096 * 16 < 300 * 4096 // 8
 
 
 def test_latents_that_do_not_fire_are_counted_as_dead_and_the_count_is_saved(tmp_path):
@@ -366,7 +418,12 @@ def test_autocast_keeps_parameters_gradients_and_loss_in_float32(dtype):
     output.loss.backward()
 
     assert output.loss.dtype == output.top_values.dtype == torch.float32
-    assert {parameter.grad.dtype for parameter in sae.parameters()} == {torch.float32}
+    optimizer = torch.optim.AdamW(sae.parameters(), weight_decay=0.0)
+    optimizer.step()
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert len(moments) == 8
+    assert {tensor.dtype for part in sae.parameters() for tensor in (part, part.grad)} == {torch.float32}
+    assert {tensor.dtype for tensor in moments} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
