@@ -50,9 +50,9 @@ SUPERSENSES = """
 # Endings that an inflected form loses, and what takes their place, morphy(7WN).
 ENDINGS = [("ies", "y"), ("es", "e"), ("es", ""), ("s", ""), ("ed", "e"), ("ed", ""), ("ing", "e"), ("ing", "")]
 TITLES = {
-    "above_chance": "latents above chance",
-    "auroc": "mean AUROC of best label",
-    "probe_auroc": "1-sparse probe AUROC",
+    "above_chance": "share of latents above chance",
+    "information": "information, mean over latents",
+    "probe_auroc": "AUROC of the best latent for a label",
 }
 
 
@@ -218,7 +218,7 @@ def tables(results, budgets):
             ("latents scored", "scored_latents", 0, 1),
             ("latents above chance, %", "above_chance", 1, 100),
             ("purity (by chance)", "purity", 3, 1),
-            ("AUROC of the best label (by chance)", "auroc", 3, 1),
+            ("information (by chance)", "information", 3, 1),
             ("AUROC of the best latent for a label", "probe_auroc", 3, 1),
         ):
             lines += [
