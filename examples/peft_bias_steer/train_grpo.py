@@ -56,7 +56,7 @@ from matplotlib import pyplot  # noqa: E402
 
 DEMO_MODEL = "outputs/SmolLM2-135M-Instruct"
 # constant, for AdamW; the sweep that chose them: compare_methods.py --preset sweep
-LEARNING_RATES = {"bias": 1e-2, "lora": 1e-3, "full": 1e-5, "beft": 1e-2}
+LEARNING_RATES = {"bias": 1e-2, "lora": 1e-3, "full": 3e-5, "beft": 1e-2}
 BOXED_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 # its divisions carry the answer of another expression
 ONE_DIGIT = {
@@ -148,7 +148,7 @@ class Task:
         return {
             "right": answer is not None and self.check(answer, row),
             "formatted": self.form.is_formatted(completion),
-            "unparseable": answer is None,
+            "unparsable": answer is None,
             "exact_string": completion.strip() == row["answer"],
         }
 
@@ -292,7 +292,7 @@ def complete(
 
 
 def score(completions: list[dict], rows: list[dict], task: Task) -> dict:
-    """Rates of one evaluation. Unparseable completions are wrong, and counted apart."""
+    """Rates of one evaluation. Unparsable completions are wrong, and counted apart."""
     grades = [task.grade(entry["text"], row) for entry, row in zip(completions, rows)]
     total = len(grades)
     count = {key: sum(grade[key] for grade in grades) for key in grades[0]}
@@ -304,7 +304,7 @@ def score(completions: list[dict], rows: list[dict], task: Task) -> dict:
         "interval": wilson_interval(count["right"], total),
         "format_rate": count["formatted"] / total,
         "accuracy_when_formatted": both / count["formatted"] if count["formatted"] else None,
-        "unparseable": count["unparseable"],
+        "unparsable": count["unparsable"],
         "exact_string": count["exact_string"] / total,
         "finished": sum(entry["finished"] for entry in completions) / total,
         "mean_tokens": statistics.mean(entry["tokens"] for entry in completions),
@@ -385,6 +385,7 @@ class EvaluateDuringTraining(TrainerCallback):
 
     def __init__(self, every: int, evaluate: Callable[[Any], dict]):
         self.every, self.evaluate = every, evaluate
+        self.trainer: Any = None
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every or state.global_step >= state.max_steps:
@@ -651,20 +652,17 @@ def main() -> None:
 
     save_on_interrupt, clock = SaveOnInterrupt(), StepClock()
     watch = SignalWatch(args.signal_patience, args.stop_without_signal)
-    callbacks: list[TrainerCallback] = [save_on_interrupt, clock, watch]
-    if args.eval_steps:
-        callbacks.append(EvaluateDuringTraining(args.eval_steps, lambda model: answer(model)[1]["greedy"]))
+    during_training = EvaluateDuringTraining(args.eval_steps, lambda model: answer(model)[1]["greedy"])
     indices = list(range(args.few_shot, len(task.train)))
     trainer = GRPOTrainer(
         model=model,
         processing_class=tokenizer,
         reward_funcs=reward,
         train_dataset=Dataset.from_dict({"prompt": [prompt_of(task.train[i]) for i in indices], "index": indices}),
-        callbacks=callbacks,
+        callbacks=[save_on_interrupt, clock, watch, *([during_training] if args.eval_steps else [])],
         args=config,
     )
-    for callback in callbacks[3:]:
-        callback.trainer = trainer
+    during_training.trainer = trainer
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(RewardBar)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

@@ -115,7 +115,7 @@ def test_wilson_interval_matches_published_values(example):
         assert example.wilson_interval(right, total) == pytest.approx(expected, abs=5e-5)
 
 
-def test_wrong_unparseable_and_unformatted_answers_are_counted_apart(example, parse):
+def test_wrong_unparsable_and_unformatted_answers_are_counted_apart(example, parse):
     task = example.reasoning_gym_task(parse())
     row = next(row for row in task.train if row["answer"] == "8")
     # "18" has a part of a point in reasoning-gym
@@ -124,7 +124,7 @@ def test_wrong_unparseable_and_unformatted_answers_are_counted_apart(example, pa
 
     score = example.score(completions, [row] * 5, task)
 
-    assert (score["right"], score["accuracy"], score["unparseable"]) == (3, 0.6, 1)
+    assert (score["right"], score["accuracy"], score["unparsable"]) == (3, 0.6, 1)
     assert (score["format_rate"], score["exact_string"], score["finished"]) == (0.6, 0.2, 0.2)
     assert score["accuracy_when_formatted"] == pytest.approx(2 / 3)
 
@@ -148,7 +148,7 @@ def test_other_tasks_of_reasoning_gym_take_their_options(example, parse):
     assert all(len(re.findall(r"\d", row["question"])) == 3 for row in sums.train + sums.held_out)
     assert "<answer>" in words.system_prompt
     assert words.grade(f"<answer>{row['answer']}</answer>", row)["right"]
-    assert words.grade(row["answer"], row)["unparseable"]
+    assert words.grade(row["answer"], row)["unparsable"]
 
 
 def test_datasets_are_checked_by_mathematical_value(example, parse, dataset_folder):
@@ -159,7 +159,7 @@ def test_datasets_are_checked_by_mathematical_value(example, parse, dataset_fold
     assert task.grade("It is \\boxed{0.5}", row)["right"]
     assert task.grade("It is \\boxed{\\frac{1}{2}}", row)["right"]
     assert not task.grade("It is \\boxed{2}", row)["right"]
-    assert task.grade("It is 0.5", row)["unparseable"]
+    assert task.grade("It is 0.5", row)["unparsable"]
 
 
 def test_prompt_holds_the_system_prompt_and_solved_examples(example, parse, tiny_language_model, dataset_folder):

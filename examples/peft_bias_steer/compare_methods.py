@@ -1,0 +1,380 @@
+# /// script
+# dependencies = [
+#     "peft_bias_steer", "accelerate", "trl", "datasets", "math-verify", "matplotlib", "reasoning-gym", "tensorboard"
+# ]
+# ///
+"""
+Bias vectors, LoRA and full fine-tuning with GRPO: the same questions, the same number of steps, several seeds.
+
+    python examples/peft_bias_steer/compare_methods.py --preset minutes
+
+Each run is a process of train_grpo.py with a folder of its own; a folder that holds a result.json is not run again, so
+an interrupted comparison goes on where it was. Writes a table (.md), the numbers (.json) and reward curves (.png).
+
+Presets: sweep (three learning rates per method), minutes (three seeds per method at the best rate, and the base model
+with and without solved examples), format_reward (bias vectors, rewarded for the form of the answer alone), out_of_reach
+(bias vectors on a task beyond the model), paper (the recipe of arXiv 2505.18706, for a GPU node; not run yet). What
+stands after `--` goes to train_grpo.py. To see whether a new seed lands where the others say it should:
+
+    python examples/peft_bias_steer/compare_methods.py --preset minutes --methods bias --seeds 3 \\
+        --reference docs/results_bias_steer.json
+"""
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+from tqdm import tqdm
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+
+
+TRAIN = Path(__file__).with_name("train_grpo.py")
+CONFIGS = Path(__file__).with_name("configs")
+# .975 quantiles of Student's t with 1, 2, ... degrees of freedom
+T_QUANTILES = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
+NAMES = {"bias": "bias vectors", "lora": "LoRA", "full": "full fine-tuning", "beft": "BEFT"}
+EVALUATION = ["--bf16", "--eval_size", "128", "--eval_samples", "1"]
+# the base is evaluated once, and checkpoints of full fine-tuning are large
+SHORT = ["--max_steps", "20", *EVALUATION, "--eval_steps", "10", "--skip_eval_before", "--save_steps", "1000"]
+LONG_ANSWERS = ["--max_completion_length", "24"]
+BASE_ALONE: dict[str, list[str]] = {"base": []}
+BASE = {
+    **BASE_ALONE,
+    "base, 4 examples (number)": ["--few_shot", "4"],
+    "base, 4 examples (equation)": ["--few_shot", "4", "--few_shot_answer", "{expression} = {answer}"],
+}
+
+
+@dataclass
+class Preset:
+    """What is run: `methods` × rates × `seeds` × `tasks`, each with `arguments`; before that, the base models."""
+
+    methods: list[str]
+    seeds: list[int]
+    tasks: list[str]
+    rates: dict[str, list[float]]
+    arguments: list[str]
+    base: dict[str, list[str]] = field(default_factory=dict)
+    base_arguments: list[str] = field(default_factory=list)
+    note: str = ""
+    model: str = "outputs/SmolLM2-135M-Instruct"
+    launch: list[str] = field(default_factory=lambda: [sys.executable])
+
+
+BEST = {"bias": [1e-2], "lora": [1e-3], "full": [3e-5], "beft": [1e-2]}
+RATES = {
+    "bias": [3e-3, 1e-2, 3e-2],
+    "lora": [3e-4, 1e-3, 3e-3],
+    "full": [1e-5, 3e-5, 1e-4],
+}
+ARITHMETIC = ["basic_arithmetic"]
+PRESETS = {
+    "sweep": Preset(["bias", "lora", "full"], [0], ARITHMETIC, RATES, SHORT),
+    "minutes": Preset(["bias", "lora", "full"], [0, 1, 2], ARITHMETIC, BEST, SHORT, BASE, EVALUATION),
+    "format_reward": Preset(
+        ["bias"], [0], ARITHMETIC, BEST, [*SHORT, "--reward", "formatted"], note="reward for the form alone"
+    ),
+    "out_of_reach": Preset(
+        ["bias"], [0], ["four_digit_products"], BEST, [*SHORT, *LONG_ANSWERS], BASE_ALONE, [*EVALUATION, *LONG_ANSWERS]
+    ),
+    "paper": Preset(
+        ["bias", "lora", "full"],
+        [0],
+        ["gsm8k", "math", "deepscaler"],
+        {"bias": [1e-3], "lora": [1e-4], "full": [1e-6]},
+        [
+            *("--max_steps", "314", "--warmup_ratio", "0.03", "--prompts_per_step", "128", "--num_generations", "16"),
+            *("--gradient_accumulation_steps", "16", "--gradient_checkpointing", "--max_completion_length", "3072"),
+            *("--eval_size", "500", "--eval_samples", "4", "--eval_steps", "50", "--skip_eval_before"),
+        ],
+        BASE_ALONE,
+        ["--eval_size", "500", "--eval_samples", "4", "--max_completion_length", "3072"],
+        model="Qwen/Qwen2.5-Math-1.5B",
+        launch=["accelerate", "launch", "--config_file", str(CONFIGS / "ddp.yaml")],
+    ),
+}
+
+
+@dataclass
+class Run:
+    """One process of train_grpo.py; done once its folder holds a result.json."""
+
+    label: str
+    task: str
+    folder: Path
+    arguments: list[str]
+    method: str | None = None
+    rate: float | None = None
+    seed: int = 0
+
+    @property
+    def result(self) -> dict:
+        return json.loads((self.folder / "result.json").read_text())
+
+    @property
+    def is_done(self) -> bool:
+        return (self.folder / "result.json").exists()
+
+
+def list_runs(preset: Preset, output_dir: Path, extra: list[str]) -> list[Run]:
+    runs = []
+    for task in preset.tasks:
+        folder = output_dir / Path(preset.model).name / task
+        always = ["--model", preset.model, "--task", task]
+        for label, options in preset.base.items():
+            name = label.translate(str.maketrans(" ", "_", ",()"))
+            arguments = [*always, *preset.base_arguments, *options, *extra, "--max_steps", "0"]
+            runs.append(Run(label, task, folder / name, arguments))
+        for seed in preset.seeds:
+            for method in preset.methods:
+                for rate in preset.rates[method]:
+                    arguments = [*always, "--method", method, "--learning_rate", str(rate), "--seed", str(seed)]
+                    arguments += [*preset.arguments, *extra]
+                    note = f"-{preset.note.replace(' ', '_')}" if preset.note else ""
+                    label = NAMES[method] + (f", {preset.note}" if preset.note else "")
+                    path = folder / f"{method}-lr{rate:g}-seed{seed}{note}"
+                    runs.append(Run(label, task, path, arguments, method, rate, seed))
+    return runs
+
+
+def carry_out(run: Run, launch: list[str], environment: dict[str, str]) -> None:
+    """Raises `RuntimeError` if the process fails. The bulky weights of full fine-tuning are deleted once evaluated."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    command = [*launch, str(TRAIN), "--output_dir", str(run.folder), *run.arguments]
+    if any(run.folder.glob("checkpoint-*")):
+        command.append("--resume_from_checkpoint")
+    with (run.folder / "log.txt").open("w") as log:
+        code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+    if code or not run.is_done:
+        lines = (run.folder / "log.txt").read_text().splitlines() or ["it printed nothing"]
+        raise RuntimeError(f"{shlex.join(command)} ended with {code}, see {run.folder}/log.txt: {lines[-1]}")
+    if run.method == "full":
+        for file in (run.folder / "model").glob("*.safetensors"):
+            file.unlink()
+    for file in run.folder.glob("checkpoint-*/*"):
+        file.unlink()
+    for folder in run.folder.glob("checkpoint-*"):
+        folder.rmdir()
+
+
+def carry_out_all(runs: list[Run], launch: list[str], jobs: int) -> None:
+    """Runs what is not done, `jobs` at a time; the first failure ends the program once the running ones are done."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    # spinning OpenMP threads make a busy small machine many times slower
+    environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", **os.environ}
+    failed = threading.Event()
+
+    def work(run: Run) -> None:
+        if failed.is_set():
+            return
+        try:
+            carry_out(run, launch, environment)
+        except RuntimeError:
+            failed.set()
+            raise
+
+    todo = [run for run in runs if not run.is_done]
+    bar = tqdm(total=len(runs), initial=len(runs) - len(todo), desc="runs", unit="run")
+    with ThreadPoolExecutor(jobs) as pool:
+        for future in [pool.submit(work, run) for run in todo]:
+            try:
+                future.result()
+            except RuntimeError as error:
+                raise SystemExit(str(error)) from None
+            bar.update()
+    bar.close()
+
+
+def prediction_interval(values: list[float]) -> tuple[float, float] | None:
+    """Where one more seed lies with 95 % probability, if the seeds are normally distributed."""
+    if len(values) < 2:
+        return None
+    half = T_QUANTILES[len(values) - 2] * statistics.stdev(values) * (1 + 1 / len(values)) ** 0.5
+    mean = statistics.mean(values)
+    return max(0.0, mean - half), min(1.0, mean + half)
+
+
+def summarize(runs: list[Run]) -> list[dict]:
+    """One entry for each base model, and for each method and rate over its seeds, in the order of the runs."""
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.task, run.label, run.rate), []).append(run)
+    rows = []
+    for (task, label, rate), members in groups.items():
+        results = [run.result for run in members]
+        scores = [result["after"] if members[0].method else result["before"] for result in results]
+        accuracies = [score["greedy"]["accuracy"] for score in scores]
+        row = {
+            "task": task,
+            "label": label,
+            "method": members[0].method,
+            "learning_rate": rate,
+            "seeds": [run.seed for run in members],
+            "accuracies": accuracies,
+            "accuracy": statistics.mean(accuracies),
+            "interval": scores[0]["greedy"]["interval"],
+            "next_seed": prediction_interval(accuracies),
+            "sampled_accuracy": statistics.mean(score["sampled"]["accuracy"] for score in scores),
+        }
+        for key in ("format_rate", "unparsable", "exact_string", "finished"):
+            row[key] = statistics.mean(score["greedy"][key] for score in scores)
+        right = sum(
+            s["greedy"]["accuracy_when_formatted"] * s["greedy"]["format_rate"]
+            for s in scores
+            if s["greedy"]["format_rate"]
+        )
+        row["accuracy_when_formatted"] = right / (len(scores) * row["format_rate"]) if row["format_rate"] else None
+        if members[0].method:
+            row["rewards"] = [result["rewards"] for result in results]
+            row["during"] = [result["during"] for result in results]
+            row["no_signal_warnings"] = sum(bool(result["no_signal_warning"]) for result in results)
+            for key in ("trainable_parameters", "optimizer_bytes", "file_bytes"):
+                row[key] = results[0][key]
+            row["peak_memory_bytes"] = max(result["peak_memory_bytes"] for result in results)
+            for key in ("seconds_per_step", "cpu_seconds_per_step"):
+                row[key] = statistics.median(result[key] for result in results)
+        rows.append(row)
+    return rows
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def between(pair: list[float] | tuple[float, float] | None) -> str:
+    return "–" if pair is None else f"{pair[0]:.1%} to {pair[1]:.1%}"
+
+
+def accuracy_table(rows: list[dict]) -> str:
+    lines = [
+        "| trained | rate | seeds | right, greedy | each seed | another seed (95 %) | right, sampled | in form | "
+        "right if in form | unparsable |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        trained = row["method"] is not None
+        cells = [
+            row["label"],
+            f"{row['learning_rate']:g}" if trained else "–",
+            str(len(row["seeds"])) if trained else "–",
+            percent(row["accuracy"]) + ("" if len(row["seeds"]) > 1 else f" ({between(row['interval'])})"),
+            ", ".join(map(percent, row["accuracies"])) if trained else "–",
+            between(row["next_seed"]),
+            percent(row["sampled_accuracy"]),
+            percent(row["format_rate"]),
+            percent(row["accuracy_when_formatted"]),
+            f"{row['unparsable']:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cost_table(rows: list[dict]) -> str:
+    lines = [
+        "| trained | parameters | optimizer, bytes | file, bytes | peak memory, MiB | CPU seconds per step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["method"] is not None:
+            cells = [row["label"], *(f"{row[k]:,}" for k in ("trainable_parameters", "optimizer_bytes", "file_bytes"))]
+            cells += [f"{row['peak_memory_bytes'] / 2**20:,.0f}", f"{row['cpu_seconds_per_step']:.1f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Reward of each step, mean over the seeds and their range; held-out accuracies as points."""
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    trained = [row for row in rows if row["method"] is not None]
+    for index, row in enumerate(trained):
+        color = f"C{index}"
+        curves = [list(values) for values in zip(*row["rewards"])]
+        steps = range(1, len(curves) + 1)
+        several_rates = sum(other["label"] == row["label"] for other in trained) > 1
+        label = f"{row['label']}, rate {row['learning_rate']:g}" if several_rates else row["label"]
+        axes.plot(steps, [statistics.mean(values) for values in curves], color=color, label=label)
+        axes.fill_between(steps, list(map(min, curves)), list(map(max, curves)), color=color, alpha=0.15)
+        for accuracy in row["accuracies"]:
+            axes.plot(len(curves) + 0.6, accuracy, "o", color=color, markersize=4)
+        for entry in (entry for during in row["during"] for entry in during):
+            axes.plot(entry["step"], entry["accuracy"], "o", color=color, markersize=4)
+    for row, style in zip([row for row in rows if row["method"] is None], ("-", "--", ":")):
+        axes.axhline(row["accuracy"], color="grey", linestyle=style, label=row["label"])
+    axes.set(xlabel="step", ylabel="reward (dots: held out, greedy)", ylim=(0, 1), title=rows[0]["task"])
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def check_against(reference: Path, rows: list[dict]) -> None:
+    """Says of each accuracy whether it lies where the reference's seeds let it be expected."""
+    expected = {(row["task"], row["label"], row["learning_rate"]): row for row in json.loads(reference.read_text())}
+    for row in rows:
+        other = expected.get((row["task"], row["label"], row["learning_rate"]))
+        if other is None or other["next_seed"] is None:
+            continue
+        low, high = other["next_seed"]
+        for seed, accuracy in zip(row["seeds"], row["accuracies"]):
+            verdict = "within" if low <= accuracy <= high else "OUTSIDE"
+            print(f"{row['label']}, seed {seed}: {accuracy:.1%}, {verdict} {between(other['next_seed'])}")
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="minutes", help="what to run (%(default)s)")
+    parser.add_argument("--model", help="another model than the preset's")
+    parser.add_argument("--methods", nargs="+", choices=NAMES, help="only these of the preset")
+    parser.add_argument("--seeds", nargs="+", type=int, help="these instead of the preset's")
+    parser.add_argument("--tasks", nargs="+", help="these instead of the preset's (see train_grpo.py --task)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
+    parser.add_argument("--only_finished", action="store_true", help="run nothing, put together what is there")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"), help="(%(default)s)")
+    parser.add_argument(
+        "--reference", type=Path, help=".json of an earlier comparison: does it foresee these results?"
+    )
+    own = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
+    return parser.parse_args(own), sys.argv[len(own) + 2 :]
+
+
+def main() -> None:
+    args, extra = parse_arguments()
+    preset = PRESETS[args.preset]
+    for name in ("model", "methods", "seeds", "tasks"):
+        if getattr(args, name) is not None:
+            setattr(preset, name, getattr(args, name))
+    runs = list_runs(preset, args.output_dir, extra)
+    if args.only_finished:
+        runs = [run for run in runs if run.is_done]
+        if not runs:
+            raise SystemExit(f"--only_finished found no finished run of {args.preset} in {args.output_dir}")
+    else:
+        carry_out_all(runs, preset.launch, args.jobs)
+    rows = summarize(runs)
+    stem = args.output_dir / Path(preset.model).name / args.preset
+    page = [f"`{shlex.join(['python', *sys.argv])}`"]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of_task = [row for row in rows if row["task"] == task]
+        page += [f"## {task}", accuracy_table(of_task), cost_table(of_task)]
+        plot(of_task, stem.with_name(f"{args.preset}_{Path(task).name}.png"))
+    text = "\n\n".join(page)
+    print(text)
+    stem.with_suffix(".md").write_text(text + "\n")
+    stem.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+    if args.reference:
+        check_against(args.reference, rows)
+
+
+if __name__ == "__main__":
+    main()

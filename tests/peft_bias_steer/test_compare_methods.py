@@ -1,0 +1,181 @@
+"""The comparison: which processes it starts, what it makes of their results, and that it never repeats one."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "peft_bias_steer" / "compare_methods.py"
+# stands in for train_grpo.py where only the handling of processes is tested
+RECORDER = """
+import json, pathlib, sys
+folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+with (folder / "commands.txt").open("a") as file:
+    file.write(" ".join(sys.argv[1:]) + "\\n")
+if "fail" in sys.argv:
+    sys.exit("no such thing")
+if (folder / "checkpoint-1").exists() and "--resume_from_checkpoint" not in sys.argv:
+    sys.exit("forgot to resume")
+(folder / "result.json").write_text("{}")
+"""
+
+
+@pytest.fixture(scope="module")
+def example():
+    """The example as a module."""
+    spec = importlib.util.spec_from_file_location("compare_methods", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["compare_methods"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def recorder(example, monkeypatch, tmp_path):
+    script = tmp_path / "recorder.py"
+    script.write_text(RECORDER)
+    monkeypatch.setattr(example, "TRAIN", script)
+
+
+def score(accuracy: float, format_rate: float = 0.8) -> dict:
+    greedy = {"accuracy": accuracy, "interval": [0.0, 1.0], "format_rate": format_rate, "unparsable": 2}
+    greedy |= {"exact_string": 0.0, "finished": 0.5, "accuracy_when_formatted": accuracy / format_rate}
+    return {"greedy": greedy, "sampled": {"accuracy": accuracy / 2}}
+
+
+def write_results(runs, accuracies: dict[int, float], base: float = 0.1) -> None:
+    """A result.json for each run, with an accuracy by seed."""
+    for run in runs:
+        run.folder.mkdir(parents=True)
+        result = {"before": score(base)}
+        if run.method:
+            result = {"after": score(accuracies[run.seed]), "rewards": [0.1, accuracies[run.seed]], "during": []}
+            result |= {"no_signal_warning": None, "trainable_parameters": 1000, "optimizer_bytes": 8000}
+            result |= {"file_bytes": 4000, "peak_memory_bytes": 2**30, "seconds_per_step": 2.0}
+            result |= {"cpu_seconds_per_step": 1.0 + run.seed}
+        (run.folder / "result.json").write_text(json.dumps(result))
+
+
+def test_every_run_of_a_preset_has_a_folder_of_its_own(example, tmp_path):
+    for preset in example.PRESETS.values():
+        runs = example.list_runs(preset, tmp_path, [])
+        assert len({run.folder for run in runs}) == len(runs)
+    minutes = example.list_runs(example.PRESETS["minutes"], tmp_path, [])
+    sweep = example.list_runs(example.PRESETS["sweep"], tmp_path, [])
+
+    assert [run.seed for run in minutes if run.method == "lora"] == [0, 1, 2]
+    # the first seed of the comparison is the sweep's best run, and not repeated
+    assert {run.folder for run in minutes if run.method and run.seed == 0} <= {run.folder for run in sweep}
+    same = {run.folder: run.arguments for run in sweep}
+    assert all(same[run.folder] == run.arguments for run in minutes if run.folder in same)
+
+
+def test_finished_runs_are_not_repeated_and_broken_off_ones_resumed(example, recorder, tmp_path):
+    runs = [example.Run(name, "task", tmp_path / name, [name], "bias") for name in "abc"]
+    runs[0].folder.mkdir()
+    (runs[0].folder / "result.json").write_text("{}")
+    (runs[1].folder / "checkpoint-1").mkdir(parents=True)
+    (runs[1].folder / "checkpoint-1" / "state").write_text("")
+    example.carry_out_all(runs, [sys.executable], jobs=2)
+    example.carry_out_all(runs, [sys.executable], jobs=2)
+
+    assert all(run.is_done for run in runs)
+    assert not (runs[0].folder / "commands.txt").exists()
+    for run, end in ((runs[1], "b --resume_from_checkpoint"), (runs[2], "c")):
+        assert (run.folder / "commands.txt").read_text() == f"--output_dir {run.folder} {end}\n"
+    assert not (runs[1].folder / "checkpoint-1").exists()
+
+
+def test_a_failing_run_ends_the_comparison_in_one_sentence(example, recorder, tmp_path):
+    runs = [example.Run(name, "task", tmp_path / name, [name], "bias") for name in ("fail", "later")]
+    with pytest.raises(SystemExit, match=r"fail ended with 1, see .*log.txt: no such thing$"):
+        example.carry_out_all(runs, [sys.executable], jobs=1)
+
+    assert not runs[1].folder.exists()
+
+
+def test_prediction_interval_covers_a_further_seed_at_its_rate(example):
+    import torch
+
+    draws = torch.randn(4000, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.02 + 0.5
+    inside = 0
+    for *seeds, further in draws.tolist():
+        low, high = example.prediction_interval(seeds)
+        inside += low <= further <= high
+
+    # 95 % of 4000, four standard errors of 0.34 % each
+    assert abs(inside / 4000 - 0.95) < 0.014
+    assert example.prediction_interval([0.5]) is None
+
+
+def test_table_gives_means_over_seeds_and_the_spread(example, tmp_path):
+    runs = example.list_runs(example.PRESETS["minutes"], tmp_path, [])
+    write_results(runs, {0: 0.5, 1: 0.54, 2: 0.52})
+    rows = example.summarize(runs)
+    bias = next(row for row in rows if row["method"] == "bias")
+
+    assert bias["accuracy"] == pytest.approx(0.52)
+    # t(.975, 2) = 4.303, standard deviation 0.02
+    assert bias["next_seed"] == pytest.approx((0.52 - 0.0994, 0.52 + 0.0994), abs=1e-4)
+    assert bias["accuracy_when_formatted"] == pytest.approx(0.52 / 0.8)
+    lines = example.accuracy_table(rows).splitlines()
+    assert lines[2].startswith("| base | – | – | 10.0% (0.0% to 100.0%) | – | – | 5.0% | 80.0% |")
+    assert (
+        "| bias vectors | 0.01 | 3 | 52.0% | 50.0%, 54.0%, 52.0% | 42.1% to 61.9% | 26.0% | 80.0% | 65.0% | 2.0 |"
+        in lines
+    )
+    assert "| bias vectors | 1,000 | 8,000 | 4,000 | 1,024 | 2.0 |" in example.cost_table(rows)
+
+
+def test_whole_page_is_written_and_a_new_seed_checked_against_it(example, monkeypatch, tmp_path, capsys):
+    preset = example.PRESETS["minutes"]
+    write_results(example.list_runs(preset, tmp_path, []), {0: 0.5, 1: 0.54, 2: 0.52})
+    arguments = ["compare_methods.py", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    example.main()
+    folder = tmp_path / "SmolLM2-135M-Instruct"
+    page = (folder / "minutes.md").read_text()
+    reference = folder / "reference.json"
+    (folder / "minutes.json").rename(reference)
+
+    assert page.startswith(f"`python compare_methods.py --output_dir {tmp_path}`")
+    assert (folder / "minutes_basic_arithmetic.png").stat().st_size > 10_000
+
+    seeds = {3: 0.6, 4: 0.7}
+    monkeypatch.setattr(preset, "seeds", list(seeds))
+    write_results([run for run in example.list_runs(preset, tmp_path, []) if run.method], seeds)
+    new = ["--methods", "bias", "--seeds", "3", "4", "--reference", str(reference)]
+    monkeypatch.setattr(sys, "argv", [*arguments, *new])
+    capsys.readouterr()
+    example.main()
+
+    lines = capsys.readouterr().out.splitlines()
+    assert "bias vectors, seed 3: 60.0%, within 42.1% to 61.9%" in lines
+    assert "bias vectors, seed 4: 70.0%, OUTSIDE 42.1% to 61.9%" in lines
+
+
+def test_what_is_finished_is_put_together_without_running_anything(example, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["compare_methods.py", "--output_dir", str(tmp_path), "--only_finished"])
+    with pytest.raises(SystemExit, match="--only_finished found no finished run of minutes in"):
+        example.main()
+    write_results(example.list_runs(example.PRESETS["minutes"], tmp_path, [])[:4], {0: 0.5})
+    example.main()
+
+    assert "| bias vectors | 0.01 | 1 | 50.0% (0.0% to 100.0%) | 50.0% | – |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_base_and_vectors_are_compared_for_real(example, monkeypatch, tiny_language_model, tmp_path, capsys):
+    arguments = ["compare_methods.py", "--preset", "out_of_reach", "--model", tiny_language_model, "--jobs", "2"]
+    small = ["--max_steps", "1", "--eval_size", "4", "--prompts_per_step", "1", "--num_generations", "2"]
+    arguments += ["--output_dir", str(tmp_path), "--", *small]
+    monkeypatch.setattr(sys, "argv", arguments)
+    example.main()
+
+    rows = json.loads(next(tmp_path.glob("*/out_of_reach.json")).read_text())
+    assert [row["label"] for row in rows] == ["base", "bias vectors"]
+    assert rows[1]["trainable_parameters"] == 64
+    assert len(rows[1]["rewards"][0]) == 1
