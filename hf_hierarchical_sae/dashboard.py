@@ -5,7 +5,6 @@ import gzip
 import json
 from collections.abc import Iterable, Sequence
 from functools import cache, partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -320,11 +319,12 @@ def _plotting_library() -> str:
     """Vega-Lite with all it needs, in a scope of its own."""
     import vl_convert
 
-    return _packed(f"(() => {{{vl_convert.javascript_bundle()}\n}})()")
+    bundle = vl_convert.javascript_bundle()  # ty: ignore[missing-argument]
+    return _packed(f"(() => {{{bundle}\n}})()")
 
 
 def _source() -> str:
-    return (files(__package__) / "dashboard.html").read_text(encoding="utf-8")
+    return Path(__file__).with_name("dashboard.html").read_text(encoding="utf-8")
 
 
 def _template():

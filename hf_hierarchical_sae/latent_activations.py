@@ -170,7 +170,7 @@ def latent_activations(
         positions=positions[order],
         values=values[order],
         ranks=ranks[order],
-        label_names=list(labelled) if isinstance(texts, Mapping) else None,
+        label_names=[str(name) for name in labelled] if isinstance(texts, Mapping) else None,
         context_labels=torch.cat(labels) if isinstance(texts, Mapping) else None,
     )
 
@@ -178,8 +178,8 @@ def latent_activations(
 def decoded(tokenizer: PreTrainedTokenizerBase, *ids: int) -> str:
     """Text of tokens inside a text: some tokenizers drop the space before the first word."""
     before = tokenizer("a", add_special_tokens=False)["input_ids"]
-    prefix, text = tokenizer.decode(before), tokenizer.decode([*before, *ids])
-    return text[len(prefix) :] if text.startswith(prefix) else tokenizer.decode(list(ids))
+    prefix, text = str(tokenizer.decode(before)), str(tokenizer.decode([*before, *ids]))
+    return text[len(prefix) :] if text.startswith(prefix) else str(tokenizer.decode(list(ids)))
 
 
 def _entries(indices, values, positions):

@@ -104,8 +104,9 @@ def label_scores(
     """
     How far each latent goes with one label of the text, at each budget, with the same for permuted labels.
 
-    Labels of contexts are permuted among contexts. Labels of tokens are shifted along the text by a random distance,
-    which keeps the runs that they come in.
+    Labels of contexts are permuted among contexts; where these differ in length, permuted labels differ in size and
+    purity by chance comes out too high. Labels of tokens are shifted along the text by a random distance, which keeps
+    the runs that they come in.
 
     Args:
         activations ([`LatentActivations`]): from [`latent_activations`].
@@ -325,7 +326,7 @@ def explain_latents(
         )
         inputs = judge_tokenizer(_as_chat(judge_tokenizer, prompt), return_tensors="pt", add_special_tokens=False)
         with torch.no_grad(), evaluation_mode(judge):
-            answer = judge.generate(
+            answer = judge.generate(  # ty: ignore[not-callable]
                 **inputs.to(judge.device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
