@@ -1,6 +1,6 @@
 """Replace, steer and ablate what a sparse autoencoder reads, inside a running language model."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +31,7 @@ def splice(
     keep_error: bool = False,
     edit: Edit | None = None,
     max_norm: float | None = None,
-) -> Iterator[None]:
+) -> Generator[None, None, None]:
     """
     Inside, reconstructions stand in place of the output of a decoder layer: x̂ for x, or x̂ + (x − x̂₀) with the error
     kept, where x̂₀ is the reconstruction before `edit`. Without an edit, keeping the error changes nothing at all.
@@ -82,7 +82,7 @@ def ablate(
     *,
     k: int | None = None,
     max_norm: float | None = None,
-) -> Iterator[None]:
+) -> Generator[None, None, None]:
     """
     Inside, the output of a decoder layer lacks what some latents contribute: x − Σ_{i ∈ latents} v_i W_dec[i], with
     v_i the activation of latent i if it is among the k strongest, else 0. A form of [`splice`], which says more.
@@ -117,7 +117,7 @@ def steer(
     strength: float | Sequence[float],
     *,
     typical_activation: float | Sequence[float] | None = None,
-) -> Iterator[None]:
+) -> Generator[None, None, None]:
     """
     Inside, decoder directions are added to the output of a decoder layer at every position:
     x + Σ_i strength_i · typical_i · W_dec[i], with typical_i the mean activation of latent i where it fires.
@@ -198,7 +198,7 @@ def record_statistics(
 
 
 @contextmanager
-def edited_output(layer: nn.Module, edit: Callable[[torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
+def edited_output(layer: nn.Module, edit: Callable[[torch.Tensor], torch.Tensor | None]) -> Generator[None, None, None]:
     """
     Inside, `edit(hidden_states)` stands in place of the hidden states that a decoder layer returns, unless it is None.
 
