@@ -472,17 +472,17 @@ def _weighted_rows(indices, values, weight):
 
 def _strongest(chunks, k, inputs=slice(None)):
     """Pre-activations of the k strongest latents of each of these inputs and their indices, (inputs, k), sorted."""
-    values = indices = None
+    found = []
     for start, latents in chunks:
         latents = latents[inputs]
-        best, where = _topk(latents, min(k, latents.shape[1]))
-        if values is None:
-            values, indices = best, where
-            continue
-        candidates = torch.cat([values, best], dim=1)
-        values, order = candidates.topk(min(k, candidates.shape[1]), dim=1)
-        indices = torch.cat([indices, where + start], dim=1).gather(1, order)
-    return values, indices
+        values, indices = _topk(latents, min(k, latents.shape[1]))
+        indices += start
+        if found:
+            candidates = torch.cat([found[0], values], dim=1)
+            values, order = candidates.topk(min(k, candidates.shape[1]), dim=1)
+            indices = torch.cat([found[1], indices], dim=1).gather(1, order)
+        found = [values, indices]
+    return found
 
 
 def _topk(x, k, groups=16):

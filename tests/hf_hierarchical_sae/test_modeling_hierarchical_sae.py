@@ -146,6 +146,19 @@ def test_batch_topk_finds_all_latents_of_an_input_that_uses_many(chunk, training
     assert top_indices.shape == (40, used.max())
 
 
+def test_batch_topk_gives_as_many_places_as_an_input_uses():
+    sae, x = make_sae(**OBJECTIVES["batch_topk"]), make_activations(40, scale=1.0)
+    dense = torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    third, fourth = dense.flatten().topk(4).values[2:]
+    sae.threshold.copy_((third + fourth) / 2)
+
+    top_indices, top_values = sae.encode(x)
+
+    used = (dense > sae.threshold).sum(dim=1).max()
+    assert top_indices.shape == top_values.shape == (40, used)
+    assert (top_values > 0).sum() == 3
+
+
 def test_batch_topk_multiplies_by_the_encoder_once(monkeypatch):
     sae, x, products = make_sae(**OBJECTIVES["batch_topk"]), make_activations(40, scale=1.0), []
     linear = torch.nn.functional.linear
