@@ -198,7 +198,9 @@ def record_statistics(
 
 
 @contextmanager
-def edited_output(layer: nn.Module, edit: Callable[[torch.Tensor], torch.Tensor | None]) -> Generator[None, None, None]:
+def edited_output(
+    layer: nn.Module, edit: Callable[[torch.Tensor], torch.Tensor | None]
+) -> Generator[None, None, None]:
     """
     Inside, `edit(hidden_states)` stands in place of the hidden states that a decoder layer returns, unless it is None.
 
