@@ -2,8 +2,10 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from peft import PeftModel
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.config import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType, TaskType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
@@ -17,14 +19,6 @@ from peft import {auto_class}
 model = {auto_class}.from_pretrained(".")  # this folder, or its repository id on the Hub
 ```
 """
-AUTO_CLASSES = {
-    TaskType.CAUSAL_LM: "AutoPeftModelForCausalLM",
-    TaskType.SEQ_2_SEQ_LM: "AutoPeftModelForSeq2SeqLM",
-    TaskType.SEQ_CLS: "AutoPeftModelForSequenceClassification",
-    TaskType.TOKEN_CLS: "AutoPeftModelForTokenClassification",
-    TaskType.QUESTION_ANS: "AutoPeftModelForQuestionAnswering",
-    TaskType.FEATURE_EXTRACTION: "AutoPeftModelForFeatureExtraction",
-}
 
 
 @dataclass
@@ -93,7 +87,8 @@ class BiasSteerConfig(PeftConfig):
         with open(card, encoding="utf-8") as file:
             text = file.read()
         if "import peft_bias_steer" not in text:
-            usage = USAGE.format(auto_class=AUTO_CLASSES.get(self.task_type, "AutoPeftModel"))
+            peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(self.task_type, PeftModel)
+            usage = USAGE.format(auto_class=f"Auto{peft_class.__name__}")
             with open(card, "w", encoding="utf-8") as file:
                 file.write(f"{text.rstrip()}\n\n{usage}")
 
