@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo demo-steer demo-sae demo-rebased model browser test quality style bench clean
+.PHONY: help demo demo-steer demo-sae demo-rebased model browser test test-serving quality style bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -44,6 +44,32 @@ demo-rebased: model  ## A small ReBased language model, and associative recall
 
 test: model  ## Run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q --durations 15
+
+SERVING := tests/peft_bias_steer/serving
+VENV_VLLM ?= .venv-serving-vllm
+VENV_LLAMA_CPP ?= .venv-serving-llama-cpp
+
+$(VENV_VLLM)/.installed: $(SERVING)/requirements-vllm.txt peft_bias_steer/pyproject.toml
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/python -m pip install -q -r $<
+	$(VENV_VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VENV_VLLM)/bin/python -m pip install -q --no-deps -e peft_bias_steer
+	touch $@
+
+# Everything else comes from the development environment, through a .pth file.
+$(VENV_LLAMA_CPP)/.installed: $(SERVING)/requirements-llama-cpp.txt | $(VENV)/.installed
+	$(PYTHON) -m venv $(VENV_LLAMA_CPP)
+	$(VENV_LLAMA_CPP)/bin/python -m pip install -q -r $<
+	site=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
+	echo $$site > $$($(VENV_LLAMA_CPP)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/development.pth
+	touch $@
+
+$(OUT)/steer/adapter/adapter_config.json: | model
+	$(MAKE) demo-steer
+
+test-serving: $(VENV_VLLM)/.installed $(VENV_LLAMA_CPP)/.installed $(OUT)/steer/adapter/adapter_config.json  ## Run vLLM and llama.cpp on this CPU and compare them with the steered model
+	$(VENV_VLLM)/bin/python -m pytest -q --durations 0 $(SERVING)
+	$(VENV_LLAMA_CPP)/bin/python -m pytest -q --durations 0 $(SERVING)
 
 browser:  ## Headless Chromium, which the dashboard's tests need (Debian or Ubuntu, as root)
 	command -v chromium && command -v chromedriver || { apt-get update -qq && \
