@@ -117,7 +117,7 @@ def _vllm_stock(form: StockForm | None, why_not: str) -> Route:
         return Route(VLLM_STOCK, False, why_not)
     architecture = form.model_class.__name__
     if architecture not in VLLM_APPLIES_BIASES:
-        return Route(VLLM_STOCK, False, f"not verified that vLLM applies the biases of {architecture}")
+        return Route(VLLM_STOCK, False, "not verified that vLLM applies the biases of this class")
     return Route(VLLM_STOCK, True, f"export --format stock, which writes a {architecture}")
 
 
