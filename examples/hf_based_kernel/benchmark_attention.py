@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache, LlamaConfig, LlamaModel, Mamba2Config, Mamba2Model
+from transformers import LlamaConfig, LlamaModel, Mamba2Config, Mamba2Model
+from transformers.cache_utils import DynamicLayer
 
 from hf_based_kernel import RebasedConfig, RebasedModel, rebased_attention
 from hf_based_kernel.rebased_attention import (
@@ -223,8 +224,8 @@ def benchmark_decoding(arguments, rates):
         _, state = rebased_attention(*linear, return_state=True)
         states = [state.clone() for _ in layers]
         caches = [(keys.clone(), values.clone()) for _ in layers]
-        growing = DynamicCache()
-        growing.update(keys, values, 0)
+        growing = DynamicLayer()
+        growing.update(keys, values)
         token, query = [x[:, :1] for x in linear], query[:, :, :1]
 
         def rebased(token=token, states=states):
@@ -237,8 +238,8 @@ def benchmark_decoding(arguments, rates):
 
         def growth(growing=growing, keys=keys, values=values):
             # Always from this context on: over many calls the cache would be another one.
-            growing.layers[0].keys, growing.layers[0].values = keys, values
-            growing.update(keys[:, :, :1], values[:, :, :1], 0)
+            growing.keys, growing.values = keys, values
+            growing.update(keys[:, :, :1], values[:, :, :1])
 
         functions = {"rebased": rebased, "softmax": softmax, "growth": growth}
         times = medians({name: without_gradient(function, []) for name, function in functions.items()}, arguments)
@@ -249,7 +250,7 @@ def benchmark_decoding(arguments, rates):
         row += [f"{(theirs + grown) / ours:.1f}×", milliseconds(floor), f"{ours / floor:.1f}×"]
         rows.append([*row, f"{theirs / softmax_floor:.1f}×", f"{state.nbytes:,}", f"{cached_bytes:,}"])
     print(
-        f"Decoding after a context, a token through {len(layers)} attention layers, per layer. Growth: appending the "
+        f"Decoding after a context, a token through {len(layers)} attention layers, per layer. Growth: appending the"
     )
     print(
         "token to the keys and values of transformers' `DynamicCache`, which copies them; ReBased has no such step:\n"
@@ -317,7 +318,7 @@ def benchmark_memory(arguments):
         floor = numbers * size * getattr(torch, arguments.dtype).itemsize / 2**20
         rows.append([name, f"{float(done.stdout):.0f}", f"{floor:.0f}", f"{float(done.stdout) / floor:.1f}×"])
     print(
-        f"Peak memory over inputs, forward and backward, {arguments.memory_length} tokens; the floor is the output, its "
+        f"Peak memory over inputs, forward and backward, {arguments.memory_length} tokens; the floor is the output, its"
     )
     print("gradient and the inputs' gradients:\n")
     table(["attention", "MB", "floor MB", "MB / floor"], rows)
