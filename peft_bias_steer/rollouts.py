@@ -77,8 +77,9 @@ def sync_vectors_only(trainer: "GRPOTrainer") -> None:
         raise ValueError("vLLM's sleep mode discards the base weights: set vllm_enable_sleep_mode=False")
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError("the vectors may be sharded under FSDP and DeepSpeed: keep TRL's own sync there")
-    weights = _vector_weights if _is_for_plugin(generation.model) else _bias_weights
-    generation._iter_named_params = partial(weights, generation.model)
+    model = cast(PeftModel, generation.model)
+    weights = _vector_weights if _is_for_plugin(model) else _bias_weights
+    generation._iter_named_params = partial(weights, model)
 
 
 @torch.no_grad()

@@ -7,11 +7,11 @@ vLLM finds `register` as an entry point. Stock checkpoints (`export_stock_checkp
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from .residual import LAYER_LISTS, layer_lists
 from .vectors import load_vectors
@@ -75,7 +75,7 @@ class SteeredLayer:
     steering_scale: torch.Tensor  # ()
 
     def forward(self, *args, **kwargs):
-        output = super().forward(*args, **kwargs)  # ty: ignore[unresolved-attribute]
+        output = super().forward(*args, **kwargs)  # ty: ignore[missing-attribute]
         hidden, *residual = output if isinstance(output, tuple) else (output,)
         # vLLM's layers hand on the MLP's output and the residual separately: their sum is what the next one sees
         hidden = (hidden + self.steering_scale * self.steering_vector).to(hidden.dtype)
@@ -129,7 +129,7 @@ class SteeredModel:
             layer.steering_scale.fill_(scale)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
-        return super().load_weights(self._take_vectors(weights))  # ty: ignore[unresolved-attribute]
+        return super().load_weights(self._take_vectors(weights))  # ty: ignore[missing-attribute]
 
     def _take_vectors(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, weight in weights:
@@ -160,7 +160,7 @@ def vllm_overrides(adapter: str, architecture: str, *, scale: float = 1.0) -> di
     return {"architectures": [PREFIX + architecture], "bias_steer_adapter": adapter, "bias_steer_scale": scale}
 
 
-def _add_vectors(model: nn.Module, width: int, scale: float) -> Iterator[tuple[int, Any]]:
+def _add_vectors(model: Any, width: int, scale: float) -> Iterator[tuple[int, Any]]:
     from vllm.model_executor.models.utils import PPMissingLayer
 
     _, layers = min(layer_lists(model, LAYER_LISTS), key=lambda entry: entry[0])
@@ -248,7 +248,7 @@ def engine_steering_vectors(llm: "LLM") -> dict[int, torch.Tensor]:
     return {int(index): torch.tensor(vector) for part in parts for index, vector in part.items()}
 
 
-def _call_workers(llm: "LLM", method: Callable, *args: Any) -> list[Any]:
+def _call_workers(llm: "LLM", method: FunctionType, *args: Any) -> list[Any]:
     # a function reaches only workers in this process, a name only workers with the extension
     extended = llm.llm_engine.vllm_config.parallel_config.worker_extension_cls
     return llm.collective_rpc(method.__name__ if extended else method, args=args)
