@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument("--sequence_length", type=int, default=256, help="tokens per sequence")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of forward pass and generation")
     parser.add_argument("--step_rounds", type=int, default=3, help="timed rounds of the training step")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all of them")
     parser.add_argument("--hardware", default="", help="what to call this machine in the output")
     parser.add_argument("--output", type=Path, help="Markdown file to write; it is printed in any case")
     parser.add_argument("--memory_of", choices=METHODS, help="only measure the memory of this method, and print it")
@@ -165,18 +166,21 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.memory_of:
         return peak_memory(args.memory_of, args)
+    if not {"base", "BiasSteer"} <= {*args.methods}:
+        parser.error(f"--methods must name base and BiasSteer, which the ratios refer to, got {args.methods}")
 
-    memory = {method: peak_memory_in_subprocess(method, args) for method in METHODS}
+    methods = [method for method in METHODS if method in args.methods]
+    memory = {method: peak_memory_in_subprocess(method, args) for method in methods}
     input_ids = make_batch(args)
-    models = {method: build(method, args.model) for method in METHODS}
-    trainable = {m: sum(p.numel() for p in models[m].parameters() if p.requires_grad) for m in METHODS}
-    for method in [*ADAPTERS]:
+    models = {method: build(method, args.model) for method in methods}
+    trainable = {m: sum(p.numel() for p in models[m].parameters() if p.requires_grad) for m in methods}
+    for method in ADAPTERS.keys() & models.keys():
         share_base_weights(models[method], dict(models["base"].named_parameters()))
     inference = {method: model.eval() for method, model in models.items() if method != "full fine-tuning"}
     timing = {"input_ids": input_ids, "rounds": args.rounds}
     forwards = time_rounds({method: partial(forward, model) for method, model in inference.items()}, **timing)
     generates = time_rounds({method: partial(generate, model) for method, model in inference.items()}, **timing)
-    trained = {method: training_task(models[method]) for method in METHODS if method not in INFERENCE_ONLY}
+    trained = {method: training_task(models[method]) for method in methods if method not in INFERENCE_ONLY}
     steps = time_rounds(trained, input_ids=input_ids, rounds=args.step_rounds)
 
     new_tokens = args.batch_size * NEW_TOKENS
@@ -184,7 +188,7 @@ def main() -> None:
         "| method | trainable | file | forward, s | generate, s | tokens/s | training step, s | peak memory, MiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for method in METHODS:
+    for method in methods:
         adapts = method not in INFERENCE_ONLY
         tokens = f"{new_tokens / statistics.median(generates[method]):.1f}" if method in generates else "–"
         row = [
