@@ -65,6 +65,9 @@ def parse_arguments():
     parser.add_argument("--tokens", type=int, default=30_000, help="tokens to train each autoencoder on (%(default)s)")
     parser.add_argument("--d_sae", type=int, help="number of latents (default: 4 times the model's hidden size)")
     parser.add_argument("--k", type=int, default=64, help="largest number of latents per token (%(default)s)")
+    parser.add_argument(
+        "--budgets", type=int, nargs="+", default=[1, 4, 16, 64, 256], help="latents per vector (default: 1 to 256)"
+    )
     parser.add_argument("--max_steps", type=int, default=150, help="optimizer steps per autoencoder (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=512, help="tokens per step (%(default)s)")
     parser.add_argument("--eval_size", type=int, default=64, help="held-out questions (%(default)s)")
@@ -276,13 +279,17 @@ def main():
     folder = args.output_dir / "language_model"
     saes = train_autoencoders(args, base, tokenizer, args.model, args.layers, texts, folder)
 
-    generator = torch.Generator().manual_seed(args.seed)
-    steps, left, random_left = {}, {}, torch.zeros(args.k)
+    # Not the seed of the autoencoders: their first rows start as the first numbers that it gives.
+    generator = torch.Generator().manual_seed(args.seed + 1)
+    budgets = sorted(args.budgets)
+    steps, left, random_left = {}, {}, torch.zeros(budgets[-1])
     for layer, sae in saes.items():
-        steps[layer] = matching_pursuit(vectors[layer].float().to(sae.device), sae.W_dec, args.k)
+        steps[layer] = matching_pursuit(vectors[layer].float().to(sae.device), sae.W_dec, budgets[-1])
         left[layer] = [share for *_, share in steps[layer]]
         control = torch.randn(sae.config.d_in, generator=generator).to(sae.device)
-        random_left += torch.tensor([share for *_, share in matching_pursuit(control, sae.W_dec, args.k)]) / len(saes)
+        random_left += torch.tensor([share for *_, share in matching_pursuit(control, sae.W_dec, budgets[-1])]) / len(
+            saes
+        )
 
     def with_latents(budget, shuffled=False):
         for layer, sae in saes.items():
@@ -291,11 +298,10 @@ def main():
                 indices = torch.randperm(sae.config.d_sae, generator=generator)[:budget].tolist()
             yield steer(base, sae, layer, indices, coefficients.tolist(), typical_activation=1.0)
 
-    budgets = [budget for budget in (1, 4, 16, 64) if budget < args.k] + [args.k]
     for budget in budgets:
         print(f"Answering with {budget} latents in each layer ...", flush=True)
-        accuracies[f"{budget} latents in each"] = accuracy(base, *with_latents(budget))
-    accuracies[f"{args.k} random latents in each"] = accuracy(base, *with_latents(args.k, shuffled=True))
+        accuracies[f"latents in each: {budget}"] = accuracy(base, *with_latents(budget))
+    accuracies[f"random latents in each: {budgets[-1]}"] = accuracy(base, *with_latents(budgets[-1], shuffled=True))
 
     lines = ["", "Share of each vector's squared norm that the strongest latents hold", ""]
     lines += ["| layer | norm | " + " | ".join(map(str, budgets)) + " |", "|" + "---|" * (len(budgets) + 2)]
@@ -307,8 +313,8 @@ def main():
     lines += ["", "Latents that the training pushed most", ""]
     lines += ["| layer | latent | coefficient | typical | promotes | fires on |", "|---|---|---|---|---|---|"]
     for layer, sae in saes.items():
-        activations = latent_activations(sae, base, tokenizer, texts, max_tokens=6_000)
-        indices, coefficients, _ = steps[layer][min(16, args.k) - 1]
+        activations = latent_activations(sae, base, tokenizer, texts, max_tokens=4_000)
+        indices, coefficients, _ = steps[layer][min(16, budgets[-1]) - 1]
         for place in coefficients.abs().argsort(descending=True)[: args.shown].tolist():
             promoted, contexts = describe(indices[place], sae, base, tokenizer, activations)
             cells = [" ".join(map(repr, promoted)), " … ".join(map(repr, contexts))]

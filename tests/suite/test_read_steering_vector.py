@@ -71,7 +71,7 @@ def test_it_decomposes_verifies_and_goes_on_after_a_stop(tiny_language_model, tm
         "eval_size": 4,
     }
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments, "--layers", "0", "1"])
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments, "--layers", "0", "1", "--budgets", "1", "8"])
 
     runpy.run_path(str(SCRIPT), run_name="__main__")
     first = (tmp_path / "out" / "report.md").read_text()
@@ -81,7 +81,7 @@ def test_it_decomposes_verifies_and_goes_on_after_a_stop(tiny_language_model, tm
     assert trained == 3 and "Training an autoencoder" not in capsys.readouterr().out
     assert (tmp_path / "out" / "report.md").read_text() == first and "expl. var." in first
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert list(result["accuracies"])[-2:] == ["8 latents in each", "8 random latents in each"]
+    assert list(result["accuracies"])[-2:] == ["latents in each: 8", "random latents in each: 8"]
     for shares in result["left"].values():
         assert len(shares) == 8 and shares == sorted(shares, reverse=True) and shares[0] < 1
     assert (tmp_path / "out" / "steering_vector.png").exists()
