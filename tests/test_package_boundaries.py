@@ -34,6 +34,10 @@ def imported_names(node: ast.AST) -> list[str]:
     return names
 
 
+def is_for_type_checkers(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not node.orelse
+
+
 def declared(package: str) -> set[str]:
     lines = (REPOSITORY / package / "requirements.txt").read_text().split()
     return {re.split(r"[<>=!~;\[]", line)[0].replace("-", "_") for line in lines}
@@ -49,7 +53,9 @@ def test_packages_never_import_one_another(path):
 @modules(MODULES)
 def test_what_is_imported_at_import_time_is_a_declared_dependency(path):
     unguarded = [
-        node for node in ast.parse(path.read_text()).body if not isinstance(node, (*TRIED_IMPORT, ast.ClassDef))
+        node
+        for node in ast.parse(path.read_text()).body
+        if not isinstance(node, (*TRIED_IMPORT, ast.ClassDef)) and not is_for_type_checkers(node)
     ]
     names = {name for node in unguarded for name in imported_names(node)}
 

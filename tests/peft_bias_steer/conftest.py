@@ -9,15 +9,9 @@ def llama():
 
     def build(**options) -> LlamaForCausalLM:
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            **options,
-        )
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        config = LlamaConfig(vocab_size=64, **{**sizes, **heads, **options})
         return LlamaForCausalLM(config).eval()
 
     return build

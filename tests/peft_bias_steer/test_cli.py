@@ -219,7 +219,7 @@ def test_help_shows_examples_that_parse(capsys, monkeypatch):
         main(["--help"])
     lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("bias-steer ")]
 
-    assert {line.split()[1] for line in lines} == {"inspect", "lens", "export"} and len(lines) == 7
+    assert {line.split()[1] for line in lines} == {"inspect", "lens", "routes", "export"} and len(lines) == 8
     assert all(cli._parser().parse_args(shlex.split(line)[1:]).adapter for line in lines)
 
 
