@@ -1,7 +1,7 @@
 """TRL with vLLM: a base that can receive steering vectors, and proof that the engine samples from the steered policy."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -166,7 +166,7 @@ def _logprobs(model: PeftModel, prompt: torch.Tensor, completion: list[int]) -> 
 
 
 @contextmanager
-def _plain_sampling(generation: Any) -> Iterator[None]:
+def _plain_sampling(generation: Any) -> Generator[None]:
     plain = {
         "temperature": 1.0,
         "top_p": 1.0,
