@@ -74,8 +74,8 @@ $(OUT)/steer/adapter/adapter_config.json: | model
 	$(MAKE) demo-steer
 
 test-serving: $(VENV_VLLM)/.installed $(VENV_LLAMA_CPP)/.installed $(OUT)/steer/adapter/adapter_config.json  ## Run vLLM and llama.cpp on this CPU and compare them with the steered model
-	$(VENV_VLLM)/bin/python -m pytest -q --durations 0 $(SERVING)
-	$(VENV_LLAMA_CPP)/bin/python -m pytest -q --durations 0 $(SERVING)
+	$(VENV_VLLM)/bin/python -m pytest -q --durations 5 $(SERVING)
+	$(VENV_LLAMA_CPP)/bin/python -m pytest -q --durations 5 $(SERVING)
 
 browser:  ## Headless Chromium, which the dashboard's tests need (Debian or Ubuntu, as root)
 	command -v chromium && command -v chromedriver || { apt-get update -qq && \

@@ -113,9 +113,11 @@ def check_vllm_sync(trainer: "GRPOTrainer") -> float:
         with model.disable_adapter():
             unsteered = (_logprobs(model, prompt, completions[0]) - logprobs).abs().mean().item()
     finally:
+        if any(layer.merged for layer in steering_layers(model).values()):  # TRL leaves it so when vLLM raises
+            model.unmerge_adapter()
         set_steering_vectors(model, trained)
-        generation.sync_weights()
         model.train(training)
+    generation.sync_weights()
     # half precision rounds differently in the two programs; a policy that lacks the vectors is far off
     if not steered < 0.25 * unsteered:
         raise RuntimeError(
