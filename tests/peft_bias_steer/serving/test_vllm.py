@@ -197,20 +197,21 @@ def test_a_change_of_vectors_empties_the_prefix_cache(tmp_path):
     llm = start(base, hf_overrides={"architectures": ["BiasSteerQwen3ForCausalLM"]}, block_size=32)
     model = steer(base, std=2.0)
 
-    def next_logprob(token):
-        params = vllm.SamplingParams(temperature=1, max_tokens=1, logprobs=98, detokenize=False)
-        output = llm.generate([{"prompt_token_ids": PROMPT}], params, use_tqdm=False)[0]
-        return output.outputs[0].logprobs[0][token].logprob
+    def next_logprob() -> float:
+        """Log-probability of the likeliest next token. That of prompt tokens would bypass the cache."""
+        params = vllm.SamplingParams(temperature=0, max_tokens=1, logprobs=1, detokenize=False)
+        output = llm.generate([{"prompt_token_ids": PROMPT}], params, use_tqdm=False)[0].outputs[0]
+        return output.logprobs[0][output.token_ids[0]].logprob
 
     with torch.no_grad():
-        expected = model(input_ids=torch.tensor([PROMPT])).logits[0, -1].log_softmax(-1)[5].item()
-    next_logprob(5)
+        expected = model(input_ids=torch.tensor([PROMPT])).logits[0, -1].log_softmax(-1).max().item()
+    next_logprob()
     vectors = {index: vector.tolist() for index, vector in steering_vectors(model).items()}
     llm.collective_rpc(SteeringWorker.set_steering_vectors, args=(vectors,))
-    assert abs(next_logprob(5) - expected) > 1e-3, "without emptying the cache, stale keys and values are used"
+    assert abs(next_logprob() - expected) > 1e-4, "without emptying the cache, stale keys and values are used"
 
     update_steering_vectors(llm, steering_vectors(model))
-    assert abs(next_logprob(5) - expected) < 1e-4
+    assert abs(next_logprob() - expected) < 1e-5  # float32; 5e-7 is seen
 
 
 def test_adapter_of_another_base_is_refused_when_the_engine_starts(tmp_path):
