@@ -305,6 +305,17 @@ def test_beside_lora_each_saves_only_its_own(llama, tokens, lora_first, tmp_path
     assert all(torch.equal(one, other) for one, other in zip(steering, again))
 
 
+def test_a_lora_of_the_same_name_inside_stays_out_of_the_checkpoint(llama, tmp_path):
+    with_lora = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).base_model.model
+    with pytest.warns(UserWarning, match="Already found"):
+        model = get_peft_model(with_lora, BiasSteerConfig())
+    model.save_pretrained(tmp_path)
+
+    assert list(load_file(tmp_path / "adapter_model.safetensors")) == [
+        f"base_model.model.model.layers.{i}.bias_steer.bias_steer_vector.weight" for i in range(3)
+    ]
+
+
 def test_vectors_and_lora_on_the_same_module_both_act(llama, tokens):
     model = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), llama(), "lora")
     alone = [layer.self_attn.q_proj(torch.ones(1, 32)) for layer in model.model.layers]
