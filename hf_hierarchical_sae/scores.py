@@ -104,9 +104,9 @@ def label_scores(
     """
     How far each latent goes with one label of the text, at each budget, with the same for permuted labels.
 
-    Labels of contexts are permuted among contexts; where these differ in length, permuted labels differ in size and
-    purity by chance comes out too high. Labels of tokens are shifted along the text by a random distance, which keeps
-    the runs that they come in.
+    Labels of contexts are permuted among contexts: in a random order of these, each label gets as many tokens as it
+    had, so that only contexts where one label ends and the next begins are divided. Labels of tokens are shifted
+    along the text by a random distance, which keeps the runs that they come in.
 
     Args:
         activations ([`LatentActivations`]): from [`latent_activations`].
@@ -138,7 +138,7 @@ def label_scores(
         raise ValueError(f"expected tokens of at least 2 labels, got {len(per_token.unique())} on {len(used)} tokens")
     generator = torch.Generator().manual_seed(seed)
     if is_by_context:
-        shuffled = [_permuted(labels, contexts, generator) for _ in range(permutations)]
+        shuffled = [_permuted(per_token, contexts, generator) for _ in range(permutations)]
     else:
         shifts = torch.randint(1, len(used), (permutations,), generator=generator).tolist()
         shuffled = [per_token.roll(shift) for shift in shifts]
@@ -229,10 +229,13 @@ class _Firing:
         }
 
 
-def _permuted(labels, contexts, generator):
-    """Labels of tokens in `contexts`, (n,), after the labels of those contexts have changed places."""
+def _permuted(per_token, contexts, generator):
+    """Labels of tokens in `contexts`, (n,) each, dealt anew in a random order of the contexts: as often as before."""
     present, inverse = contexts.unique(return_inverse=True)
-    return labels[present[torch.randperm(len(present), generator=generator)]][inverse]
+    places = torch.randperm(len(present), generator=generator)[inverse]
+    dealt = torch.empty_like(per_token)
+    dealt[places.argsort(stable=True)] = per_token.sort().values
+    return dealt
 
 
 def _check_labels(activations, labels, label_names):

@@ -37,6 +37,7 @@ from hf_hierarchical_sae import (
     HierarchicalSaeModel,
     explained_variance,
     iterate_activations,
+    record_statistics,
 )
 
 
@@ -223,6 +224,7 @@ def main():
         return
 
     sae.fold_input_scale()
+    record_statistics(sae, train[:65536])
     after = explained_variance(sae, held_out)
     sae.save_pretrained(output)
     reloaded = explained_variance(AutoModel.from_pretrained(output).to(sae.device), held_out)

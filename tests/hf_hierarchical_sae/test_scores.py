@@ -136,6 +136,16 @@ def test_labels_of_contexts_are_permuted_as_wholes():
     assert as_tokens.purity_by_chance[0, 0] < 0.9
 
 
+def test_a_label_has_as_many_tokens_in_a_permutation_as_before_whatever_the_lengths_of_contexts():
+    activations = recorded(torch.ones(400, 1), 1)
+    activations.context_starts = torch.tensor([0, 5, 20, 280, 330, 400])
+    found = score(activations, torch.tensor([0, 1, 0, 2, 1]), budgets=[1])
+
+    # It fires on every token, so that its purity is the share of the most frequent label.
+    assert found.purity[0, 0] == 265 / 400
+    assert found.purity_by_chance[0, 0] == pytest.approx(265 / 400, abs=1e-12)
+
+
 def test_above_chance_is_as_rare_as_it_should_be_without_a_relation():
     activations = random_activations(tokens=600, d_sae=200, k=20)
     found = score(activations, torch.randint(0, 3, (600,)), budgets=[20], permutations=19)

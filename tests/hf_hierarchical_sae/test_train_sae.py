@@ -47,6 +47,9 @@ def test_it_trains_saves_and_reports_every_budget(command, run, hub, tmp_path, c
     assert {"model.safetensors", "config.json", "explained_variance.png"} <= {
         path.name for path in (tmp_path / "out").iterdir()
     }
+    # What steering by latents needs to know.
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert weights["median_norm"] > 0 and (weights["mean_activation"] > 0).any()
     card = hub.files("tester/trained")["README.md"].decode()
     assert "](explained_variance.png)" in card and 'from_pretrained("tester/trained"' in card
     assert {"model.safetensors", "explained_variance.png"} <= set(hub.files("tester/trained"))
