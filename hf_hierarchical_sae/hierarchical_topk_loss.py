@@ -6,6 +6,7 @@ Source: "Train One Sparse Autoencoder Across Multiple Sparsity Budgets", arXiv 2
 import importlib.util
 from collections.abc import Sequence
 
+import numpy
 import torch
 from torch.autograd.function import once_differentiable
 from transformers.utils import is_triton_available
@@ -123,6 +124,17 @@ def suits_numba(*tensors: torch.Tensor) -> bool:
     return fits and not torch.compiler.is_compiling() and importlib.util.find_spec("numba") is not None
 
 
+def empty_in_large_pages(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """
+    `torch.empty`, on CPU in memory of numpy's: it asks Linux for huge pages, torch does not, and with small ones a
+    training step spends a tenth of its time on page faults.
+    """
+    kind = {torch.float32: numpy.float32, torch.float64: numpy.float64}.get(dtype)
+    if kind is None or device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.from_numpy(numpy.empty(shape, kind))
+
+
 def resolve_budgets(budgets: Sequence[int] | None, k: int) -> tuple[int, ...]:
     """Every prefix 1…k for `None`, else the given budgets, checked to be strictly increasing and in [1, k]."""
     if budgets is None:
@@ -205,7 +217,9 @@ class _HierarchicalTopK(torch.autograd.Function):
         # The gradient of everything from latent j on, with respect to the residual after latent j.
         grad = torch.zeros_like(residual) if grad_reconstruction is None else grad_reconstruction.to(dtype).clone()
         grad_values = torch.empty_like(values)
-        grad_W_dec = torch.zeros_like(W_dec, dtype=dtype) if ctx.needs_input_grad[2] else None
+        grad_W_dec = None
+        if ctx.needs_input_grad[2]:
+            grad_W_dec = empty_in_large_pages(*W_dec.shape, dtype=dtype, device=W_dec.device).zero_()
         for block in _blocks(residual):
             part, suffix = residual[block], grad[block]
             rows, scaled = torch.empty_like(part, dtype=W_dec.dtype), torch.empty_like(part)
@@ -215,7 +229,8 @@ class _HierarchicalTopK(torch.autograd.Function):
                 value = values[j, block].unsqueeze(1)
                 torch.index_select(W_dec, 0, indices[j, block], out=rows)
                 row = rows.to(dtype)
-                torch.bmm(suffix.unsqueeze(1), row.unsqueeze(2), out=grad_values[j, block].view(-1, 1, 1))
+                # Several times faster on CPU than a product of matrices of one row and one column.
+                torch.sum(torch.mul(suffix, row, out=scaled), dim=1, out=grad_values[j, block])
                 part.addcmul_(row, value, value=-1)
                 if grad_W_dec is not None:
                     grad_W_dec.index_add_(0, indices[j, block], torch.mul(suffix, value, out=scaled))

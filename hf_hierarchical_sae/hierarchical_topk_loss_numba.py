@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch.autograd.function import once_differentiable
 
+from .hierarchical_topk_loss import empty_in_large_pages
+
 
 try:
     from numba import float32, njit
@@ -101,7 +103,7 @@ class _HierarchicalTopKNumba(torch.autograd.Function):
             scales[place >= 0] = grad_errors * (2 / last_residual.numel())
         grad = torch.zeros_like(last_residual) if grad_reconstruction is None else grad_reconstruction.clone()
         grad_values = torch.empty(torch.get_num_threads(), *top_values.shape)
-        grad_W_dec = torch.zeros_like(W_dec)
+        grad_W_dec = empty_in_large_pages(*W_dec.shape, dtype=W_dec.dtype, device=W_dec.device).zero_()
         tensors = (top_indices, top_values, W_dec, scales, last_residual.clone(), grad, grad_W_dec)
         _over_columns(_backward, grad.shape[1], tensors, [(part,) for part in grad_values])
         grad_target = None

@@ -13,7 +13,13 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
-from .hierarchical_topk_loss import budget_errors, normalized_weights, resolve_budgets, suits_numba
+from .hierarchical_topk_loss import (
+    budget_errors,
+    empty_in_large_pages,
+    normalized_weights,
+    resolve_budgets,
+    suits_numba,
+)
 
 
 @dataclass
@@ -333,7 +339,7 @@ reconstruction = sae.decode(top_indices, top_values)
         chunk = self.config.encoder_chunk_size or self.config.d_sae
         for start in range(0, self.config.d_sae, chunk):
             rows = slice(start, start + chunk)
-            yield start, F.linear(centered, self.encoder_weight[rows], self.b_enc[rows])
+            yield start, _linear(centered, self.encoder_weight[rows], self.b_enc[rows])
 
     def _batch_topk(self, scaled, k):
         """Training: the tokens × k strongest of the batch. Inference: those above the learned threshold."""
@@ -470,6 +476,15 @@ def _weighted_rows(indices, values, weight):
     return F.embedding_bag(indices, weight, per_sample_weights=values.to(weight.dtype), mode="sum")
 
 
+def _linear(x, weight, bias):
+    """`F.linear` without a gradient. On CPU the bias comes after the product: `F.linear` writes it to memory before."""
+    is_plain = x.device.type == "cpu" and x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
+    if not is_plain or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    out = empty_in_large_pages(len(x), len(weight), dtype=x.dtype, device=x.device)
+    return torch.mm(x, weight.T, out=out).add_(bias)
+
+
 def _strongest(chunks, k, inputs=slice(None)):
     """Pre-activations of the k strongest latents of each of these inputs and their indices, (inputs, k), sorted."""
     found = []
@@ -545,7 +560,8 @@ class _SparseEncoder(torch.autograd.Function):
         scaled, encoder_weight, b_dec, values, indices = ctx.saved_tensors
         grad = grad_values.to(scaled.dtype) * (values > 0)
         centered = scaled - b_dec
-        grad_weight = torch.zeros_like(encoder_weight, dtype=scaled.dtype)
+        shape = encoder_weight.shape
+        grad_weight = empty_in_large_pages(*shape, dtype=scaled.dtype, device=scaled.device).zero_()
         _add_rows(indices, grad, centered, grad_weight)
         grad_b_enc = torch.zeros(len(encoder_weight), dtype=scaled.dtype, device=scaled.device)
         grad_b_enc.index_add_(0, indices.flatten(), grad.flatten())
@@ -575,9 +591,9 @@ class _TangentGradient(torch.autograd.Function):
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
         # In place: only this node holds the gradient of the weight it passed on. On CPU in blocks that fit the cache.
-        block = 1024 if grad.device.type == "cpu" else len(grad)
+        block = 1024 if grad.device.type == "cpu" else 8192
         for part, rows in zip(grad.split(block), weight.split(block)):
-            along = torch.bmm(part.unsqueeze(1), rows.unsqueeze(2)).squeeze(2)
+            along = torch.linalg.vecdot(part, rows).unsqueeze(1)
             part.addcmul_(along, rows, value=-1)
         return grad
 
