@@ -67,7 +67,10 @@ def test_reconstruction_follows_the_equations_at_every_k(k):
 @pytest.mark.parametrize("chunk", [None, 10])
 def test_gradients_of_the_sparse_encoder_equal_dense_autograd(chunk):
     sae = make_sae(budgets=[8], normalize_decoder=False, encoder_chunk_size=chunk).double()
+    # So that some inputs have fewer than 8 positive latents: what is selected beyond them has no gradient.
+    torch.nn.init.constant_(sae.b_enc, -120.0)
     x = make_activations(20, scale=1.0).double().requires_grad_()
+    assert ((sae.encode(x)[1] > 0).sum(dim=1) < 8).any()
     tensors = [sae.encoder_weight, sae.b_enc, sae.W_dec, sae.b_dec, x]
     expected = torch.autograd.grad((dense_forward(sae, x, 8) - x).square().mean(), tensors)
 
