@@ -111,6 +111,15 @@ def test_batch_topk_keeps_k_latents_per_input_on_average_and_differently_many_pe
     assert used.max() > 8
 
 
+def test_the_threshold_is_known_after_one_batch_and_then_a_mean_over_the_last_ten_or_so():
+    sae = make_sae(**OBJECTIVES["batch_topk"]).train()
+    first, second = make_activations(40, scale=1.0), 3 * make_activations(40, scale=1.0)
+
+    smallest = [top[top > 0].min() for top in (sae(x).top_values.detach() for x in (first, second))]
+
+    torch.testing.assert_close(sae.threshold, 0.9 * smallest[0] + 0.1 * smallest[1])
+
+
 def test_batch_topk_uses_its_learned_threshold_at_inference_one_input_at_a_time():
     sae, x = make_sae(**OBJECTIVES["batch_topk"]), make_activations()
     sae.initialize_from_activations(x)
@@ -432,6 +441,16 @@ def test_geometric_median_is_where_the_summed_distance_is_smallest():
 
     for direction in torch.randn(20, 3):
         assert torch.linalg.vector_norm(points - center - 0.05 * direction, dim=1).sum() >= distance
+
+
+def test_autocast_multiplies_by_the_encoder_in_its_own_precision():
+    sae, x = make_sae(), make_activations(20, scale=1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, top_values = sae.encode(x)
+
+    # Every pre-activation has been rounded to bfloat16, which float32 holds exactly.
+    assert torch.equal(top_values, top_values.bfloat16().float())
+    assert not torch.equal(top_values, sae.encode(x)[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
