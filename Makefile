@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo demo-steer demo-sae demo-rebased model browser test test-serving quality style bench clean
+.PHONY: help demo demo-steer demo-sae demo-rebased model browser test test-serving test-peft quality style bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -76,6 +76,9 @@ $(OUT)/steer/adapter/adapter_config.json: | model
 test-serving: $(VENV_VLLM)/.installed $(VENV_LLAMA_CPP)/.installed $(OUT)/steer/adapter/adapter_config.json  ## Run vLLM and llama.cpp on this CPU and compare them with the steered model
 	$(VENV_VLLM)/bin/python -m pytest -q --durations 5 $(SERVING)
 	$(VENV_LLAMA_CPP)/bin/python -m pytest -q --durations 5 $(SERVING)
+
+test-peft: $(VENV)/.installed-dev  ## Run PEFT's own tests of its tuners on BiasSteer (a minute)
+	$(BIN)/python -m tests.peft_bias_steer.peft_suite
 
 browser:  ## Headless Chromium, which the dashboard's tests need (Debian or Ubuntu, as root)
 	command -v chromium && command -v chromedriver || { apt-get update -qq && \
