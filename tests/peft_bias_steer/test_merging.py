@@ -158,6 +158,8 @@ def test_safe_merge_refuses_what_is_not_finite_and_changes_nothing(steered, toke
         steered.merge_adapter(safe_merge=True)
     with pytest.raises(ValueError, match="Nothing was merged"):
         steered.merge_and_unload(safe_merge=True)
+    with pytest.raises(ValueError, match="nothing was merged into this layer"):
+        broken.merge(safe_merge=True)
 
     broken.vector("default").data.nan_to_num_()
     before["base_model.model.model.layers.1.bias_steer.bias_steer_vector.default.weight"].nan_to_num_()
