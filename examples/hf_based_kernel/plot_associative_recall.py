@@ -91,6 +91,15 @@ def color(kernel):
     return f"C{list(KERNELS).index(kernel)}"
 
 
+def add_legend(figure):
+    """One for all panels, below them, where it covers no curve."""
+    entries = {}
+    for panel in figure.axes:
+        entries |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels())}
+    names = [name for name in KERNELS.values() if name in entries]
+    figure.legend([entries[name] for name in names], names, loc="outside lower center", ncols=4, fontsize="small")
+
+
 def plot_accuracy(cells, path):
     from matplotlib import pyplot
 
@@ -115,8 +124,9 @@ def plot_accuracy(cells, path):
         panel.set_ylim(0, 1.02)
         panel.set_title(describe(task), fontsize="medium")
         panel.set_xlabel("width of the model")
+        panel.set_xlim(widths[0] / 1.3, widths[-1] * 1.3)
         panel.grid(alpha=0.3)
-        panel.legend(fontsize="small")
+    add_legend(figure)
     panels[0][0].set_ylabel("recall accuracy: mean, lowest, highest seed\n(dashed: a value of the sequence at random)")
     figure.savefig(path, dpi=110)
 
@@ -152,7 +162,7 @@ def plot_curves(cells, path):
         panel.set_ylim(0, 1.02)
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize="x-small")
+    add_legend(figure)
     for panel in panels[:, 0]:
         panel.set_ylabel("recall accuracy")
     figure.savefig(path, dpi=110)
