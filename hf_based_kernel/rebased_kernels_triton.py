@@ -1,7 +1,7 @@
 """
 Triton kernels of ReBased and Taylor attention: linear in the sequence length, with the state on chip.
 
-B batch, L tokens, H heads, D feature_dim, V head_dim, P rows of a state (laid out as in `rebased_attention.py`), N spans.
+B batch, L tokens, H heads, D feature_dim, V head_dim, P rows of a state (laid out as in `rebased_features.py`), N spans.
 C tokens of a chunk, BV values of a block. KERNEL is (D, padded D, c0, c1, c2) of the kernel c0 + c1 s + c2 s². A state is a
 tuple of blocks of its rows: block b has the rows STARTS[b] to STARTS[b + 1].
 

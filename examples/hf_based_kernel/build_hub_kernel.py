@@ -24,7 +24,9 @@ import hf_based_kernel
 VARIANT = "torch-universal"
 MODULES = [
     "rebased_attention.py",
+    "rebased_attention_chunked.py",
     "rebased_attention_triton.py",
+    "rebased_features.py",
     "rebased_kernels_triton.py",
     "rebased_state_triton.py",
 ]

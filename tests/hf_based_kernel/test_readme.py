@@ -2,7 +2,8 @@ import re
 from pathlib import Path
 
 from hf_based_kernel import RebasedForCausalLM
-from hf_based_kernel.rebased_attention import QUERY_ROWS, state_size
+from hf_based_kernel.rebased_attention_chunked import QUERY_ROWS
+from hf_based_kernel.rebased_features import state_size
 
 
 README = (Path(__file__).parents[2] / "hf_based_kernel" / "README.md").read_text()

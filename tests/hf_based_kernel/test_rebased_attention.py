@@ -11,18 +11,19 @@ from torch._dynamo.backends.common import aot_autograd
 
 from hf_based_kernel import rebased_attention as public_rebased_attention
 from hf_based_kernel.rebased_attention import (
+    rebased_attention,
+    rebased_attention_reference,
+    rebased_attention_step,
+    taylor_attention,
+)
+from hf_based_kernel.rebased_attention_chunked import _chunked_operator, rebased_attention_chunked
+from hf_based_kernel.rebased_features import (
     REBASED,
     TAYLOR,
-    _chunked_operator,
     key_features,
     packed_size,
     query_features,
-    rebased_attention,
-    rebased_attention_chunked,
-    rebased_attention_reference,
-    rebased_attention_step,
     state_size,
-    taylor_attention,
 )
 
 

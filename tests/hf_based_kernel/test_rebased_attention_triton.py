@@ -23,12 +23,8 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 import hf_based_kernel  # noqa: E402
 from hf_based_kernel import rebased_attention, taylor_attention  # noqa: E402
-from hf_based_kernel.rebased_attention import (  # noqa: E402
-    REBASED,
-    TAYLOR,
-    rebased_attention_reference,
-    state_size,
-)
+from hf_based_kernel.rebased_attention import rebased_attention_reference  # noqa: E402
+from hf_based_kernel.rebased_features import REBASED, TAYLOR, state_size  # noqa: E402
 
 
 FOLDER = str(Path(hf_based_kernel.__file__).parent)

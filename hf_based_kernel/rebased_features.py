@@ -1,0 +1,106 @@
+"""
+The kernels of ReBased and Based as polynomials of the score, the features behind them, and the layout of their state.
+
+Both are c0 + c1 s + c2 s² of s = scale q·k = query_features(q) · key_features(k). A state is (batch, num_heads, state_size,
+head_dim + 1), contiguous, in float32. Column d < head_dim of row p holds the sum over past tokens of key_features(k)_p v_d,
+the last column that of key_features(k)_p. Row r feature_dim + i, r = 0 … feature_dim // 2, is the product
+k_i k_((i + r) mod feature_dim), with the weight c2, doubled where 0 < r < feature_dim / 2; then, for a kernel that has these
+terms, feature_dim rows c1 k_i and one row c0. Weights are on the key's side only; `scale` is on the query's.
+"""
+
+import torch
+
+
+# (c0, c1, c2) of the kernel c0 + c1 s + c2 s².
+REBASED = (0.0, 0.0, 1.0)
+TAYLOR = (1.0, 1.0, 0.5)
+
+
+def packed_size(feature_dim: int) -> int:
+    """Number of products x_i x_((i + r) mod feature_dim), r = 0 … feature_dim // 2."""
+    return feature_dim * (feature_dim // 2 + 1)
+
+
+def state_size(feature_dim: int, coefficients: tuple[float, float, float] = REBASED) -> int:
+    """Rows of a head's state: the packed products, then `feature_dim` and 1 more if the kernel has such terms."""
+    return packed_size(feature_dim) + feature_dim * (coefficients[1] != 0) + (coefficients[0] != 0)
+
+
+def query_features(x: torch.Tensor, coefficients: tuple[float, float, float]) -> torch.Tensor:
+    """x: (..., feature_dim) -> (..., state_size): every product once, then x and 1 if the kernel has such terms."""
+    windows = torch.cat([x, x[..., : x.shape[-1] // 2]], dim=-1).unfold(-1, x.shape[-1], 1)
+    return _with_lower_terms((x[..., None, :] * windows).flatten(-2), x, coefficients, dim=-1)
+
+
+def key_features(x: torch.Tensor, coefficients: tuple[float, float, float]) -> torch.Tensor:
+    """x: (..., feature_dim) -> (..., state_size): as `query_features`, weighted so that the product is the kernel."""
+    return weigh(query_features(x, coefficients), x.shape[-1], coefficients)
+
+
+def weigh(features, feature_dim, coefficients):
+    """Multiply features (..., state_size) in place by the weights that belong to the keys' side."""
+    c0, c1, c2 = coefficients
+    packed = packed_size(feature_dim)
+    # A product with 0 < r < feature_dim / 2 stands for itself and its mirror image.
+    features[..., feature_dim : feature_dim * ((feature_dim + 1) // 2)].mul_(2)
+    for weight, rows in ((c2, slice(packed)), (c1, slice(packed, packed + feature_dim)), (c0, slice(-1, None))):
+        if weight not in (0, 1):
+            features[..., rows].mul_(weight)
+    return features
+
+
+def _with_lower_terms(products, x, coefficients, dim):
+    rows = [products]
+    if coefficients[1]:
+        rows.append(x)
+    if coefficients[0]:
+        rows.append(torch.ones_like(x.narrow(dim, 0, 1)))
+    return products if len(rows) == 1 else torch.cat(rows, dim=dim)
+
+
+def _doubled(x):
+    """x: (..., feature_dim, tokens) -> rows r … r + feature_dim of it are x, rolled by r = 0 … feature_dim // 2 rows."""
+    return torch.cat([x, x[..., : x.shape[-2] // 2, :]], dim=-2)
+
+
+def unweighted_features(x, coefficients):
+    """x: (..., feature_dim, tokens) -> (..., state_size, tokens), unweighted: `query_features`, tokens last."""
+    windows = _doubled(x).unfold(-2, x.shape[-2], 1).transpose(-1, -2)
+    return _with_lower_terms((x.unsqueeze(-3) * windows).flatten(-3, -2), x, coefficients, dim=-2)
+
+
+def unweighted_features_backward(grad, x, coefficients):
+    """grad: (..., state_size, tokens), x: (..., feature_dim, tokens) -> gradient of x, like x."""
+    feature_dim, doubled = x.shape[-2], _doubled(x)
+    overhang = feature_dim // 2
+    grad_x, grad_doubled = torch.zeros_like(x), torch.zeros_like(doubled)
+    # Product (r, i) sends its gradient to row i, times row i + r, and to row i + r, times row i.
+    for r in range(overhang + 1):
+        products = grad[..., r * feature_dim : (r + 1) * feature_dim, :]
+        grad_x.addcmul_(products, doubled[..., r : r + feature_dim, :])
+        grad_doubled[..., r : r + feature_dim, :].addcmul_(products, x)
+    grad_x += grad_doubled[..., :feature_dim, :]
+    grad_x[..., :overhang, :] += grad_doubled[..., feature_dim:, :]
+    if coefficients[1]:
+        linear = packed_size(feature_dim)
+        grad_x += grad[..., linear : linear + feature_dim, :]
+    return grad_x
+
+
+def polynomial(scores, coefficients):
+    c0, c1, c2 = coefficients
+    if c0 == c1 == 0:
+        return scores.square() if c2 == 1 else c2 * scores.square()
+    return (c2 * scores + c1) * scores + c0
+
+
+def accumulation_dtype(q):
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def with_ones(v, attention_mask=None):
+    """v: (batch, seq, num_heads, head_dim) -> (..., head_dim + 1): the last column, 0 for padding, sums to the denominator."""
+    values = torch.nn.functional.pad(v.to(accumulation_dtype(v)), (0, 1), value=1.0)
+    if attention_mask is not None:
+        values[..., -1] = attention_mask[:, :, None]
+    return values
