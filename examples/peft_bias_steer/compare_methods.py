@@ -11,7 +11,7 @@ Bias vectors, LoRA and full fine-tuning with GRPO: the same questions, the same 
 Each run is a process of train_grpo.py with a folder of its own; a folder that holds a result.json is not run again, so
 an interrupted comparison goes on where it was. Writes a table (.md), the numbers (.json) and reward curves (.png).
 
-Presets: sweep (three learning rates per method), minutes (three seeds per method at the best rate, and the base model
+Presets: sweep (three or four learning rates per method), minutes (three seeds per method at the best rate, and the base model
 with and without solved examples), format_reward (bias vectors, rewarded for the form of the answer alone), out_of_reach
 (bias vectors on a task beyond the model), paper (the recipe of arXiv 2505.18706, for a GPU node; not run yet). What
 stands after `--` goes to train_grpo.py. To see whether a new seed lands where the others say it should:
@@ -73,10 +73,10 @@ class Preset:
     launch: list[str] = field(default_factory=lambda: [sys.executable])
 
 
-BEST = {"bias": [1e-2], "lora": [1e-3], "full": [3e-5], "beft": [1e-2]}
+BEST = {"bias": [1e-2], "lora": [3e-3], "full": [3e-5], "beft": [1e-2]}
 RATES = {
     "bias": [3e-3, 1e-2, 3e-2],
-    "lora": [3e-4, 1e-3, 3e-3],
+    "lora": [3e-4, 1e-3, 3e-3, 1e-2],
     "full": [1e-5, 3e-5, 1e-4],
 }
 ARITHMETIC = ["basic_arithmetic"]
