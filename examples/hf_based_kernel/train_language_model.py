@@ -416,8 +416,10 @@ def plot(results, path):
         curve = [[0, math.log(result["perplexity_before"])], *result["held_out_curve"]]
         curve.append([result["steps"], math.log(result["perplexity_after"])])
         steps, losses = zip(*curve)
+        # Two points are no curve.
+        style = f"C{i}o-" if result["held_out_curve"] else f"C{i}o"
         axes.plot(
-            [step * tokens for step in steps], [math.exp(loss) for loss in losses], f"C{i}o-", label=f"{name}held out"
+            [step * tokens for step in steps], [math.exp(loss) for loss in losses], style, label=f"{name}held out"
         )
     axes.set_yscale("log")
     axes.set_xlabel("million tokens of training")
