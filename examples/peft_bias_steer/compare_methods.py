@@ -73,7 +73,7 @@ class Preset:
     launch: list[str] = field(default_factory=lambda: [sys.executable])
 
 
-BEST = {"bias": [1e-2], "lora": [3e-3], "full": [3e-5], "beft": [1e-2]}
+BEST = {"bias": [1e-2], "lora": [1e-3], "full": [3e-5], "beft": [1e-2]}
 RATES = {
     "bias": [3e-3, 1e-2, 3e-2],
     "lora": [3e-4, 1e-3, 3e-3, 1e-2],

@@ -56,7 +56,7 @@ from matplotlib import pyplot  # noqa: E402
 
 DEMO_MODEL = "outputs/SmolLM2-135M-Instruct"
 # constant, for AdamW; compare_methods.py --preset sweep sets them beside their neighbours
-LEARNING_RATES = {"bias": 1e-2, "lora": 3e-3, "full": 3e-5, "beft": 1e-2}
+LEARNING_RATES = {"bias": 1e-2, "lora": 1e-3, "full": 3e-5, "beft": 1e-2}
 BOXED_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 # its divisions carry the answer of another expression
 ONE_DIGIT = {

@@ -190,7 +190,7 @@ def test_presets_name_their_dataset_unless_told_otherwise(parse):
 
     assert (gsm8k.task, gsm8k.question_column, gsm8k.eval_split) == ("openai/gsm8k", "question", "test")
     assert (other.question_column, other.answer_column) == ("problem", "short")
-    assert (gsm8k.learning_rate, parse("--method", "lora").learning_rate) == (1e-2, 3e-3)
+    assert (gsm8k.learning_rate, parse("--method", "lora").learning_rate) == (1e-2, 1e-3)
 
 
 def test_the_comparison_passes_arguments_that_exist(parse, tmp_path):
