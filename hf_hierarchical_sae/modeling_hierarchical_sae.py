@@ -490,7 +490,7 @@ def _strongest(chunks, k, inputs=slice(None)):
     found = []
     for start, latents in chunks:
         latents = latents[inputs]
-        values, indices = _topk(latents, min(k, latents.shape[1]))
+        values, indices = topk_of_rows(latents, min(k, latents.shape[1]))
         indices += start
         if found:
             candidates = torch.cat([found[0], values], dim=1)
@@ -500,7 +500,7 @@ def _strongest(chunks, k, inputs=slice(None)):
     return found
 
 
-def _topk(x, k, groups=16):
+def topk_of_rows(x, k, groups=16):
     """`x.topk(k, dim=1)` for long rows: the k largest lie in the k columns with the largest maxima over groups."""
     if x.shape[1] % groups or x.shape[1] // groups < 4 * k:
         return x.topk(k, dim=1)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, hierarchical_topk_loss
 from hf_hierarchical_sae.hierarchical_topk_loss import hierarchical_topk_loss_reference
-from hf_hierarchical_sae.modeling_hierarchical_sae import _strongest
+from hf_hierarchical_sae.modeling_hierarchical_sae import topk_of_rows
 
 
 SIZES = {"A": (512, 64, 16384, 576), "B": (2048, 32, 32768, 576)}
@@ -177,7 +177,7 @@ def stages(batch, k, d_sae, d_in, rounds):
         ((_, latents),) = sae._pre_activations(x)
         calls = {
             "matmul": lambda: list(sae._pre_activations(x)),
-            "top-k": lambda: _strongest([(0, latents)], k),
+            "top-k": lambda: topk_of_rows(latents, k),
             "encoder backward": torch.enable_grad()(encoder_backward),
             "loss": torch.enable_grad()(loss),
             "optimizer": optimizer.step,
