@@ -199,7 +199,7 @@ def score(path, language_model, tokenizer, judge, arguments):
     if arguments.judge:
         found["judge"] = {
             str(budget): judged(activations, tokenizer, *judge, arguments, budget)
-            for budget in (arguments.budgets[0], arguments.budgets[-1])
+            for budget in sorted({arguments.budgets[0], arguments.budgets[-1]})
         }
         print(json.dumps(found["judge"], indent=2), flush=True)
     if arguments.themes:
