@@ -54,7 +54,7 @@ def hierarchical_topk_loss(
     _check_shapes(top_indices, top_values, W_dec, b_dec, target)
     budgets = resolve_budgets(budgets, top_indices.shape[1])
     errors, _ = budget_errors(top_indices, top_values, W_dec, b_dec, target, budgets=budgets, backend=backend)
-    return (errors * normalized_weights(budget_weights, budgets).to(errors)).sum()
+    return (errors * normalized_weights(budget_weights, budgets, like=errors)).sum()
 
 
 def hierarchical_topk_loss_reference(
@@ -74,7 +74,7 @@ def hierarchical_topk_loss_reference(
     reconstructions = contributions.cumsum(dim=1) + b_dec.to(dtype)
     errors = (reconstructions - target.to(dtype).unsqueeze(1)).square().mean(dim=(0, 2))
     chosen = errors[torch.tensor(budgets, device=errors.device) - 1]
-    return (chosen * normalized_weights(budget_weights, budgets).to(chosen)).sum()
+    return (chosen * normalized_weights(budget_weights, budgets, like=chosen)).sum()
 
 
 def budget_errors(
@@ -105,8 +105,7 @@ def budget_errors(
     """
     if backend not in ("auto", "torch", "triton", "numba"):
         raise ValueError(f"backend must be 'auto', 'torch', 'triton' or 'numba', got {backend!r}")
-    suits_triton = W_dec.is_cuda and W_dec.dtype != torch.float64 and is_triton_available()
-    if backend == "triton" or (backend == "auto" and suits_triton):
+    if backend == "triton" or (backend == "auto" and suits_triton(W_dec)):
         from .hierarchical_topk_loss_triton import budget_errors_triton
 
         return budget_errors_triton(top_indices, top_values, W_dec, b_dec, target, budgets=budgets)
@@ -115,6 +114,12 @@ def budget_errors(
 
         return budget_errors_numba(top_indices, top_values, W_dec, b_dec, target, budgets=budgets)
     return _HierarchicalTopK.apply(top_indices, top_values, W_dec, b_dec, target, tuple(budgets))
+
+
+def suits_triton(*tensors: torch.Tensor) -> bool:
+    """Whether the Triton kernels take these tensors: in at most single precision on a GPU, and triton is installed."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return all(tensor.is_cuda and tensor.dtype in dtypes for tensor in tensors) and is_triton_available()
 
 
 def suits_numba(*tensors: torch.Tensor) -> bool:
@@ -146,16 +151,19 @@ def resolve_budgets(budgets: Sequence[int] | None, k: int) -> tuple[int, ...]:
     return budgets
 
 
-def normalized_weights(budget_weights: Sequence[float] | None, budgets: Sequence[int]) -> torch.Tensor:
-    """(budgets,) non-negative float64 weights that sum to 1; equal ones for `None`."""
+def normalized_weights(
+    budget_weights: Sequence[float] | None, budgets: Sequence[int], like: torch.Tensor
+) -> torch.Tensor:
+    """(budgets,) non-negative weights that sum to 1, equal ones for `None`; dtype and device are those of `like`."""
     if budget_weights is None:
-        return torch.full((len(budgets),), 1 / len(budgets), dtype=torch.float64)
+        return like.new_full((len(budgets),), 1 / len(budgets))
     weights = torch.tensor(list(budget_weights), dtype=torch.float64)
     if len(weights) != len(budgets):
         raise ValueError(f"budget_weights needs one weight per budget ({len(budgets)}), got {len(weights)}")
     if not bool((weights >= 0).all()) or not 0 < float(weights.sum()) < float("inf"):
         raise ValueError(f"budget_weights must be finite, not negative and not all zero, got {list(budget_weights)}")
-    return weights / weights.sum()
+    # Without non_blocking, the host would wait for all that a GPU has still to do.
+    return (weights / weights.sum()).to(like, non_blocking=True)
 
 
 def _check_shapes(top_indices, top_values, W_dec, b_dec, target):

@@ -176,7 +176,7 @@ def _power_of_2_below(n: int) -> int:
     return 1 << (n.bit_length() - 1) if n > 0 else 0
 
 
-def _launch(kernel, programs: int, *arguments, **constants):
+def launch(kernel, programs: int, *arguments, **constants):
     """Every program is one warp: its sums need no shared memory and no barrier."""
     with torch.cuda.device_of(arguments[0]):
         kernel[(programs,)](*arguments, **constants, num_warps=1)
@@ -193,7 +193,7 @@ def _forward(
     residual = torch.empty(target.shape, dtype=torch.float32, device=target.device)
     squares = torch.empty((programs, k), dtype=torch.float32, device=target.device)
     inputs = (top_indices, top_values, W_dec, b_dec, target)
-    _launch(_forward_kernel, programs, *inputs, residual, squares, batch, k, d_in, **blocks)
+    launch(_forward_kernel, programs, *inputs, residual, squares, batch, k, d_in, **blocks)
     return squares.sum(dim=0) / residual.numel(), residual
 
 
@@ -228,16 +228,16 @@ def _backward(
     suffix = residual.new_empty((batch * k, width) if needs_pairs else 0)
     grad_values = residual.new_zeros(top_values.shape if needs_values else 0)
     grad_W_dec = torch.empty_like(W_dec) if needs_W_dec else W_dec.new_empty(0)
-    starts, pairs = _group_by_latent(top_indices, d_sae) if needs_pairs else (None, None)
+    starts, pairs = group_by_latent(top_indices, d_sae) if needs_pairs else (None, None)
     inputs = (top_indices, top_values, W_dec, scales, residual)
     needs = {"NEEDS_VALUES": needs_values, "NEEDS_W_DEC": needs_W_dec}
     for start in range(0, d_in, width):
         programs = row_blocks * triton.cdiv(min(width, d_in - start), blocks["BLOCK_D"])
         sizes = {"WIDTH": width, "STORE": needs_pairs, **blocks}
-        _launch(_suffix_kernel, programs, *inputs, grad, suffix, start, batch, k, d_in, **sizes)
+        launch(_suffix_kernel, programs, *inputs, grad, suffix, start, batch, k, d_in, **sizes)
         if needs_pairs:
             tensors = (starts, pairs, top_values, suffix, W_dec, grad_values, grad_W_dec)
-            _launch(_latent_kernel, d_sae, *tensors, start, d_in, WIDTH=width, **needs, BLOCK_P=TILE // width)
+            launch(_latent_kernel, d_sae, *tensors, start, d_in, WIDTH=width, **needs, BLOCK_P=TILE // width)
     return grad_values, grad_W_dec, grad
 
 
@@ -250,7 +250,7 @@ def _(top_indices, top_values, W_dec, residual, scales, grad_reconstruction, nee
     )
 
 
-def _group_by_latent(top_indices: torch.Tensor, d_sae: int) -> tuple[torch.Tensor, torch.Tensor]:
+def group_by_latent(top_indices: torch.Tensor, d_sae: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Where each latent's pairs start, (d_sae + 1,), and the positions in (batch, k), sorted by latent."""
     latents, pairs = torch.sort(top_indices.flatten().to(torch.int32), stable=True)
     bounds = torch.arange(d_sae + 1, dtype=torch.int32, device=latents.device)
@@ -324,6 +324,9 @@ def budget_errors_triton(
         raise ValueError(f"backend='triton' needs tensors on a GPU, got {W_dec.device}: use backend='torch'")
     contiguous = [tensor.contiguous() for tensor in (top_indices, top_values, W_dec, b_dec, target)]
     errors, reconstruction = _HierarchicalTopKTriton.apply(*contiguous)
-    if tuple(budgets) != tuple(range(1, top_indices.shape[1] + 1)):
-        errors = errors[torch.tensor(budgets, device=errors.device) - 1]
-    return errors, reconstruction
+    first, last = budgets[0], budgets[-1]
+    if last - first + 1 == len(budgets):
+        return errors[first - 1 : last], reconstruction
+    places = torch.tensor([budget - 1 for budget in budgets])
+    # The host does not wait for what the GPU has still to do.
+    return errors[places.to(errors.device, non_blocking=True)], reconstruction

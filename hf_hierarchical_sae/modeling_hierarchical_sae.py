@@ -19,6 +19,7 @@ from .hierarchical_topk_loss import (
     normalized_weights,
     resolve_budgets,
     suits_numba,
+    suits_triton,
 )
 
 
@@ -132,16 +133,16 @@ class HierarchicalSaeModel(PreTrainedModel):
         keep = None if attention_mask is None else attention_mask.reshape(-1).bool()
         if keep is not None:
             flat = flat[keep]
-        if self.training:
-            check_finite(flat)
+        finish_check = _begin_finite_check(flat) if self.training else None
         scaled = flat.to(torch.promote_types(flat.dtype, torch.float32)) * self.input_scale
         top_indices, top_values = self._encode_scaled(scaled, k)
-        if self.training:
+        if finish_check is not None:
+            finish_check()
             self._count_firing(top_indices, top_values)
 
         loss = errors = None
         if return_loss:
-            loss, errors, reconstruction = self._loss(scaled, top_indices, top_values, k)
+            loss, errors, reconstruction = self._loss(scaled, top_indices, top_values)
             if self.training and errors is not None and k is None:
                 self._add_training_sums(scaled, errors)
         else:
@@ -365,7 +366,7 @@ reconstruction = sae.decode(top_indices, top_values)
             return values.flatten().topk(len(values) * k).values[-1].clamp(min=0)
         return self.threshold
 
-    def _loss(self, scaled, top_indices, top_values, k):
+    def _loss(self, scaled, top_indices, top_values):
         """Loss, the error at each budget, and the reconstruction, all in units of the scaled input."""
         if len(scaled) == 0:
             # A batch of padding only: a zero that keeps every parameter in the graph, as DDP needs.
@@ -376,23 +377,22 @@ reconstruction = sae.decode(top_indices, top_values)
             errors, reconstruction = self._prefix_errors(scaled, top_indices, top_values, W_dec)
             loss = errors.mean()
         else:
-            budgets, weights = self._budgets_up_to(k, top_indices.shape[1])
+            budgets, budget_weights = self._budgets_up_to(top_indices.shape[1])
             errors, reconstruction = budget_errors(top_indices, top_values, W_dec, self.b_dec, scaled, budgets=budgets)
-            loss = (errors * weights.to(errors)).sum()
+            loss = (errors * normalized_weights(budget_weights, budgets, like=errors)).sum()
         if self.config.aux_loss_coefficient > 0 and self.training:
             residual = (scaled - reconstruction).detach()
             loss = loss + self.config.aux_loss_coefficient * self._auxiliary_loss(scaled, residual, W_dec)
         return loss, errors, reconstruction
 
-    def _budgets_up_to(self, k, width):
-        if self.config.selection == "batch_topk":
-            return (width,), normalized_weights(None, (width,))
+    def _budgets_up_to(self, width):
+        """The trained budgets that `width` latents allow, or `width` itself, and their weights (`None`: equal)."""
         trained = resolve_budgets(self.config.budgets, self.config.k)
-        weights = normalized_weights(self.config.budget_weights, trained)
         budgets = tuple(budget for budget in trained if budget <= width)
-        if not budgets:
-            return (width,), normalized_weights(None, (width,))
-        return budgets, weights[: len(budgets)] / weights[: len(budgets)].sum()
+        if self.config.selection == "batch_topk" or not budgets:
+            return (width,), None
+        weights = (self.config.budget_weights or [])[: len(budgets)]
+        return budgets, weights if any(weights) else None
 
     def _prefix_errors(self, scaled, top_indices, top_values, W_dec):
         errors, start = [], 0
@@ -419,7 +419,7 @@ reconstruction = sae.decode(top_indices, top_values)
     def _add_training_sums(self, scaled, errors):
         # float64: far from the origin, Σx² − n·mean² loses its digits.
         x = scaled.double()
-        tokens = x.new_tensor([len(x)])
+        tokens = x.new_full((1,), len(x))
         sums = torch.cat([errors.double() * x.numel(), x.sum(dim=0), x.square().sum().reshape(1), tokens])
         self._training_sums = sums if self._training_sums is None else self._training_sums + sums
 
@@ -430,10 +430,12 @@ reconstruction = sae.decode(top_indices, top_values)
     def _count_firing(self, top_indices, top_values):
         """Every process counts the latents that fired in any of them, and learns one threshold."""
         fired = top_values > 0
-        smallest = top_values.masked_fill(~fired, torch.inf).amin() if fired.any() else self.threshold
+        smallest = self.threshold
+        if top_values.numel():
+            smallest = torch.where(fired.any(), top_values.masked_fill(~fired, torch.inf).amin(), smallest)
         counts = torch.zeros(self.config.d_sae + 3, dtype=torch.float32, device=top_values.device)
         counts.index_add_(0, top_indices.flatten(), fired.flatten().float())
-        counts[-3:] = torch.stack([counts.new_tensor(len(top_values)), smallest.float(), counts.new_tensor(1.0)])
+        counts[-3:] = torch.stack([counts.new_full((), len(top_values)), smallest.float(), counts.new_ones(())])
         _sum_over_processes(counts)
         tokens, threshold, processes = counts[-3:]
         self.tokens_since_fired.add_(tokens.long()).masked_fill_(counts[:-3] > 0, 0)
@@ -544,6 +546,37 @@ def check_finite(x: torch.Tensor):
         )
 
 
+def _begin_finite_check(x):
+    """`check_finite` in two parts: on a GPU, what is called in between is queued while the host waits for its result."""
+    if not x.is_cuda or torch.compiler.is_compiling():
+        check_finite(x)
+        return lambda: None
+    is_finite = torch.isfinite(x.sum(dtype=torch.float64)).to("cpu", non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(x.device))
+
+    def finish():
+        arrived.synchronize()
+        if not is_finite:
+            check_finite(x)
+
+    return finish
+
+
+def _encoder_gradient(indices, grad, scaled, b_dec, encoder_weight):
+    """Gradients of `encoder_weight`, (d_sae, d_in), and `b_enc`, (d_sae,), from that of the values, (tokens, k)."""
+    if suits_triton(scaled, b_dec, encoder_weight):
+        from .sparse_encoder_triton import encoder_gradient_triton
+
+        return encoder_gradient_triton(indices, grad, scaled, b_dec, encoder_weight)
+    shape = encoder_weight.shape
+    grad_weight = empty_in_large_pages(*shape, dtype=scaled.dtype, device=scaled.device).zero_()
+    _add_rows(indices, grad, scaled - b_dec, grad_weight)
+    grad_b_enc = torch.zeros(len(encoder_weight), dtype=scaled.dtype, device=scaled.device)
+    grad_b_enc.index_add_(0, indices.flatten(), grad.flatten())
+    return grad_weight, grad_b_enc
+
+
 class _SparseEncoder(torch.autograd.Function):
     """ReLU of known pre-activations `values`; the backward costs k rows per input instead of d_sae."""
 
@@ -559,12 +592,7 @@ class _SparseEncoder(torch.autograd.Function):
     def backward(ctx, grad_values):
         scaled, encoder_weight, b_dec, values, indices = ctx.saved_tensors
         grad = grad_values.to(scaled.dtype) * (values > 0)
-        centered = scaled - b_dec
-        shape = encoder_weight.shape
-        grad_weight = empty_in_large_pages(*shape, dtype=scaled.dtype, device=scaled.device).zero_()
-        _add_rows(indices, grad, centered, grad_weight)
-        grad_b_enc = torch.zeros(len(encoder_weight), dtype=scaled.dtype, device=scaled.device)
-        grad_b_enc.index_add_(0, indices.flatten(), grad.flatten())
+        grad_weight, grad_b_enc = _encoder_gradient(indices, grad, scaled, b_dec, encoder_weight)
         # Summed over the batch, the gradient of the input is one product with the summed gradient of the latents.
         grad_b_dec = -(grad_b_enc @ encoder_weight.to(scaled.dtype))
         grad_scaled = _weighted_rows(indices, grad, encoder_weight) if ctx.needs_input_grad[0] else None
@@ -590,6 +618,11 @@ class _TangentGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
+        if suits_triton(grad, weight) and grad.is_contiguous() and weight.is_contiguous():
+            from .sparse_encoder_triton import tangent_gradient_triton_
+
+            tangent_gradient_triton_(grad, weight)
+            return grad
         # In place: only this node holds the gradient of the weight it passed on. On CPU in blocks that fit the cache.
         block = 1024 if grad.device.type == "cpu" else 8192
         for part, rows in zip(grad.split(block), weight.split(block)):

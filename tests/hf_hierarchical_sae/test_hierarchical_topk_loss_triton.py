@@ -1,5 +1,6 @@
 """
-The Triton form of the loss against the float64 reference, and its kernels compiled for GPUs that are not there.
+The Triton forms of the loss and of the sparse encoder's gradient against float64, and their kernels compiled for GPUs
+that are not there.
 
 Triton decides when it is first imported whether kernels are interpreted or compiled. So that no other test's import
 decides it, the tests of each kind run in a process of their own, which `test_interpreter_and_compiler` starts.
@@ -76,7 +77,7 @@ def assert_equal_to_reference(inputs, *, rtol=1e-5, rtol_gradients=1e-5, **optio
 
 @alone
 @pytest.mark.slow
-@pytest.mark.parametrize("process, interpret, tests", [("interpreter", "1", 27), ("compiler", "0", 13)])
+@pytest.mark.parametrize("process, interpret, tests", [("interpreter", "1", 40), ("compiler", "0", 28)])
 def test_interpreter_and_compiler(process, interpret, tests, tmp_path):
     environment = {
         "TRITON_TEST_PROCESS": process,
@@ -210,13 +211,13 @@ def test_only_the_gradients_that_are_needed_are_computed(monkeypatch, needed, fl
         hierarchical_topk_loss(indices, *tensors, backend="triton"), [tensors[names.index(needed)]]
     )
     tensors = [tensor.detach().requires_grad_(name == needed) for name, tensor in zip(names, tensors)]
-    launched, launch = [], module._launch
+    launched, launch = [], module.launch
 
     def record(kernel, *arguments, **constants):
         launched.append(constants)
         launch(kernel, *arguments, **constants)
 
-    monkeypatch.setattr(module, "_launch", record)
+    monkeypatch.setattr(module, "launch", record)
     hierarchical_topk_loss(indices, *tensors, backend="triton").backward()
 
     assert {(sizes["NEEDS_VALUES"], sizes["NEEDS_W_DEC"]) for sizes in launched if "NEEDS_VALUES" in sizes} == flags
@@ -293,31 +294,117 @@ def test_a_second_copy_of_the_module_leaves_the_first_one_working(monkeypatch):
     def refuse(*arguments, **constants):
         raise AssertionError("the first copy runs the kernels of the second")
 
-    monkeypatch.setattr(copy, "_launch", refuse)
+    monkeypatch.setattr(copy, "launch", refuse)
     assert torch.equal(module.budget_errors_triton(*inputs, budgets=(1, 4))[0], results[0][0])
 
 
-@interpreted
-def test_operators_are_correctly_registered():
+def check_operators(device):
     from hf_hierarchical_sae.hierarchical_topk_loss_triton import _backward, _forward
+    from hf_hierarchical_sae.sparse_encoder_triton import encoder_gradient_triton, tangent_gradient_triton_
 
-    indices, *tensors = (tensor.detach() for tensor in make_inputs(3, 2, 5, 8))
-    values, W_dec = tensors[:2]
-    residual, scales = torch.randn(3, 8), torch.rand(2)
+    indices, *tensors = (tensor.detach() for tensor in make_inputs(3, 2, 5, 8, device=device))
+    values, W_dec, b_dec, target = tensors
+    residual, scales = torch.randn(3, 8, device=device), torch.rand(2, device=device)
 
     torch.library.opcheck(_forward, (indices, *tensors))
     for grad_reconstruction, needs_values, needs_W_dec in [(None, True, True), (residual, False, False)]:
         inputs = (indices, values, W_dec, residual, scales, grad_reconstruction, needs_values, needs_W_dec)
         torch.library.opcheck(_backward, inputs)
+    torch.library.opcheck(encoder_gradient_triton, (indices, values, target, b_dec, W_dec))
+    torch.library.opcheck(tangent_gradient_triton_, (torch.randn(5, 8, device=device), W_dec))
+
+
+@interpreted
+def test_operators_are_correctly_registered():
+    check_operators("cpu")
+
+
+def assert_encoder_gradient_equals_float64(inputs, *, rtol):
+    """Each sum in float64, pair by pair, from the same inputs."""
+    from hf_hierarchical_sae.sparse_encoder_triton import encoder_gradient_triton
+
+    indices, grad_values, encoder_weight, b_dec, scaled = (tensor.detach() for tensor in inputs)
+    centered = scaled.double() - b_dec.double()
+    expected = torch.zeros_like(encoder_weight, dtype=torch.float64)
+    expected_bias = torch.zeros(len(encoder_weight), dtype=torch.float64, device=scaled.device)
+    for index, value in zip(indices.t().long(), grad_values.t().double()):
+        expected.index_add_(0, index, value.unsqueeze(1) * centered)
+        expected_bias.index_add_(0, index, value)
+
+    grad_weight, grad_bias = encoder_gradient_triton(indices, grad_values, scaled, b_dec, encoder_weight)
+
+    assert grad_weight.dtype == encoder_weight.dtype and grad_bias.dtype == torch.float32
+    assert_close(grad_weight, expected, rtol=rtol + torch.finfo(encoder_weight.dtype).eps)
+    assert_close(grad_bias, expected_bias, rtol=rtol)
+
+
+@interpreted
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_encoder_gradient_equals_float64_at_any_size(data):
+    batch, d_sae, d_in = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9)), data.draw(st.integers(1, 300))
+    k, seed = data.draw(st.integers(1, d_sae)), data.draw(st.integers(0, 1000))
+
+    # float32 sums of at most 81 terms.
+    assert_encoder_gradient_equals_float64(make_inputs(batch, k, d_sae, d_in, seed=seed), rtol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_encoder_gradient_in_half_precision_is_accumulated_in_float32(dtype):
+    indices, values, weight, b_dec, scaled = make_inputs(37, 5, 11, 260)
+
+    assert_encoder_gradient_equals_float64((indices, values, weight.to(dtype), b_dec.to(dtype), scaled), rtol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d_sae, d_in", [(1, 1), (3, 33), (5, 1024), (2, 2304)])
+def test_tangent_gradient_equals_float64(dtype, d_sae, d_in):
+    from hf_hierarchical_sae.sparse_encoder_triton import tangent_gradient_triton_
+
+    weight = torch.nn.functional.normalize(torch.randn(d_sae, d_in), dim=1).to(dtype)
+    grad = torch.randn(d_sae, d_in).to(dtype)
+    rows, before = weight.double(), grad.double()
+
+    tangent_gradient_triton_(grad, weight)
+
+    along = (before * rows).sum(dim=1, keepdim=True)
+    # The difference of numbers of the size of the gradient, rounded once to its dtype.
+    assert (
+        (grad.double() - (before - along * rows)).abs() <= (1e-5 + torch.finfo(dtype).eps) * before.abs().max()
+    ).all()
+
+
+@interpreted
+def test_a_training_step_with_every_kernel_equals_the_torch_form(monkeypatch):
+    from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, hierarchical_topk_loss
+    from hf_hierarchical_sae import modeling_hierarchical_sae as modeling
+
+    x, results = torch.randn(33, 20), []
+    for use_triton in (False, True):
+        torch.manual_seed(0)
+        sae = HierarchicalSaeModel(HierarchicalSaeConfig(d_in=20, d_sae=64, k=4)).train()
+        if use_triton:
+            loss_module = sys.modules[hierarchical_topk_loss.__module__]
+            for module in (modeling, loss_module):
+                monkeypatch.setattr(module, "suits_triton", lambda *tensors: True)
+        output = sae(x)
+        output.loss.backward()
+        results.append([output.loss, *[parameter.grad for parameter in sae.parameters()]])
+
+    for result, expected in zip(*reversed(results)):
+        assert_close(result, expected, rtol=1e-5)
 
 
 def compile_launches(monkeypatch, target, *, batch, k, d_sae, d_in, dtype):
-    """Compile for `target` each different kernel that the loss and its gradients launch at these sizes."""
+    """Compile for `target` each different kernel that the loss, its gradients and the encoder's launch at these sizes."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from hf_hierarchical_sae import hierarchical_topk_loss_triton as module
+    from hf_hierarchical_sae import sparse_encoder_triton as encoder
 
     types = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int64": "*i64"}
     launched = {}
@@ -334,11 +421,14 @@ def compile_launches(monkeypatch, target, *, batch, k, d_sae, d_in, dtype):
         signature |= dict.fromkeys(constants, "constexpr")
         launched[kernel.__name__, str(attributes)] = ASTSource(kernel, signature, constants, attributes)
 
-    monkeypatch.setattr(module, "_launch", record)
+    for each in (module, encoder):
+        monkeypatch.setattr(each, "launch", record)
     values, W_dec = torch.ones(batch, k, dtype=dtype), torch.empty(d_sae, d_in, dtype=dtype)
     indices, b_dec, target_ = torch.zeros(batch, k, dtype=torch.int64), W_dec[0], torch.empty(batch, d_in, dtype=dtype)
     _, residual = module._forward(indices, values, W_dec, b_dec, target_)
     module._backward(indices, values, W_dec, residual, torch.ones(k), None, True, True)
+    encoder.encoder_gradient_triton(indices, values.float(), residual, b_dec, W_dec)
+    encoder.tangent_gradient_triton_(W_dec, W_dec)
     options = {"num_warps": 1}
     return {
         key: triton.compile(source, target=GPUTarget(*target), options=options) for key, source in launched.items()
@@ -371,15 +461,20 @@ def spilled_bytes(kernel):
 @pytest.mark.parametrize(
     "batch, k, d_sae, d_in, dtype",
     [
-        pytest.param(4096, 128, 65536, 2304, torch.float32, id="float32"),
-        pytest.param(4096, 64, 65536, 2304, torch.bfloat16, id="bfloat16"),
+        *[
+            pytest.param(4096, k, 65536, 2304, dtype, id=f"{str(dtype)[6:]}-{k}")
+            for k in (32, 64, 128)
+            for dtype in (torch.float32, torch.bfloat16)
+        ],
+        pytest.param(4096, 32, 16384, 768, torch.float32, id="smaller-float32"),
         pytest.param(1001, 33, 4609, 577, torch.float16, id="ragged-float16"),
     ],
 )
 def test_kernels_compile_and_fit(monkeypatch, target, shared_memory, batch, k, d_sae, d_in, dtype):
     kernels = compile_launches(monkeypatch, target, batch=batch, k=k, d_sae=d_sae, d_in=d_in, dtype=dtype)
 
-    assert {name for name, _ in kernels} == {"_forward_kernel", "_suffix_kernel", "_latent_kernel"}
+    expected = {"_forward_kernel", "_suffix_kernel", "_latent_kernel", "_encoder_kernel", "_tangent_kernel"}
+    assert {name for name, _ in kernels} == expected
     for kernel in kernels.values():
         assert kernel.metadata.shared <= shared_memory
         assert spilled_bytes(kernel) == 0
