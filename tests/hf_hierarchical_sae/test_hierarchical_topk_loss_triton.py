@@ -77,7 +77,7 @@ def assert_equal_to_reference(inputs, *, rtol=1e-5, rtol_gradients=1e-5, **optio
 
 @alone
 @pytest.mark.slow
-@pytest.mark.parametrize("process, interpret, tests", [("interpreter", "1", 40), ("compiler", "0", 28)])
+@pytest.mark.parametrize("process, interpret, tests", [("interpreter", "1", 45), ("compiler", "0", 28)])
 def test_interpreter_and_compiler(process, interpret, tests, tmp_path):
     environment = {
         "TRITON_TEST_PROCESS": process,
@@ -377,6 +377,24 @@ def test_tangent_gradient_equals_float64(dtype, d_sae, d_in):
 
 
 @interpreted
+@pytest.mark.parametrize("batch, k, d_sae, d_in", [(3, 5, 7, 300), (1, 1, 1, 1), (2, 9, 20, 1100)])
+def test_the_screened_encoder_s_kernels_equal_torch(batch, k, d_sae, d_in):
+    from hf_hierarchical_sae.screened_encoder_triton import halve_triton, scores_triton
+
+    places, _, weight, _, x = (tensor.detach() for tensor in make_inputs(batch, k, d_sae, d_in))
+    bias = torch.randn(d_sae)
+
+    half, squares, squared_errors = halve_triton(weight)
+
+    # The interpreter truncates where GPUs round to the nearest: what counts is that the errors are those of this half.
+    assert ((weight - half.float()).abs() <= 2**-7 * weight.abs()).all()
+    assert_close(squares, weight.double().square().sum(dim=1), rtol=1e-5)
+    assert_close(squared_errors, (weight.double() - half.double()).square().sum(dim=1), rtol=1e-5)
+    expected = (x.double() @ weight.double().T + bias.double()).gather(1, places)
+    assert_close(scores_triton(x, weight, bias, places), expected, rtol=1e-5)
+
+
+@interpreted
 def test_a_training_step_with_every_kernel_equals_the_torch_form(monkeypatch):
     from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, hierarchical_topk_loss
     from hf_hierarchical_sae import modeling_hierarchical_sae as modeling
@@ -404,6 +422,7 @@ def compile_launches(monkeypatch, target, *, batch, k, d_sae, d_in, dtype):
     from triton.compiler import ASTSource
 
     from hf_hierarchical_sae import hierarchical_topk_loss_triton as module
+    from hf_hierarchical_sae import screened_encoder_triton as screened
     from hf_hierarchical_sae import sparse_encoder_triton as encoder
 
     types = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int64": "*i64"}
@@ -421,7 +440,7 @@ def compile_launches(monkeypatch, target, *, batch, k, d_sae, d_in, dtype):
         signature |= dict.fromkeys(constants, "constexpr")
         launched[kernel.__name__, str(attributes)] = ASTSource(kernel, signature, constants, attributes)
 
-    for each in (module, encoder):
+    for each in (module, encoder, screened):
         monkeypatch.setattr(each, "launch", record)
     values, W_dec = torch.ones(batch, k, dtype=dtype), torch.empty(d_sae, d_in, dtype=dtype)
     indices, b_dec, target_ = torch.zeros(batch, k, dtype=torch.int64), W_dec[0], torch.empty(batch, d_in, dtype=dtype)
@@ -429,6 +448,8 @@ def compile_launches(monkeypatch, target, *, batch, k, d_sae, d_in, dtype):
     module._backward(indices, values, W_dec, residual, torch.ones(k), None, True, True)
     encoder.encoder_gradient_triton(indices, values.float(), residual, b_dec, W_dec)
     encoder.tangent_gradient_triton_(W_dec, W_dec)
+    screened.halve_triton(W_dec)
+    screened.scores_triton(residual, W_dec, b_dec, indices)
     options = {"num_warps": 1}
     return {
         key: triton.compile(source, target=GPUTarget(*target), options=options) for key, source in launched.items()
@@ -473,8 +494,8 @@ def spilled_bytes(kernel):
 def test_kernels_compile_and_fit(monkeypatch, target, shared_memory, batch, k, d_sae, d_in, dtype):
     kernels = compile_launches(monkeypatch, target, batch=batch, k=k, d_sae=d_sae, d_in=d_in, dtype=dtype)
 
-    expected = {"_forward_kernel", "_suffix_kernel", "_latent_kernel", "_encoder_kernel", "_tangent_kernel"}
-    assert {name for name, _ in kernels} == expected
+    names = ("forward", "suffix", "latent", "encoder", "tangent", "halve", "scores")
+    assert {name for name, _ in kernels} == {f"_{name}_kernel" for name in names}
     for kernel in kernels.values():
         assert kernel.metadata.shared <= shared_memory
         assert spilled_bytes(kernel) == 0
