@@ -115,7 +115,8 @@ class BiasSteerModel(BaseTuner):
 
         Args:
             adapter (`str`): Name of the adapter.
-            scale (`float`): The factor. It is not saved with the adapter.
+            scale (`float`): The factor. It is not saved with the adapter. A CUDA graph keeps the one it was recorded
+                with, but follows a vector that is written to in place.
         """
         self._check_adapters_exist([adapter])
         for layer in self.steering_layers.values():
