@@ -13,7 +13,8 @@ an interrupted comparison goes on where it was. Writes a table (.md), the number
 
 Presets: sweep (three or four learning rates per method), minutes (three seeds per method at the best rate, and the base model
 with and without solved examples), format_reward (bias vectors, rewarded for the form of the answer alone), out_of_reach
-(bias vectors on a task beyond the model), paper (the recipe of arXiv 2505.18706, for a GPU node; not run yet). What
+(bias vectors on a task beyond the model), gpu (eight times as many samples a step, three times as many steps, and two
+harder tasks; `--jobs 4` shares one card), paper (the recipe of arXiv 2505.18706, for a GPU node; not run yet). What
 stands after `--` goes to train_grpo.py. To see whether a new seed lands where the others say it should:
 
     python examples/peft_bias_steer/compare_methods.py --preset minutes --methods bias --seeds 3 \\
@@ -49,6 +50,8 @@ EVALUATION = ["--bf16", "--eval_size", "128", "--eval_samples", "1"]
 # the base is evaluated once, and checkpoints of full fine-tuning are large
 SHORT = ["--max_steps", "20", *EVALUATION, "--eval_steps", "10", "--skip_eval_before", "--save_steps", "1000"]
 LONG_ANSWERS = ["--max_completion_length", "24"]
+LARGE_BATCHES = ["--max_steps", "60", "--prompts_per_step", "16", "--num_generations", "16"]
+LARGE_BATCHES += ["--gradient_accumulation_steps", "2", *EVALUATION, *LONG_ANSWERS]
 BASE_ALONE: dict[str, list[str]] = {"base": []}
 BASE = {
     **BASE_ALONE,
@@ -88,6 +91,15 @@ PRESETS = {
     ),
     "out_of_reach": Preset(
         ["bias"], [0], ["four_digit_products"], BEST, [*SHORT, *LONG_ANSWERS], BASE_ALONE, [*EVALUATION, *LONG_ANSWERS]
+    ),
+    "gpu": Preset(
+        ["bias", "lora"],
+        [0, 1],
+        [*ARITHMETIC, "two_digit_sums", "two_digit_products"],
+        BEST,
+        [*LARGE_BATCHES, "--eval_steps", "20", "--skip_eval_before", "--save_steps", "1000"],
+        BASE_ALONE,
+        [*EVALUATION, *LONG_ANSWERS],
     ),
     "paper": Preset(
         ["bias", "lora", "full"],

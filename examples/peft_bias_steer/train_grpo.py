@@ -74,6 +74,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "task": "basic_arithmetic",
         "task_options": {**ONE_DIGIT, "min_digits": 4, "max_digits": 4, "operators": ["*"]},
     },
+    # what it is right about now and then
+    "two_digit_sums": {"task": "chain_sum", "task_options": {"max_terms": 3, "max_digits": 2}},
+    "two_digit_products": {"task": "products", "task_options": {"max_digits": 2}},
     "gsm8k": {"task": "openai/gsm8k", "dataset_config": "main", "eval_split": "test"},
     "math": {
         "task": "DigitalLearningGmbH/MATH-lighteval",
