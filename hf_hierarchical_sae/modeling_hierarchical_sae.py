@@ -227,7 +227,7 @@ class HierarchicalSaeModel(PreTrainedModel):
         norms = torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True)
         # Rows that are at unit norm up to rounding stay as they are: normalising twice changes nothing.
         is_off = ((norms - 1).abs() > 1e-6) & (norms > 0)
-        self.W_dec.div_(torch.where(is_off, norms, 1.0))
+        self.W_dec.div_(norms.masked_fill(~is_off, 1.0))
 
     def pop_training_metrics(self) -> dict[str, float]:
         """

@@ -415,7 +415,7 @@ def main() -> None:
         errors = []
         reader = threading.Thread(target=lambda pipe=process.stderr, errors=errors: errors.extend(pipe))
         reader.start()
-        for line in process.stdout:
+        for line in process.stdout or ():
             if line.startswith("JSON "):
                 found.append((family, json.loads(line.removeprefix("JSON "))))
                 write(arguments.output, found)

@@ -621,3 +621,73 @@ def test_compiled_step_on_a_gpu_equals_the_plain_one():
     expected = loss_and_gradients(inputs, "triton")
     for result, other in zip((loss, *torch.autograd.grad(loss, inputs[1:])), expected):
         assert_close(result, other, rtol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("budgets", [None, (32,)])
+def test_a_cuda_graph_replays_what_runs_eagerly(budgets):
+    inputs = make_inputs(1001, 32, 8192, 768, device="cuda")
+    others = [make_inputs(1001, 32, 8192, 768, seed=seed, device="cuda") for seed in (1, 2)]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        loss_and_gradients(inputs, "triton", budgets=budgets)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = loss_and_gradients(inputs, "triton", budgets=budgets)
+
+    for other in others:
+        with torch.no_grad():
+            for tensor, new in zip(inputs, other):
+                tensor.copy_(new)
+        graph.replay()
+
+        assert all(map(torch.equal, results, loss_and_gradients(other, "triton", budgets=budgets)))
+
+
+@pytest.mark.gpu
+def test_two_streams_at_once_give_what_one_gives():
+    inputs = [make_inputs(4096, 32, 16384, 768, seed=seed, device="cuda") for seed in (0, 1)]
+    expected = [loss_and_gradients(each, "triton") for each in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    results = []
+    for each, stream in zip(inputs, streams):
+        with torch.cuda.stream(stream):
+            results.append([loss_and_gradients(each, "triton") for _ in range(5)])
+    torch.cuda.synchronize()
+
+    for rounds, other in zip(results, expected):
+        for result in rounds:
+            assert all(map(torch.equal, result, other))
+
+
+@pytest.mark.gpu
+def test_operators_are_correctly_registered_on_a_gpu():
+    check_operators("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "batch, k, d_sae, d_in", [(4096, 64, 65536, 2304), (1001, 33, 4609, 577), (1, 128, 16384, 768)]
+)
+def test_encoder_gradient_at_real_sizes_on_a_gpu_equals_float64(batch, k, d_sae, d_in):
+    # float32 sums of some hundred terms; in the first size some latents have most inputs.
+    indices, *tensors = make_inputs(batch, k, d_sae, d_in, device="cuda")
+    indices = torch.where(indices % 8 == 0, indices % 16, indices)
+
+    assert_encoder_gradient_equals_float64((indices, *tensors), rtol=2e-5)
+
+
+@pytest.mark.gpu
+def test_tangent_gradient_on_a_gpu_equals_float64():
+    from hf_hierarchical_sae.sparse_encoder_triton import tangent_gradient_triton_
+
+    weight = torch.nn.functional.normalize(torch.randn(16384, 2304, device="cuda"), dim=1)
+    grad = torch.randn(16384, 2304, device="cuda")
+    before, rows = grad.double(), weight.double()
+
+    tangent_gradient_triton_(grad, weight)
+
+    assert_close(grad, before - (before * rows).sum(dim=1, keepdim=True) * rows, rtol=1e-6)

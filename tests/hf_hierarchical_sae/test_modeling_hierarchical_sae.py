@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, explained_variance
+from hf_hierarchical_sae.hierarchical_topk_loss import hierarchical_topk_loss_reference
 from hf_hierarchical_sae.modeling_hierarchical_sae import geometric_median
 
 
@@ -527,3 +528,135 @@ def test_trainer_trains_evaluates_and_its_model_loads(tmp_path):
     trainer.save_model(tmp_path / "final")
     loaded = AutoModel.from_pretrained(tmp_path / "final")
     assert explained_variance(loaded, x) == explained_variance(sae, x)
+
+
+# On a GPU.
+
+
+def gpu_sae(d_in=577, d_sae=4609, k=33, **options):
+    sae = make_sae(d_in=d_in, d_sae=d_sae, k=k, **options).cuda().train()
+    x = torch.randn(1001, d_in, device="cuda") + 3
+    sae.initialize_from_activations(x)
+    return sae, x
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16-autocast"])
+def test_a_step_on_a_gpu_has_the_loss_and_gradients_of_its_selection_in_float64(autocast):
+    sae, x = gpu_sae()
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
+        output = sae(x)
+    output.loss.backward()
+
+    indices = output.top_indices
+    values = (output.top_values * sae.input_scale).detach().double().requires_grad_()
+    encoder_weight, W_dec, b_dec = (
+        parameter.detach().double().requires_grad_() for parameter in (sae.encoder_weight, sae.W_dec, sae.b_dec)
+    )
+    scaled = x.double() * sae.input_scale
+    loss = hierarchical_topk_loss_reference(indices, values, W_dec, b_dec, scaled)
+    grad_values, grad_W_dec, grad_b_dec = torch.autograd.grad(loss, (values, W_dec, b_dec))
+    grad_values = grad_values * (values > 0)
+    grad_latents = torch.zeros(len(x), len(W_dec), dtype=torch.float64, device="cuda").scatter(1, indices, grad_values)
+    expected = {
+        "encoder_weight": grad_latents.T @ (scaled - b_dec),
+        "b_enc": grad_latents.sum(dim=0),
+        "W_dec": grad_W_dec - (grad_W_dec * W_dec).sum(dim=1, keepdim=True) * W_dec,
+        "b_dec": grad_b_dec - grad_latents.sum(dim=0) @ encoder_weight,
+    }
+    torch.testing.assert_close(output.loss.double(), loss, rtol=1e-5, atol=0)
+    for name, parameter in sae.named_parameters():
+        assert parameter.grad.dtype == torch.float32
+        # float32 sums of up to some thousand terms, relative to the largest element.
+        atol = 2e-5 * float(expected[name].detach().abs().max())
+        torch.testing.assert_close(parameter.grad.double(), expected[name], rtol=0, atol=atol)
+
+
+@pytest.mark.gpu
+def test_a_float32_step_on_a_gpu_selects_what_the_cpu_selects():
+    sae, x = gpu_sae()
+    values = sae(x).top_values
+
+    expected = sae.cpu()(x.cpu()).top_values
+
+    torch.testing.assert_close(values.cpu(), expected, rtol=0, atol=1e-5 * float(expected.detach().abs().max()))
+
+
+@pytest.mark.gpu
+@objectives
+def test_training_on_a_gpu_explains_more_variance(options):
+    sae, x = make_sae(**options).cuda(), make_activations().cuda()
+    sae.initialize_from_activations(x)
+    before = explained_variance(sae, x, [8])[8]
+
+    train(sae, x, steps=60)
+
+    assert explained_variance(sae, x, [8])[8] > max(before + 0.2, 0.6)
+
+
+@pytest.mark.gpu
+def test_two_steps_on_a_gpu_give_the_same_bits():
+    gradients = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        sae, x = gpu_sae()
+        sae(x).loss.backward()
+        gradients.append([parameter.grad for parameter in sae.parameters()])
+
+    assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("budgets", [None, [1, 8, 33], [33]])
+def test_no_stage_of_a_step_makes_the_host_wait_for_the_gpu(budgets):
+    sae, x = gpu_sae(budgets=budgets)
+    optimizer = torch.optim.AdamW(sae.parameters(), weight_decay=0.0, fused=True)
+
+    def step():
+        sae(x).loss.backward()
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_nan_on_a_gpu_is_refused_before_it_reaches_the_counters():
+    sae, x = gpu_sae()
+    sae(x)
+    counters = sae.tokens_since_fired.clone()
+    x[5, 7] = torch.nan
+
+    with pytest.raises(ValueError, match="got 1 NaN and 0 infinite"):
+        sae(x)
+
+    assert torch.equal(sae.tokens_since_fired, counters)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bf16", [False, True])
+def test_stock_trainer_trains_on_a_gpu(tmp_path, bf16):
+    sae, x = gpu_sae()
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=3,
+        per_device_train_batch_size=1001,
+        learning_rate=1e-3,
+        bf16=bf16,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+    )
+    trainer = Trainer(sae, arguments, train_dataset=torch.utils.data.StackDataset(hidden_states=x.cpu()))
+
+    trainer.train()
+
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sae.device.type == "cuda" and losses[-1] < losses[0]
+    assert all(parameter.isfinite().all() for parameter in sae.parameters())
