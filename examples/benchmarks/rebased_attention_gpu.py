@@ -169,8 +169,14 @@ def make_contestants(dtype: torch.dtype) -> dict[str, Contestant]:
     return contestants
 
 
+@functools.cache
+def random_generator() -> torch.Generator:
+    # of its own: a CUDA graph that cannot be captured leaves the default one unusable
+    return torch.Generator(DEVICE).manual_seed(0)
+
+
 def random_tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.randn(*shape, device=DEVICE, dtype=dtype)
+    return torch.randn(*shape, device=DEVICE, dtype=dtype, generator=random_generator())
 
 
 def make_inputs(contestant: Contestant, batch_size: int, length: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -195,7 +201,7 @@ RUNS = {"forward": forward, "backward": backward}
 @functools.cache
 def relative_error(contestant: Contestant, part: str, dtype: torch.dtype) -> float | Exception:
     inputs = make_inputs(contestant, 2, CHECKED_LENGTH, dtype)
-    grad_out = torch.randn_like(inputs[2])
+    grad_out = random_tensor(*inputs[2].shape, dtype=dtype)
     try:
         results = RUNS[part](contestant.function, inputs, grad_out)
     except Exception as error:
@@ -269,7 +275,7 @@ def measure_attention(
     if isinstance(error, Exception):
         raise error
     inputs = make_inputs(contestant, batch_size, length, dtype)
-    grad_out = torch.randn_like(inputs[2])
+    grad_out = random_tensor(*inputs[2].shape, dtype=dtype)
     chunk_sizes = [size for size in contestant.chunk_sizes if 2 * size <= length]
     functions = {size: partial(contestant.function, chunk_size=size) for size in chunk_sizes}
     functions = {
@@ -403,7 +409,7 @@ def compile_peers(arguments: argparse.Namespace) -> None:
             try:
                 inputs = make_inputs(contestant, REFERENCE_BATCH, REFERENCE_LENGTH, torch.bfloat16)
                 options = {"chunk_size": chunk_size} if chunk_size else {}
-                backward(partial(contestant.function, **options), inputs, torch.randn_like(inputs[2]))
+                backward(partial(contestant.function, **options), inputs, random_tensor(*inputs[2].shape))
             except Exception as error:
                 print(f"{name}: {first_line(error)}", flush=True)
 
