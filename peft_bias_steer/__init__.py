@@ -3,10 +3,10 @@
 from .callback import BiasSteerFloat32Callback
 from .config import BiasSteerConfig
 from .layer import BiasSteerLayer
-from .llama_cpp import export_control_vector, from_control_vector, inject_bias_gguf
 from .model import BiasSteerModel
 from .registration import register
-from .stock_checkpoint import bias_ready_checkpoint, export_stock_checkpoint
+from .serving.gguf import export_control_vector, from_control_vector, inject_bias_gguf
+from .serving.stock_checkpoint import bias_ready_checkpoint, export_stock_checkpoint
 from .vectors import set_steering_vectors, steering_vectors
 
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from .analysis import lens_table, logit_lens, plot_statistics, statistics_table, vector_statistics
-from .llama_cpp import export_control_vector, inject_bias_gguf
-from .routes import adapter_routes, routes_table
-from .stock_checkpoint import bias_ready_checkpoint, export_stock_checkpoint
+from .serving.gguf import export_control_vector, inject_bias_gguf
+from .serving.routes import adapter_routes, routes_table
+from .serving.stock_checkpoint import bias_ready_checkpoint, export_stock_checkpoint
 from .vectors import load_vectors
 
 

@@ -30,9 +30,10 @@ def built(request, tmp_path_factory) -> tuple[str, Path]:
 def test_wheel_holds_its_own_package_and_nothing_else(built):
     package, wheel = built
     names = zipfile.ZipFile(wheel).namelist()
-    source = {path.name for kind in ("*.py", "*.html", "py.typed") for path in (REPOSITORY / package).glob(kind)}
+    files = [path for kind in ("*.py", "*.html", "py.typed") for path in (REPOSITORY / package).rglob(kind)]
+    source = {str(path.relative_to(REPOSITORY)) for path in files if "build" not in path.parts}
 
-    assert {name.split("/")[1] for name in names if name.startswith(f"{package}/")} == source
+    assert {name for name in names if name.startswith(f"{package}/")} == source
     top_level = {name.split("/")[0] for name in names}
     assert top_level == {package, next(name for name in top_level if name.endswith(".dist-info"))}
     assert any(name.endswith("/licenses/LICENSE") for name in names)

@@ -8,7 +8,7 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peft_bias_steer import BiasSteerConfig, set_steering_vectors
-from peft_bias_steer.rollouts import prepare_for_vllm, sync_vectors_only
+from peft_bias_steer.serving.trl import prepare_for_vllm, sync_vectors_only
 
 
 SMALL = {

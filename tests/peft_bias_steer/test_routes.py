@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from peft_bias_steer import BiasSteerConfig, set_steering_vectors, steering_vectors
 from peft_bias_steer.cli import main as bias_steer
 from peft_bias_steer.residual import find_layers
-from peft_bias_steer.routes import Route, serving_routes
-from peft_bias_steer.vllm_plugin import STEERED_ARCHITECTURES
+from peft_bias_steer.serving.routes import Route, serving_routes
+from peft_bias_steer.serving.vllm import STEERED_ARCHITECTURES
 from tests.peft_bias_steer.test_architectures import CANNOT_BUILD, CONFIGS, tiny_config
 
 

@@ -27,7 +27,7 @@ from peft_bias_steer import (  # noqa: E402
     set_steering_vectors,
     steering_vectors,
 )
-from peft_bias_steer.llama_cpp_python import set_control_vector  # noqa: E402
+from peft_bias_steer.serving.llama_cpp import set_control_vector  # noqa: E402
 
 
 REPOSITORY = Path(__file__).parents[3]

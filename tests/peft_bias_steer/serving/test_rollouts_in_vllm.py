@@ -23,7 +23,7 @@ from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from trl.generation import vllm_generation  # noqa: E402
 
 from peft_bias_steer import BiasSteerConfig, set_steering_vectors, steering_vectors  # noqa: E402
-from peft_bias_steer.rollouts import check_vllm_sync, prepare_for_vllm, sync_vectors_only  # noqa: E402
+from peft_bias_steer.serving.trl import check_vllm_sync, prepare_for_vllm, sync_vectors_only  # noqa: E402
 from tests.conftest import byte_tokenizer  # noqa: E402
 
 

@@ -24,7 +24,7 @@ from peft_bias_steer import (  # noqa: E402
     set_steering_vectors,
     steering_vectors,
 )
-from peft_bias_steer.vllm_plugin import (  # noqa: E402
+from peft_bias_steer.serving.vllm import (  # noqa: E402
     STEERED_ARCHITECTURES,
     SteeringWorker,
     engine_steering_vectors,

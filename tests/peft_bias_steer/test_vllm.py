@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from peft_bias_steer import vllm_plugin
-from peft_bias_steer.vllm_plugin import (
+import peft_bias_steer.serving.vllm as vllm_plugin
+from peft_bias_steer.serving.vllm import (
     SteeredModel,
     SteeringWorker,
     set_steering_scale,
@@ -69,7 +69,7 @@ def steered_model(*held: int) -> SteeredModel:
     return model
 
 
-@pytest.mark.parametrize("extension", ["", "peft_bias_steer.vllm_plugin.SteeringWorker"])
+@pytest.mark.parametrize("extension", ["", "peft_bias_steer.serving.vllm.SteeringWorker"])
 def test_each_pipeline_stage_takes_its_own_layers(extension):
     model = steered_model(2, 3)
     update_steering_vectors(Engine(model, extension=extension), {1: torch.ones(8), 2: torch.full((8,), 2.0)})

@@ -12,9 +12,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from .config import BiasSteerConfig
-from .residual import find_layers, residual_width
-from .vectors import active_vectors, set_steering_vectors, unwrap
+from ..config import BiasSteerConfig
+from ..residual import find_layers, residual_width
+from ..vectors import active_vectors, set_steering_vectors, unwrap
 
 
 def export_control_vector(model: PeftModel, path: str | os.PathLike, *, drop_first_layer: bool = False) -> float:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .residual import LAYER_LISTS, layer_lists
-from .vectors import load_vectors
+from ..residual import LAYER_LISTS, layer_lists
+from ..vectors import load_vectors
 
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _add_vectors(model: Any, width: int, scale: float) -> Iterator[tuple[int, An
 
 class SteeringWorker:
     """
-    Methods that vLLM's workers gain under `worker_extension_cls="peft_bias_steer.vllm_plugin.SteeringWorker"`, for
+    Methods that vLLM's workers gain under `worker_extension_cls="peft_bias_steer.serving.vllm.SteeringWorker"`, for
     `LLM.collective_rpc` and the server's `/collective_rpc`. Arguments and results are plain data, as JSON holds it.
 
     After a change reset the prefix cache: it holds keys and values that were computed under the old vectors.
@@ -212,7 +212,7 @@ def update_steering_vectors(llm: "LLM", vectors: dict[int, torch.Tensor]) -> Non
     Args:
         llm (`vllm.LLM`):
             Engine that runs a `BiasSteer…` architecture. If it has processes of its own, start it with
-            `worker_extension_cls="peft_bias_steer.vllm_plugin.SteeringWorker"`.
+            `worker_extension_cls="peft_bias_steer.serving.vllm.SteeringWorker"`.
         vectors (`dict[int, torch.Tensor]`):
             Vectors by index of their layer, each (hidden_size,), as `steering_vectors(model)` returns them.
 

@@ -10,11 +10,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from .residual import merge_sites
+from ..residual import merge_sites
+from ..vectors import active_vectors, set_steering_vectors, steering_layers, steering_vectors
 from .routes import VLLM_PLUGIN, VLLM_STOCK, serving_routes
 from .stock_checkpoint import bias_ready_checkpoint, check_output_dir, find_tokenizer
-from .vectors import active_vectors, set_steering_vectors, steering_layers, steering_vectors
-from .vllm_plugin import PREFIX, VECTOR
+from .vllm import PREFIX, VECTOR
 
 
 if TYPE_CHECKING:

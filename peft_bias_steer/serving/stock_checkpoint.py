@@ -13,9 +13,9 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .residual import MergeSite, find_layers, merge_sites, residual_width
-from .stock_forms import StockForm, find_stock_form
-from .vectors import check_adapters, steering_layers, unwrap
+from ..residual import MergeSite, find_layers, merge_sites, residual_width
+from ..stock_forms import StockForm, find_stock_form
+from ..vectors import check_adapters, steering_layers, unwrap
 
 
 logger = logging.get_logger(__name__)

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from .config import BiasSteerConfig
-from .residual import find_layers, merge_sites
+from ..config import BiasSteerConfig
+from ..residual import find_layers, merge_sites
+from ..stock_forms import StockForm, find_stock_form, why_no_stock_form
+from ..vectors import load_vectors
 from .stock_checkpoint import why_no_merge_site, zero_biased_weights
-from .stock_forms import StockForm, find_stock_form, why_no_stock_form
-from .vectors import load_vectors
-from .vllm_plugin import PREFIX, STEERED_ARCHITECTURES
+from .vllm import PREFIX, STEERED_ARCHITECTURES
 
 
 if TYPE_CHECKING:
