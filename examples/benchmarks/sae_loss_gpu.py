@@ -139,7 +139,8 @@ def measure(forms: dict, inputs: list, rounds: int) -> dict:
             run(form, inputs)
             times[name], measured[name] = [], peak_memory(form, inputs)
         except Exception as error:  # the row says what happened; the other forms are still measured
-            measured[name] = "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"failed: {error!r:.80}"
+            reasons = {torch.OutOfMemoryError: "out of memory", NotImplementedError: "no backward in torch"}
+            measured[name] = reasons.get(type(error), f"failed: {error!r:.80}")
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     for _ in range(rounds):

@@ -40,13 +40,11 @@ import torch  # noqa: E402
 
 from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel  # noqa: E402
 from hf_hierarchical_sae.modeling_hierarchical_sae import topk_of_rows  # noqa: E402
-from hf_hierarchical_sae.screened_encoder import screened_topk  # noqa: E402
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LEARNING_RATE = 1e-3
 PRECISIONS = ("bfloat16 autocast", "float32, TF32", "float32")
-SCREENED = "float32, screened in bfloat16"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -82,21 +80,6 @@ def our_step(x: torch.Tensor, k: int, d_sae: int, budgets: list | None):
         return loss.detach()
 
     return step, sae, optimizer
-
-
-def screened_step(x: torch.Tensor, k: int, d_sae: int, budgets: list | None):
-    """`our_step` whose selection is `screened_topk`'s, and which counts the inputs that fail its certificate."""
-    step, sae, _ = our_step(x, k, d_sae, budgets)
-    encoder = importlib.import_module("hf_hierarchical_sae.modeling_hierarchical_sae")._SparseEncoder
-
-    def encode_scaled(scaled, k_given):
-        centered = scaled - sae.b_dec.detach()
-        values, indices, failed = screened_topk(centered, sae.encoder_weight, sae.b_enc, k)
-        sae.failed = len(failed)
-        return indices, encoder.apply(scaled, sae.encoder_weight, sae.b_enc, sae.b_dec, values, indices)
-
-    sae._encode_scaled = encode_scaled
-    return step, lambda: f"{sae.failed} of {len(x)} inputs done again in float32"
 
 
 def sae_lens_step(x: torch.Tensor, k: int, d_sae: int):
@@ -156,11 +139,6 @@ def ours(size: tuple, emit, arguments: argparse.Namespace, *, plain: bool) -> No
         del step, sae, optimizer
         clear()
     if not plain:
-        step, note = screened_step(x, k, d_sae, budgets)
-        row = measure(step, SCREENED, batch, arguments.rounds)
-        emit(kind="step", precision=SCREENED, note=note(), **row)
-        del step, note
-        clear()
         emit(kind="selection", **selections(x, k, d_sae, arguments.rounds))
 
 
@@ -284,7 +262,7 @@ def stages(sae: HierarchicalSaeModel, optimizer: torch.optim.Optimizer, x: torch
 
 
 def selections(x: torch.Tensor, k: int, d_sae: int, rounds: int) -> dict:
-    """The encoder's selection alone, in each way: milliseconds, and the share of float64's latents that it finds."""
+    """The encoder's selection alone, in each precision: milliseconds, and the share of float64's latents that it finds."""
     weight = torch.nn.functional.normalize(torch.randn(d_sae, x.shape[1], device=DEVICE), dim=1)
     bias = torch.zeros(d_sae, device=DEVICE)
     some = x[:256]
@@ -295,11 +273,9 @@ def selections(x: torch.Tensor, k: int, d_sae: int, rounds: int) -> dict:
             return topk_of_rows(torch.nn.functional.linear(x, weight, bias), k)[1]
 
     result = {}
-    for precision in (*PRECISIONS, SCREENED):
+    for precision in PRECISIONS:
         with precision_of(precision) as autocast, torch.no_grad():
             call = functools.partial(product, autocast)
-            if precision == SCREENED:
-                call = lambda: screened_topk(x, weight, bias, k)[1]  # noqa: E731
             found = (call()[: len(some), :, None] == exact[:, None]).any(dim=1).float().mean().item()
             result[precision] = [median_ms(call, rounds), found]
     return {"ways": result}
@@ -375,10 +351,7 @@ def render(found: list[tuple[str, dict]]) -> str:
             if "ms" in row:
                 floor = f"{row['floor']:.2f}" if "floor" in row else ""
                 losses = "{:.4g} to {:.4g}".format(*row["losses"])
-                note = f"; {row['note']}" if "note" in row else ""
-                cells = (
-                    f"{row['ms']:.2f} | {row['tokens']:,.0f} | {row['peak'] / 2**30:.2f} | {floor} | {losses}{note}"
-                )
+                cells = f"{row['ms']:.2f} | {row['tokens']:,.0f} | {row['peak'] / 2**30:.2f} | {floor} | {losses}"
             lines.append(f"| {family} | {row['precision']} | {cells} |")
         columns = [row for _, row in of_size if row["kind"] == "stages"]
         if columns:

@@ -6,6 +6,7 @@ Triton decides when it is first imported whether kernels are interpreted or comp
 decides it, the tests of each kind run in a process of their own, which `test_interpreter_and_compiler` starts.
 """
 
+import gc
 import os
 import re
 import subprocess
@@ -54,9 +55,11 @@ def in_float64(inputs):
 def assert_close(result, expected, *, rtol, name=""):
     """Within `rtol` of the largest element: rounding errors are as large as the largest summand."""
     assert torch.isfinite(result).all()
-    scale = float(expected.detach().abs().max())
+    # subnormal numbers are rounded by half of the smallest of them, 2**-25 in float16, however small they are
+    subnormal = torch.finfo(result.dtype).smallest_normal * torch.finfo(result.dtype).eps / 2
+    atol = rtol * float(expected.detach().abs().max()) + subnormal
     torch.testing.assert_close(
-        result.double(), expected.double(), rtol=0, atol=rtol * scale, msg=lambda text: f"{name}: {text}"
+        result.double(), expected.double(), rtol=0, atol=atol, msg=lambda text: f"{name}: {text}"
     )
 
 
@@ -77,7 +80,7 @@ def assert_equal_to_reference(inputs, *, rtol=1e-5, rtol_gradients=1e-5, **optio
 
 @alone
 @pytest.mark.slow
-@pytest.mark.parametrize("process, interpret, tests", [("interpreter", "1", 45), ("compiler", "0", 28)])
+@pytest.mark.parametrize("process, interpret, tests", [("interpreter", "1", 42), ("compiler", "0", 28)])
 def test_interpreter_and_compiler(process, interpret, tests, tmp_path):
     environment = {
         "TRITON_TEST_PROCESS": process,
@@ -377,24 +380,6 @@ def test_tangent_gradient_equals_float64(dtype, d_sae, d_in):
 
 
 @interpreted
-@pytest.mark.parametrize("batch, k, d_sae, d_in", [(3, 5, 7, 300), (1, 1, 1, 1), (2, 9, 20, 1100)])
-def test_the_screened_encoder_s_kernels_equal_torch(batch, k, d_sae, d_in):
-    from hf_hierarchical_sae.screened_encoder_triton import halve_triton, scores_triton
-
-    places, _, weight, _, x = (tensor.detach() for tensor in make_inputs(batch, k, d_sae, d_in))
-    bias = torch.randn(d_sae)
-
-    half, squares, squared_errors = halve_triton(weight)
-
-    # The interpreter truncates where GPUs round to the nearest: what counts is that the errors are those of this half.
-    assert ((weight - half.float()).abs() <= 2**-7 * weight.abs()).all()
-    assert_close(squares, weight.double().square().sum(dim=1), rtol=1e-5)
-    assert_close(squared_errors, (weight.double() - half.double()).square().sum(dim=1), rtol=1e-5)
-    expected = (x.double() @ weight.double().T + bias.double()).gather(1, places)
-    assert_close(scores_triton(x, weight, bias, places), expected, rtol=1e-5)
-
-
-@interpreted
 def test_a_training_step_with_every_kernel_equals_the_torch_form(monkeypatch):
     from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, hierarchical_topk_loss
     from hf_hierarchical_sae import modeling_hierarchical_sae as modeling
@@ -422,7 +407,6 @@ def compile_launches(monkeypatch, target, *, batch, k, d_sae, d_in, dtype):
     from triton.compiler import ASTSource
 
     from hf_hierarchical_sae import hierarchical_topk_loss_triton as module
-    from hf_hierarchical_sae import screened_encoder_triton as screened
     from hf_hierarchical_sae import sparse_encoder_triton as encoder
 
     types = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int64": "*i64"}
@@ -440,7 +424,7 @@ def compile_launches(monkeypatch, target, *, batch, k, d_sae, d_in, dtype):
         signature |= dict.fromkeys(constants, "constexpr")
         launched[kernel.__name__, str(attributes)] = ASTSource(kernel, signature, constants, attributes)
 
-    for each in (module, encoder, screened):
+    for each in (module, encoder):
         monkeypatch.setattr(each, "launch", record)
     values, W_dec = torch.ones(batch, k, dtype=dtype), torch.empty(d_sae, d_in, dtype=dtype)
     indices, b_dec, target_ = torch.zeros(batch, k, dtype=torch.int64), W_dec[0], torch.empty(batch, d_in, dtype=dtype)
@@ -448,8 +432,6 @@ def compile_launches(monkeypatch, target, *, batch, k, d_sae, d_in, dtype):
     module._backward(indices, values, W_dec, residual, torch.ones(k), None, True, True)
     encoder.encoder_gradient_triton(indices, values.float(), residual, b_dec, W_dec)
     encoder.tangent_gradient_triton_(W_dec, W_dec)
-    screened.halve_triton(W_dec)
-    screened.scores_triton(residual, W_dec, b_dec, indices)
     options = {"num_warps": 1}
     return {
         key: triton.compile(source, target=GPUTarget(*target), options=options) for key, source in launched.items()
@@ -494,7 +476,7 @@ def spilled_bytes(kernel):
 def test_kernels_compile_and_fit(monkeypatch, target, shared_memory, batch, k, d_sae, d_in, dtype):
     kernels = compile_launches(monkeypatch, target, batch=batch, k=k, d_sae=d_sae, d_in=d_in, dtype=dtype)
 
-    names = ("forward", "suffix", "latent", "encoder", "tangent", "halve", "scores")
+    names = ("forward", "suffix", "latent", "encoder", "tangent")
     assert {name for name, _ in kernels} == {f"_{name}_kernel" for name in names}
     for kernel in kernels.values():
         assert kernel.metadata.shared <= shared_memory
@@ -592,8 +574,15 @@ def test_memory_on_a_gpu_does_not_grow_with_k():
         assert used < 1.5 * gradient + 8 * residual + 64 * 4096 * k
 
 
+def free_gpu_memory():
+    """What earlier tests left in torch's cache, which other processes on the card lack."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 @pytest.mark.gpu
 def test_a_dictionary_beyond_32_bit_offsets_on_a_gpu():
+    free_gpu_memory()
     d_sae, used = 2**20, 64
     indices, values, W_used, b_dec, target = make_inputs(256, 16, used, 2304, dtype=torch.bfloat16, device="cuda")
     latents = torch.arange(used, device="cuda") * (d_sae // used) + d_sae // used - 1

@@ -1,5 +1,6 @@
 """The benchmark of the loss: what it says without a GPU, its dry run, and its table with a GPU."""
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -62,10 +63,15 @@ def test_dry_run_has_a_time_for_every_form(tmp_path):
 
 @pytest.mark.gpu
 def test_table_has_a_time_for_every_form(tmp_path):
+    # the script is a process of its own, which lacks what earlier tests left in torch's cache
+    gc.collect()
+    torch.cuda.empty_cache()
     sizes = ["--k", "4", "8", "--batch_size", "64", "--d_sae", "512", "--d_in", "96", "--rounds", "3"]
     done = run_script(*sizes, "--output", str(tmp_path / "table.md"))
     rows = table_rows(tmp_path / "table.md")
 
     assert done.returncode == 0, done.stderr
     assert len([row for row in rows if "compiled" not in row[2]]) == 2 * 2 * 4
-    assert all(float(row[3]) > 0 for row in rows)
+    without_time = {(row[0].strip(), row[2].strip()) for row in rows if row[3].strip() == "no backward in torch"}
+    assert without_time <= {("bfloat16", "TopK, `embedding_bag`")}
+    assert all(float(row[3]) > 0 for row in rows if (row[0].strip(), row[2].strip()) not in without_time)
