@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo demo-steer demo-sae demo-rebased model browser test test-serving test-peft quality style bench clean
+.PHONY: help gpu gpu-tests gpu-rebased gpu-sae gpu-steer gpu-train demo demo-steer demo-sae demo-rebased model browser test test-serving test-peft quality style bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -79,6 +79,32 @@ test-serving: $(VENV_VLLM)/.installed $(VENV_LLAMA_CPP)/.installed $(OUT)/steer/
 
 test-peft: $(VENV)/.installed-dev  ## Run PEFT's own tests of its tuners on BiasSteer (a minute)
 	$(BIN)/python -m tests.peft_bias_steer.peft_suite
+
+# A machine with a card may have its own Python and no package index: what is installed there is used as it is.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+PART ?= tests rebased sae steer train
+gpu-%: export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
+
+gpu: $(PART:%=gpu-%)  ## All that needs a CUDA GPU, or PART="tests rebased sae steer train"; results in outputs/gpu
+
+gpu-tests:
+	$(GPU_PYTHON) -m pytest -q -m gpu -n 2 --durations 10 tests/hf_based_kernel tests/hf_hierarchical_sae tests/peft_bias_steer
+
+gpu-rebased:
+	$(GPU_PYTHON) examples/benchmarks/rebased_attention_gpu.py --output_dir $(OUT)/gpu
+
+gpu-sae:
+	mkdir -p $(OUT)/gpu
+	$(GPU_PYTHON) examples/benchmarks/sae_loss_gpu.py --output $(OUT)/gpu/sae_loss.md
+	$(GPU_PYTHON) examples/benchmarks/sae_step_gpu.py --output $(OUT)/gpu/sae_step.md
+
+gpu-steer:
+	$(GPU_PYTHON) examples/benchmarks/bias_steer_gpu.py --output_dir $(OUT)/gpu
+
+gpu-train:
+	$(GPU_PYTHON) examples/peft_bias_steer/train_grpo.py --model $(MODEL) --output_dir $(OUT)/gpu/steer
+	$(GPU_PYTHON) examples/hf_hierarchical_sae/train_sae.py --model $(MODEL) --output_dir $(OUT)/gpu/sae
+	$(GPU_PYTHON) examples/hf_based_kernel/train_associative_recall.py --output_dir $(OUT)/gpu/recall
 
 browser:  ## Headless Chromium, which the dashboard's tests need (Debian or Ubuntu, as root)
 	command -v chromium && command -v chromedriver || { apt-get update -qq && \

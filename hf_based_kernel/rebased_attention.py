@@ -13,7 +13,6 @@ They share one signature, `form(q, k, v, *, scale, eps, initial_state, return_st
 chunk_size, coefficients)`, and one layout of the state, which `rebased_features.py` describes.
 """
 
-import functools
 import importlib.util
 
 import torch
@@ -32,9 +31,12 @@ from .rebased_features import (
 )
 
 
-@functools.cache
+# Asked once, at import: torch.compile cannot trace the question.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
 def is_triton_available() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 def rebased_attention(

@@ -13,6 +13,7 @@ try:
 except ImportError as error:
     raise ImportError("backend='triton' needs triton: pip install triton, or use backend='torch'") from error
 
+from .rebased_features import packed_size, state_size
 from .rebased_kernels_triton import (
     deltas_kernel,
     forward_kernel,
@@ -25,6 +26,19 @@ from .rebased_kernels_triton import (
 
 # Each copy of this module (the package, a checkpoint's remote code) registers its operators under its own name.
 NAMESPACE = re.sub(r"\W", "_", __name__)
+# (is float32, kernel) -> tokens of a block, rows of a state that are read at a time, warps, pipeline stages.
+SIZES = {
+    (False, "span_sums"): (32, 64, 4, 3),
+    (False, "forward"): (64, 32, 4, 3),
+    (False, "query_gradient"): (64, 32, 4, 3),
+    (False, "key_value_gradient"): (64, 32, 4, 3),
+    (True, "span_sums"): (16, 64, 8, 2),
+    (True, "forward"): (32, 16, 8, 2),
+    (True, "query_gradient"): (16, 16, 4, 2),
+    (True, "key_value_gradient"): (16, 16, 4, 2),
+}
+# The backward pass has more scores to form for each state that it reads.
+SPAN_TOKENS = {"forward": 512, "backward": 256}
 
 
 def rebased_attention_triton(
@@ -51,10 +65,7 @@ def rebased_attention_triton(
         raise ValueError(
             f'backend="triton" takes float32, bfloat16 or float16, got {q.dtype}; cast the inputs or use backend="torch"'
         )
-    batch_size, seq_len, num_heads, feature_dim = q.shape
-    chunk = _chunk_tokens(chunk_size, q.dtype)
-    value_blocks = triton.cdiv(v.shape[-1], _value_block(feature_dim, v.shape[-1]))
-    out, _, state, _ = _forward(
+    out, _, state = _forward(
         q,
         k,
         v,
@@ -64,8 +75,8 @@ def rebased_attention_triton(
         scale,
         eps,
         list(coefficients),
-        chunk,
-        _span_tokens(batch_size * num_heads * value_blocks, seq_len, chunk, q.device),
+        chunk_size,
+        return_state,
     )
     return (out, state) if return_state else out
 
@@ -81,44 +92,39 @@ def _code_segments(attention_mask, segment_ids):
     return segments if attention_mask is None else torch.where(attention_mask, segments, -1 - segments)
 
 
-def _chunk_tokens(chunk_size, dtype):
-    # The most for which the state of D=16, V=64 stays in the registers of an H100 (float32 spills some at any size).
-    largest = 16 if dtype == torch.float32 else 32
-    return largest if chunk_size is None else min(max(triton.next_power_of_2(chunk_size), 16), largest)
+def _sizes(q, kernel):
+    """Tokens of a block, warps and pipeline stages of a kernel, for this dtype and device."""
+    block, rows, warps, stages = SIZES[q.dtype == torch.float32, kernel] if q.is_cuda else (16, 16, 4, 2)
+    return {"C": block, "R": rows, "num_warps": warps, "num_stages": stages}
 
 
-def _state_rows(feature_dim, coefficients):
-    return feature_dim * (feature_dim // 2 + 1) + feature_dim * (coefficients[1] != 0) + (coefficients[0] != 0)
+def _span_tokens(chunk_size, q, direction):
+    """Tokens of a span: `chunk_size`, or what costs least, in whole blocks of every kernel."""
+    block = max(_sizes(q, kernel)["C"] for _, kernel in SIZES)
+    if chunk_size is None:
+        chunk_size = SPAN_TOKENS[direction] if q.is_cuda else 2 * block
+    return triton.cdiv(min(chunk_size, q.shape[1]), block) * block
 
 
-def _row_starts(rows):
-    """Powers of two, 16 (the least that a tensor core takes) to 128, that cover the rows: 144 -> (0, 128, 144)."""
+def _row_starts(rows, largest):
+    """Powers of two, 16 (the least that a tensor core takes) to `largest`, that cover the rows: 144 -> (0, 128, 144)."""
     starts = [0]
     while starts[-1] < rows:
         left = rows - starts[-1]
-        starts.append(starts[-1] + min(max(1 << (left.bit_length() - 1), 16), 128))
+        starts.append(starts[-1] + min(max(1 << (left.bit_length() - 1), 16), largest))
     return tuple(starts)
 
 
 def _value_block(feature_dim, head_dim):
     # At most 64 registers a thread for the state.
     block = 64
-    while block > 16 and feature_dim * (feature_dim // 2 + 1) * block > 128 * 128:
+    while block > 16 and packed_size(feature_dim) * block > 128 * 128:
         block //= 2
     return min(block, max(triton.next_power_of_2(head_dim), 16))
 
 
-def _span_tokens(programs, seq_len, chunk, device):
-    """Tokens of a span: the whole sequence, or, where the programs leave half of the device idle, a part of it."""
-    units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    chunks = triton.cdiv(seq_len, chunk)
-    # Below 8 chunks a span, the state's way through memory costs more than the idle units.
-    spans = max(min(units // programs, chunks // 8), 1)
-    return triton.cdiv(chunks, spans) * chunk
-
-
-def _constants(q, v, segments, coefficients, chunk):
-    """Compile-time arguments that all kernels over chunks share."""
+def _constants(q, v, segments, coefficients):
+    """Compile-time arguments that all kernels over blocks share."""
     feature_dim = q.shape[-1]
     half_precision = "ieee" if torch.version.hip else "tf32"
     full_precision = "ieee" if torch.version.hip else "tf32x3"
@@ -126,61 +132,57 @@ def _constants(q, v, segments, coefficients, chunk):
         "H": q.shape[2],
         "SEGMENTED": segments is not None,
         "V": v.shape[-1],
-        "P": _state_rows(feature_dim, coefficients),
-        "KERNEL": (feature_dim, max(triton.next_power_of_2(feature_dim), 16), *coefficients),
-        "STARTS": _row_starts(_state_rows(feature_dim, coefficients)),
-        "C": chunk,
+        "P": state_size(feature_dim, coefficients),
+        "KERNEL": (feature_dim, max(triton.next_power_of_2(feature_dim), 16), *coefficients, packed_size(feature_dim)),
         "BV": _value_block(feature_dim, v.shape[-1]),
         # Squared scores leave the range of float16. The interpreter (CPU) multiplies bfloat16 as if it were integers.
         "OPERAND": tl.bfloat16 if q.dtype == torch.bfloat16 and q.is_cuda else tl.float32,
         "PRECISION": full_precision if q.dtype == torch.float32 else half_precision,
-        "num_warps": 4 if torch.version.hip else 8,
-        "num_stages": 2,
     }
 
 
-def _empty_states(q, v, coefficients, *spans):
-    rows = _state_rows(q.shape[-1], coefficients)
-    return q.new_empty((q.shape[0], q.shape[2], *spans, rows, v.shape[-1] + 1), dtype=torch.float32)
-
-
-def _span_states(x, values, denominators, deltas, boundary, segments, scale, constants, *, span_tokens, of_queries):
-    """(batch, num_heads, spans, rows, head_dim + 1): the state before each span, or its gradient after each span."""
+def _span_states(x, values, denominators, deltas, boundary, segments, scale, constants, span_tokens, *, of_queries):
+    """
+    The state before each span, as sums and totals, and that after the last; or the gradients after each, and the first.
+    """
     batch_size, seq_len, num_heads, _ = x.shape
-    spans = triton.cdiv(seq_len, span_tokens)
-    states = _empty_states(x, values, constants["KERNEL"][2:], spans)
-    rows, columns = states.shape[-2:]
-    grid = (batch_size * num_heads, triton.cdiv(values.shape[-1], constants["BV"]), spans)
-    span_sums_kernel[grid](
+    sizes = _sizes(x, "span_sums")
+    starts = _row_starts(constants["P"], sizes.pop("R"))
+    spans, rows, columns = triton.cdiv(seq_len, span_tokens), constants["P"], constants["V"]
+    leading = (batch_size, num_heads, spans)
+    sums_of_spans = x.new_empty((*leading, rows * (columns + 1)), dtype=torch.float32)
+    if constants["OPERAND"] == tl.bfloat16:
+        states = x.new_empty((*leading, 2, rows, columns), dtype=torch.bfloat16)
+    else:
+        states = x.new_empty((*leading, rows, columns), dtype=torch.float32)
+    totals = x.new_empty((*leading, rows), dtype=torch.float32)
+    result = x.new_empty((batch_size, num_heads, rows, columns + 1), dtype=torch.float32)
+    span_sums_kernel[(batch_size * num_heads * spans, triton.cdiv(columns, constants["BV"]))](
         x,
         values,
         x if segments is None else segments,
-        states if denominators is None else denominators,
-        states if deltas is None else deltas,
-        states,
+        totals if denominators is None else denominators,
+        totals if deltas is None else deltas,
+        sums_of_spans,
         scale,
         seq_len,
         span_tokens,
-        **constants | {"OF_QUERIES": of_queries},
+        **constants | sizes | {"OF_QUERIES": of_queries, "STARTS": starts},
     )
-    flags = {
-        "H": num_heads,
-        "SEGMENTED": segments is not None,
-        "HAS_STATE": boundary is not None,
-        "OF_QUERIES": of_queries,
-        "BLOCK": 1024,
-    }
-    scan_kernel[(grid[0], triton.cdiv(rows * columns, 1024))](
+    shared = {name: constants[name] for name in ("H", "V", "P", "SEGMENTED", "OPERAND")}
+    scan_kernel[(batch_size * num_heads, triton.cdiv(rows * (columns + 1), 1024))](
+        sums_of_spans,
         states,
-        states if boundary is None else boundary,
+        totals,
+        totals if boundary is None else boundary.contiguous(),
+        result,
         x if segments is None else segments,
         seq_len,
         span_tokens,
         spans,
-        rows * columns,
-        **flags,
+        **shared | {"HAS_STATE": boundary is not None, "OF_QUERIES": of_queries, "BLOCK": 1024, "AHEAD": 8},
     )
-    return states
+    return states, totals, result
 
 
 @torch.library.custom_op(f"{NAMESPACE}::forward", mutates_args=())
@@ -193,50 +195,57 @@ def _forward(
     scale: float,
     eps: float,
     coefficients: list[float],
-    chunk: int,
-    span_tokens: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output, denominators (batch, seq, num_heads), final state, and the states before each span if there are several."""
-    out, denominators, final_state, states = _empty_results(
-        q, k, v, initial_state, segments, scale, eps, coefficients, chunk, span_tokens
-    )
+    chunk_size: int | None,
+    return_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, denominators (batch, seq, num_heads), and the final state, which is empty if it is not wanted."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    batch_size, seq_len, num_heads, _ = q.shape
-    spans = triton.cdiv(seq_len, span_tokens)
-    constants = _constants(q, v, segments, coefficients, chunk)
+    out, denominators, final_state = _empty_results(
+        q, k, v, initial_state, segments, scale, eps, coefficients, chunk_size, return_state
+    )
+    span_tokens = _span_tokens(chunk_size, q, "forward")
+    constants, states, totals = _constants(q, v, segments, coefficients), None, None
     with torch.cuda.device_of(q):
-        before = None if initial_state is None else initial_state.contiguous()
-        if spans > 1:
-            before = states = _span_states(
-                k, v, None, None, before, segments, 1.0, constants, span_tokens=span_tokens, of_queries=False
+        if initial_state is not None or return_state or q.shape[1] > span_tokens:
+            states, totals, last = _span_states(
+                k, v, None, None, initial_state, segments, 1.0, constants, span_tokens, of_queries=False
             )
-        forward_kernel[(batch_size * num_heads, triton.cdiv(v.shape[-1], constants["BV"]), spans)](
+            final_state = last if return_state else final_state
+        sizes = _sizes(q, "forward")
+        forward_kernel[_blocks(q, v, sizes)](
             q,
             k,
             v,
             q if segments is None else segments,
-            denominators if before is None else before,
+            denominators if states is None else states,
+            denominators if totals is None else totals,
             out,
             denominators,
-            final_state,
             scale,
             eps,
-            seq_len,
+            q.shape[1],
             span_tokens,
-            **constants | {"HAS_STATE": before is not None},
+            **constants | sizes | {"HAS_STATE": states is not None},
         )
-    return out, denominators, final_state, states
+    return out, denominators, final_state
 
 
 @_forward.register_fake
-def _empty_results(q, k, v, initial_state, segments, scale, eps, coefficients, chunk, span_tokens):
-    spans = triton.cdiv(q.shape[1], span_tokens)
+def _empty_results(q, k, v, initial_state, segments, scale, eps, coefficients, chunk_size, return_state):
+    rows = state_size(q.shape[-1], coefficients)
+    state_shape = (q.shape[0], q.shape[2], rows, v.shape[-1] + 1) if return_state else (0,)
     return (
         torch.empty_like(v, memory_format=torch.contiguous_format),
         q.new_empty(q.shape[:3], dtype=torch.float32),
-        _empty_states(q, v, coefficients),
-        _empty_states(q, v, coefficients, spans if spans > 1 else 0),
+        q.new_empty(state_shape, dtype=torch.float32),
     )
+
+
+def _blocks(q, v, sizes):
+    """The grid of the kernels over blocks of tokens: neighbours share a span, and so its state."""
+    batch_size, seq_len, num_heads, feature_dim = q.shape
+    value_blocks = triton.cdiv(v.shape[-1], _value_block(feature_dim, v.shape[-1]))
+    return batch_size * num_heads * triton.cdiv(seq_len, sizes["C"]), value_blocks
 
 
 @torch.library.custom_op(f"{NAMESPACE}::backward", mutates_args=())
@@ -250,68 +259,60 @@ def _backward(
     segments: torch.Tensor | None,
     out: torch.Tensor,
     denominators: torch.Tensor,
-    states: torch.Tensor,
     scale: float,
     coefficients: list[float],
-    chunk: int,
-    span_tokens: int,
+    chunk_size: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v and the initial state."""
+    """Gradients of q, k, v and the initial state; the last is empty if there is none."""
     q, k, v, grad_out = q.contiguous(), k.contiguous(), v.contiguous(), grad_out.contiguous()
-    batch_size, seq_len, num_heads, _ = q.shape
-    constants = _constants(q, v, segments, coefficients, chunk)
-    spans, blocks = triton.cdiv(seq_len, span_tokens), triton.cdiv(v.shape[-1], constants["BV"])
-    grid = (batch_size * num_heads, blocks, spans)
+    span_tokens = _span_tokens(chunk_size, q, "backward")
+    constants = _constants(q, v, segments, coefficients)
+    of_queries, of_keys = _sizes(q, "query_gradient"), _sizes(q, "key_value_gradient")
+    _, blocks = _blocks(q, v, of_queries)
     # Several value blocks each have a part of these.
     grad_q, grad_k = (
         torch.empty_like(x) if blocks == 1 else x.new_empty((blocks, *x.shape), dtype=torch.float32) for x in (q, k)
     )
-    grad_v, grad_initial = torch.empty_like(v), _empty_states(q, v, coefficients)
+    grad_v, grad_initial = torch.empty_like(v), q.new_empty(0, dtype=torch.float32)
     deltas = torch.empty_like(denominators)
-    before, after = states, grad_state
-    if spans == 1:
-        before = None if initial_state is None else initial_state.contiguous()
+    before, after, totals_before, totals_after = None, None, deltas, deltas
+    has_spans = q.shape[1] > span_tokens
     with torch.cuda.device_of(q):
-        block = {"R": 64, "BV": 64}
-        deltas_kernel[(triton.cdiv(deltas.numel(), 64),)](grad_out, out, deltas, deltas.numel(), v.shape[-1], **block)
-        if grad_state is not None:
-            after = grad_state.contiguous()
-        if spans > 1:
-            after = _span_states(
-                q,
-                grad_out,
-                denominators,
-                deltas,
-                after,
-                segments,
-                scale,
-                constants,
-                span_tokens=span_tokens,
-                of_queries=True,
+        deltas_kernel[(triton.cdiv(deltas.numel(), 64),)](
+            grad_out, out, deltas, deltas.numel(), v.shape[-1], R=64, BV=64
+        )
+        if initial_state is not None or has_spans:
+            before, totals_before, _ = _span_states(
+                k, v, None, None, initial_state, segments, 1.0, constants, span_tokens, of_queries=False
             )
-        sizes = (scale, seq_len, span_tokens)
-        inputs = (q, k, v, q if segments is None else segments)
-        query_gradient_kernel[grid](
+        if initial_state is not None or grad_state is not None or has_spans:
+            after, totals_after, first = _span_states(
+                q, grad_out, denominators, deltas, grad_state, segments, scale, constants, span_tokens, of_queries=True
+            )
+            grad_initial = grad_initial if initial_state is None else first
+        inputs, sizes = (q, k, v, q if segments is None else segments), (scale, q.shape[1], span_tokens, q.numel())
+        query_gradient_kernel[_blocks(q, v, of_queries)](
             *inputs,
             deltas if before is None else before,
+            totals_before,
             grad_out,
             denominators,
             deltas,
             grad_q,
             *sizes,
-            **constants | {"HAS_STATE": before is not None},
+            **constants | of_queries | {"HAS_STATE": before is not None},
         )
-        key_value_gradient_kernel[grid](
+        key_value_gradient_kernel[_blocks(q, v, of_keys)](
             *inputs,
             deltas if after is None else after,
+            totals_after,
             grad_out,
             denominators,
             deltas,
             grad_k,
             grad_v,
-            grad_initial,
             *sizes,
-            **constants | {"HAS_STATE": after is not None, "C": 16},
+            **constants | of_keys | {"HAS_STATE": after is not None},
         )
     if blocks > 1:
         grad_q, grad_k = grad_q.sum(0).to(q.dtype), grad_k.sum(0).to(k.dtype)
@@ -320,38 +321,30 @@ def _backward(
 
 @_backward.register_fake
 def _empty_gradients(
-    grad_out,
-    grad_state,
-    q,
-    k,
-    v,
-    initial_state,
-    segments,
-    out,
-    denominators,
-    states,
-    scale,
-    coefficients,
-    chunk,
-    span_tokens,
+    grad_out, grad_state, q, k, v, initial_state, segments, out, denominators, scale, coefficients, chunk_size
 ):
     gradients = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    return *gradients, _empty_states(q, v, coefficients)
+    return *gradients, q.new_empty(0, dtype=torch.float32) if initial_state is None else torch.empty_like(
+        initial_state, memory_format=torch.contiguous_format
+    )
 
 
 def _save_for_backward(ctx, inputs, output):
-    q, k, v, initial_state, segments, scale, _, coefficients, chunk, span_tokens = inputs
-    out, denominators, _, states = output
-    ctx.mark_non_differentiable(denominators, states)
+    q, k, v, initial_state, segments, scale, _, coefficients, chunk_size, _ = inputs
+    out, denominators, _ = output
+    ctx.mark_non_differentiable(denominators)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, initial_state, segments, out, denominators, states)
-    ctx.options = scale, coefficients, chunk, span_tokens
+    ctx.save_for_backward(q, k, v, initial_state, segments, out, denominators)
+    ctx.options = scale, coefficients, chunk_size
 
 
-def _call_backward(ctx, grad_out, _, grad_state, __):
+def _call_backward(ctx, grad_out, _, grad_state):
     q, k, v, initial_state, *others = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(v)
+    # A state that was not wanted is empty, and so is what torch.library's checks hand back for it.
+    if grad_state is not None and grad_state.numel() == 0:
+        grad_state = None
     *gradients, grad_initial = _backward(grad_out, grad_state, q, k, v, initial_state, *others, *ctx.options)
     return *gradients, None if initial_state is None else grad_initial, *(None,) * 6
 

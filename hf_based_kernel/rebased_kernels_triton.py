@@ -1,15 +1,15 @@
 """
-Triton kernels of ReBased and Taylor attention: linear in the sequence length, with the state on chip.
+Triton kernels of ReBased and Taylor attention: linear in the sequence length.
 
-B batch, L tokens, H heads, D feature_dim, V head_dim, P rows of a state (laid out as in `rebased_features.py`), N spans.
-C tokens of a chunk, BV values of a block. KERNEL is (D, padded D, c0, c1, c2) of the kernel c0 + c1 s + c2 s². A state is a
-tuple of blocks of its rows: block b has the rows STARTS[b] to STARTS[b + 1].
+B batch, L tokens, H heads, D feature_dim, V head_dim, P rows of a state, N spans. C tokens of a block, BV values of a
+block. KERNEL is (D, padded D, c0, c1, c2, number of products of two elements) of the kernel c0 + c1 s + c2 s². In memory a state is its sums of features times
+values (P, V), as float32 or as a bfloat16 number and the bfloat16 rest (2, P, V), and its sums of features (P).
 
-A program owns one (batch, head, value block), walks its chunks and keeps the state in registers between them. Chunk states
-in memory (written, scanned and read: 0.23 GB at B=8 H=12 L=4096 D=16 V=64 C=256) would cost more than the 0.13 GB of inputs
-and outputs. Where that leaves half of the device idle, the sequence is cut into N spans: one kernel sums every span on its
-own, a second turns the sums into the states before each span, and the spans then run side by side. It is not done sooner
-because it repeats the sums over the keys, a third of the work.
+The sequence is cut into spans. `span_sums_kernel` sums the features of every span on its own, `scan_kernel` turns the sums
+into the state before each span (or, for the backward pass, its gradient after each span), and then every block of tokens
+is worked on by itself: through the scores within its span, through the state for all that came before. A span of S tokens
+costs S / 2 scores a token and 4 P (V + 1) / S floats of traffic for the state: at D=16, V=64 both are small beside the
+rest from S = 256 to 512. Nothing of this is kept for the backward pass, which sums the spans again.
 """
 
 try:
@@ -20,16 +20,16 @@ except ImportError as error:
 
 from .rebased_state_triton import (
     add_to_state,
+    empty_state,
     finite_rows,
-    keep_state,
     load,
     load_scalars,
     load_segments,
-    load_state,
     polynomial,
     read_state,
     read_state_backward,
     segment_of,
+    slope,
     store,
     store_state,
     zero_shift,
@@ -42,10 +42,10 @@ def forward_kernel(
     k,  # (B, L, H, D)
     v,  # (B, L, H, V)
     segments,  # (B, L)
-    states,  # (B, H, N, P, V + 1): before each span
+    states,  # (B, H, N, P, V) or (B, H, N, 2, P, V): before each span
+    totals,  # (B, H, N, P)
     out,  # (B, L, H, V)
     denominators,  # (B, L, H)
-    final_state,  # (B, H, P, V + 1)
     scale,
     eps,
     L,
@@ -56,52 +56,79 @@ def forward_kernel(
     SEGMENTED: tl.constexpr,
     HAS_STATE: tl.constexpr,
     KERNEL: tl.constexpr,
-    STARTS: tl.constexpr,
+    R: tl.constexpr,
     C: tl.constexpr,
     BV: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    batch_head, span, spans = tl.program_id(0).to(tl.int64), tl.program_id(2), tl.num_programs(2)
-    token, head = batch_head // H * L, batch_head % H
+    batch_head, start, first_token, token, head = _block_of_program(L, span_tokens, H, C)
     column, element = tl.program_id(1) * BV + tl.arange(0, BV), tl.arange(0, KERNEL[1])
-    i = tl.arange(0, C)
-    first_token = span * span_tokens
-    stop = tl.minimum(first_token + span_tokens, L)
+    queries = load(q, token, start, head, element, L, H, KERNEL[0], C).to(OPERAND)
+    ids, _ = load_segments(segments, token, start, L, C, SEGMENTED)
 
-    state = states + (batch_head * spans + span) * P * (V + 1)
-    sums, totals = load_state(state, column, V, P, BV, STARTS, HAS_STATE)
-    carried = segment_of(segments, token, tl.maximum(first_token - 1, 0), SEGMENTED)
-    for start in range(first_token, stop, C):
-        shift = zero_shift(start, KERNEL, OPERAND)
-        queries = load(q, token, start, head, element, L, H, KERNEL[0], C).to(OPERAND)
-        keys = load(k, token, start, head, element, L, H, KERNEL[0], C).to(OPERAND)
-        values = load(v, token, start, head, column, L, H, V, C).to(OPERAND)
-        ids, valid = load_segments(segments, token, start, L, C, SEGMENTED)
-
-        visible = (i[:, None] >= i[None, :]) & (ids[:, None] == ids[None, :]) & valid[None, :]
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
-        finite_values, finite = finite_rows(values, SEGMENTED)
-        weights = tl.where(visible, tl.where(finite[None, :], polynomial(scores, KERNEL), float("nan")), 0.0)
-        earlier, total = read_state(sums, totals, queries, scale, shift, BV, STARTS, KERNEL, PRECISION, True)
-        uses_state = ids == carried
-        total = tl.where(uses_state, total, 0.0) + tl.sum(weights, axis=1) + eps
-        value = tl.where(uses_state[:, None], earlier, 0.0)
-        value = tl.dot(weights.to(OPERAND), finite_values, acc=value, input_precision=PRECISION)
-        store(out, value / total[:, None], token, start, head, column, L, H, V, C)
-        at = denominators + (token + start + i) * H + head
-        tl.store(at, total, mask=(start + i < L) & (tl.program_id(1) == 0))
-
-        last = segment_of(segments, token, tl.minimum(start + C, L) - 1, SEGMENTED)
-        inside = valid & (ids == last)
-        sums, totals = keep_state(sums, totals, carried == last, STARTS)
-        value, total = values.to(tl.float32), inside.to(tl.float32)
-        sums, totals = add_to_state(
-            sums, totals, keys, 1.0, shift, value, total, inside, STARTS, KERNEL, PRECISION, False, SEGMENTED
+    value, total = tl.zeros([C, BV], tl.float32), tl.zeros([C], tl.float32)
+    if HAS_STATE:
+        span = _span_number(batch_head, first_token, L, span_tokens)
+        value, total = read_state(
+            value, states, totals, span, queries, column, scale, P, V, R, KERNEL, OPERAND, PRECISION, True
         )
-        carried = last
-    if span == spans - 1:
-        store_state(final_state + batch_head * P * (V + 1), sums, totals, column, V, P, STARTS)
+        if SEGMENTED:
+            uses_state = ids == segment_of(segments, token, tl.maximum(first_token - 1, 0), True)
+            value, total = tl.where(uses_state[:, None], value, 0.0), tl.where(uses_state, total, 0.0)
+    for key_start in range(first_token, start, C):
+        value, total = _attend(
+            value, total, queries, ids, k, v, segments, token, start, key_start, head, element, column, scale, L,
+            H, V, SEGMENTED, SEGMENTED, KERNEL, C, OPERAND, PRECISION,
+        )  # fmt: skip
+    value, total = _attend(
+        value, total, queries, ids, k, v, segments, token, start, start, head, element, column, scale, L,
+        H, V, True, SEGMENTED, KERNEL, C, OPERAND, PRECISION,
+    )  # fmt: skip
+    total += eps
+    store(out, value / total[:, None], token, start, head, column, L, H, V, C)
+    i = start + tl.arange(0, C)
+    tl.store(denominators + (token + i) * H + head, total, mask=(i < L) & (tl.program_id(1) == 0))
+
+
+@triton.jit
+def _attend(
+    value,
+    total,
+    queries,
+    ids,
+    k,
+    v,
+    segments,
+    token,
+    start,
+    key_start,
+    head,
+    element,
+    column,
+    scale,
+    L,
+    H: tl.constexpr,
+    V: tl.constexpr,
+    MASKED: tl.constexpr,
+    SEGMENTED: tl.constexpr,
+    KERNEL: tl.constexpr,
+    C: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The sums (C, BV) and (C) of a block of queries plus what a block of keys adds."""
+    keys = load(k, token, key_start, head, element, L, H, KERNEL[0], C).to(OPERAND)
+    values = load(v, token, key_start, head, column, L, H, V, C).to(OPERAND)
+    weights = polynomial(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale, KERNEL)
+    finite_values, finite = finite_rows(values, SEGMENTED)
+    if SEGMENTED:
+        weights = tl.where(finite[None, :], weights, float("nan"))
+    if MASKED:
+        key_ids, valid = load_segments(segments, token, key_start, L, C, SEGMENTED)
+        weights = tl.where(_visible(start, key_start, ids, key_ids, valid, C, SEGMENTED), weights, 0.0)
+    total += tl.sum(weights, axis=1)
+    return tl.dot(weights.to(OPERAND), finite_values, acc=value, input_precision=PRECISION), total
 
 
 @triton.jit
@@ -110,7 +137,8 @@ def query_gradient_kernel(
     k,  # (B, L, H, D)
     v,  # (B, L, H, V)
     segments,  # (B, L)
-    states,  # (B, H, N, P, V + 1): before each span
+    states,  # (B, H, N, P, V) or (B, H, N, 2, P, V): before each span
+    totals,  # (B, H, N, P)
     grad_out,  # (B, L, H, V)
     denominators,  # (B, L, H)
     deltas,  # (B, L, H): grad_out · out
@@ -118,62 +146,91 @@ def query_gradient_kernel(
     scale,
     L,
     span_tokens,
+    value_block_stride,
     H: tl.constexpr,
     V: tl.constexpr,
     P: tl.constexpr,
     SEGMENTED: tl.constexpr,
     HAS_STATE: tl.constexpr,
     KERNEL: tl.constexpr,
-    STARTS: tl.constexpr,
+    R: tl.constexpr,
     C: tl.constexpr,
     BV: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    batch_head, span, spans = tl.program_id(0).to(tl.int64), tl.program_id(2), tl.num_programs(2)
-    token, head = batch_head // H * L, batch_head % H
+    batch_head, start, first_token, token, head = _block_of_program(L, span_tokens, H, C)
     column, element = tl.program_id(1) * BV + tl.arange(0, BV), tl.arange(0, KERNEL[1])
-    i = tl.arange(0, C)
-    first_token = span * span_tokens
-    stop = tl.minimum(first_token + span_tokens, L)
-    grad_q += tl.program_id(1) * tl.num_programs(0).to(tl.int64) * L * KERNEL[0]
+    queries = load(q, token, start, head, element, L, H, KERNEL[0], C).to(OPERAND)
+    grads = load(grad_out, token, start, head, column, L, H, V, C).to(OPERAND)
+    ids, valid = load_segments(segments, token, start, L, C, SEGMENTED)
+    # The gradient of [value, total] is factor [grad_out, -delta]; one value block stands for the total.
+    delta = load_scalars(deltas, token, start, head, L, H, 0.0, C)
+    delta = tl.where(tl.program_id(1) == 0, delta, 0.0)
 
-    state = states + (batch_head * spans + span) * P * (V + 1)
-    sums, totals = load_state(state, column, V, P, BV, STARTS, HAS_STATE)
-    carried = segment_of(segments, token, tl.maximum(first_token - 1, 0), SEGMENTED)
-    for start in range(first_token, stop, C):
-        shift = zero_shift(start, KERNEL, OPERAND)
-        queries = load(q, token, start, head, element, L, H, KERNEL[0], C).to(OPERAND)
-        keys = load(k, token, start, head, element, L, H, KERNEL[0], C).to(OPERAND)
-        values = load(v, token, start, head, column, L, H, V, C).to(OPERAND)
-        grads = load(grad_out, token, start, head, column, L, H, V, C).to(OPERAND)
-        ids, valid = load_segments(segments, token, start, L, C, SEGMENTED)
-        factor = 1.0 / load_scalars(denominators, token, start, head, L, H, 1.0, C)
-        # The gradient of [value, total] is factor [grad_out, -delta]; one value block stands for the total.
-        delta = load_scalars(deltas, token, start, head, L, H, 0.0, C)
-        delta = tl.where(tl.program_id(1) == 0, delta, 0.0)
+    # Transposed: Triton 3.6 miscompiles Hopper's product of 64 rows that is 16 columns wide.
+    grad = tl.zeros([element.shape[0], C], tl.float32)
+    if HAS_STATE:
+        span = _span_number(batch_head, first_token, L, span_tokens)
+        _, grad = read_state_backward(
+            0.0, grads, -delta, states, totals, span, queries, column, scale, P, V, R, KERNEL, OPERAND, PRECISION, True, False
+        )  # fmt: skip
+        if SEGMENTED:
+            uses_state = ids == segment_of(segments, token, tl.maximum(first_token - 1, 0), True)
+            grad = tl.where(uses_state[None, :], grad, 0.0)
+    inner = tl.zeros([element.shape[0], C], tl.float32)
+    for key_start in range(first_token, start, C):
+        inner = _pull(
+            inner, queries, grads, delta, ids, k, v, segments, token, start, key_start, head, element, column, scale, L,
+            H, V, SEGMENTED, SEGMENTED, KERNEL, C, OPERAND, PRECISION,
+        )  # fmt: skip
+    inner = _pull(
+        inner, queries, grads, delta, ids, k, v, segments, token, start, start, head, element, column, scale, L,
+        H, V, True, SEGMENTED, KERNEL, C, OPERAND, PRECISION,
+    )  # fmt: skip
+    factor = 1.0 / load_scalars(denominators, token, start, head, L, H, 1.0, C)
+    grad_q += tl.program_id(1) * value_block_stride.to(tl.int64)
+    store(grad_q, tl.trans((grad + inner * scale) * factor[None, :]), token, start, head, element, L, H, KERNEL[0], C)
 
-        visible = (i[:, None] >= i[None, :]) & (ids[:, None] == ids[None, :]) & valid[None, :]
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
-        grad_scores = tl.dot(grads, tl.trans(values), input_precision=PRECISION) - delta[:, None]
-        grad_scores *= (2.0 * KERNEL[4] * scores + KERNEL[3]) * factor[:, None]
-        grad_scores = tl.where(visible, grad_scores, 0.0)
-        earlier = read_state_backward(
-            grads.to(tl.float32), -delta, sums, totals, queries, scale, shift, STARTS, KERNEL, PRECISION, True
-        )
-        grad = tl.where((ids == carried)[:, None], earlier * factor[:, None], 0.0)
-        finite_keys, _ = finite_rows(keys, SEGMENTED)
-        grad += tl.dot(grad_scores.to(OPERAND), finite_keys, input_precision=PRECISION) * scale
-        store(grad_q, grad, token, start, head, element, L, H, KERNEL[0], C)
 
-        last = segment_of(segments, token, tl.minimum(start + C, L) - 1, SEGMENTED)
-        inside = valid & (ids == last)
-        sums, totals = keep_state(sums, totals, carried == last, STARTS)
-        value, total = values.to(tl.float32), inside.to(tl.float32)
-        sums, totals = add_to_state(
-            sums, totals, keys, 1.0, shift, value, total, inside, STARTS, KERNEL, PRECISION, False, SEGMENTED
-        )
-        carried = last
+@triton.jit
+def _pull(
+    grad,
+    queries,
+    grads,
+    delta,
+    ids,
+    k,
+    v,
+    segments,
+    token,
+    start,
+    key_start,
+    head,
+    element,
+    column,
+    scale,
+    L,
+    H: tl.constexpr,
+    V: tl.constexpr,
+    MASKED: tl.constexpr,
+    SEGMENTED: tl.constexpr,
+    KERNEL: tl.constexpr,
+    C: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradient (padded D, C) of a block of queries plus what a block of keys adds, but for `scale` and the factor."""
+    keys = load(k, token, key_start, head, element, L, H, KERNEL[0], C).to(OPERAND)
+    values = load(v, token, key_start, head, column, L, H, V, C).to(OPERAND)
+    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+    grad_scores = tl.dot(grads, tl.trans(values), input_precision=PRECISION) - delta[:, None]
+    grad_scores *= slope(scores, KERNEL)
+    if MASKED:
+        key_ids, valid = load_segments(segments, token, key_start, L, C, SEGMENTED)
+        grad_scores = tl.where(_visible(start, key_start, ids, key_ids, valid, C, SEGMENTED), grad_scores, 0.0)
+    finite_keys, _ = finite_rows(keys, SEGMENTED)
+    return tl.dot(tl.trans(finite_keys), tl.trans(grad_scores.to(OPERAND)), acc=grad, input_precision=PRECISION)
 
 
 @triton.jit
@@ -182,96 +239,145 @@ def key_value_gradient_kernel(
     k,  # (B, L, H, D)
     v,  # (B, L, H, V)
     segments,  # (B, L)
-    grad_states,  # (B, H, N, P, V + 1): gradient of the state after each span
+    grad_states,  # (B, H, N, P, V) or (B, H, N, 2, P, V): gradient of the state after each span
+    grad_totals,  # (B, H, N, P)
     grad_out,  # (B, L, H, V)
     denominators,  # (B, L, H)
     deltas,  # (B, L, H): grad_out · out
     grad_k,  # (value blocks, B, L, H, D)
     grad_v,  # (B, L, H, V)
-    grad_initial,  # (B, H, P, V + 1)
     scale,
     L,
     span_tokens,
+    value_block_stride,
     H: tl.constexpr,
     V: tl.constexpr,
     P: tl.constexpr,
     SEGMENTED: tl.constexpr,
     HAS_STATE: tl.constexpr,
     KERNEL: tl.constexpr,
-    STARTS: tl.constexpr,
+    R: tl.constexpr,
     C: tl.constexpr,
     BV: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    batch_head, span, spans = tl.program_id(0).to(tl.int64), tl.program_id(2), tl.num_programs(2)
-    token, head = batch_head // H * L, batch_head % H
+    batch_head, start, first_token, token, head = _block_of_program(L, span_tokens, H, C)
     column, element = tl.program_id(1) * BV + tl.arange(0, BV), tl.arange(0, KERNEL[1])
-    i = tl.arange(0, C)
-    first_token = span * span_tokens
-    stop = tl.minimum(first_token + span_tokens, L)
+    keys = load(k, token, start, head, element, L, H, KERNEL[0], C).to(OPERAND)
+    values = load(v, token, start, head, column, L, H, V, C).to(OPERAND)
+    ids, valid = load_segments(segments, token, start, L, C, SEGMENTED)
     is_first_block = tl.program_id(1) == 0
-    grad_k += tl.program_id(1) * tl.num_programs(0).to(tl.int64) * L * KERNEL[0]
+    stop = tl.minimum(first_token + span_tokens, L)
 
-    # The state here is the gradient of the state that later tokens read, so the chunks come last to first.
-    state = grad_states + (batch_head * spans + span) * P * (V + 1)
-    sums, totals = load_state(state, column, V, P, BV, STARTS, HAS_STATE)
-    carried = segment_of(segments, token, tl.minimum(stop, L - 1), SEGMENTED)
-    chunks = (stop - first_token + C - 1) // C
-    for chunk in range(chunks):
-        start = first_token + (chunks - 1 - chunk) * C
-        shift = zero_shift(start, KERNEL, OPERAND)
-        queries = load(q, token, start, head, element, L, H, KERNEL[0], C).to(OPERAND)
-        keys = load(k, token, start, head, element, L, H, KERNEL[0], C).to(OPERAND)
-        values = load(v, token, start, head, column, L, H, V, C).to(OPERAND)
-        grads = load(grad_out, token, start, head, column, L, H, V, C).to(OPERAND)
-        ids, valid = load_segments(segments, token, start, L, C, SEGMENTED)
-        factor = 1.0 / load_scalars(denominators, token, start, head, L, H, 1.0, C)
-        delta = load_scalars(deltas, token, start, head, L, H, 0.0, C)
-
-        # Rows are keys, columns are queries.
-        visible = (i[:, None] <= i[None, :]) & (ids[:, None] == ids[None, :]) & valid[:, None]
-        scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale
-        finite_grads, finite = finite_rows(grads, SEGMENTED)
-        weights = tl.where(finite[None, :], polynomial(scores, KERNEL) * factor[None, :], float("nan"))
-        weights = tl.where(visible, weights, 0.0)
-        grad_scores = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
-        grad_scores -= tl.where(is_first_block, delta, 0.0)[None, :]
-        grad_scores *= (2.0 * KERNEL[4] * scores + KERNEL[3]) * factor[None, :]
-        grad_scores = tl.where(visible, grad_scores, 0.0)
-
-        later_v, _ = read_state(sums, totals, keys, 1.0, shift, BV, STARTS, KERNEL, PRECISION, False)
-        later_k = read_state_backward(
-            values.to(tl.float32),
-            tl.where(is_first_block & valid, 1.0, 0.0),
-            sums,
-            totals,
-            keys,
-            1.0,
-            shift,
-            STARTS,
-            KERNEL,
+    grad_value, grad_key = tl.zeros([C, BV], tl.float32), tl.zeros([element.shape[0], C], tl.float32)
+    if HAS_STATE:
+        span = _span_number(batch_head, first_token, L, span_tokens)
+        one = tl.where(is_first_block & valid, 1.0, 0.0)
+        grad_value, grad_key = read_state_backward(
+            grad_value, values, one, grad_states, grad_totals, span, keys, column, 1.0, P, V, R, KERNEL, OPERAND, PRECISION,
+            False, True,
+        )  # fmt: skip
+        in_state = valid
+        if SEGMENTED:
+            in_state = valid & (ids == segment_of(segments, token, tl.minimum(stop, L - 1), True))
+        grad_value = tl.where(in_state[:, None], grad_value, 0.0)
+        grad_key = tl.where(in_state[None, :], grad_key, 0.0)
+    inner = tl.zeros([element.shape[0], C], tl.float32)
+    grad_value, inner = _push(
+        grad_value, inner, keys, values, ids, valid, q, grad_out, segments, denominators, deltas, token, start, start,
+        head, element, column, scale, L, H, V, True, SEGMENTED, KERNEL, C, OPERAND, PRECISION,
+    )  # fmt: skip
+    for query_start in range(start + C, stop, C):
+        grad_value, inner = _push(
+            grad_value, inner, keys, values, ids, valid, q, grad_out, segments, denominators, deltas, token,
+            query_start, start, head, element, column, scale, L, H, V, SEGMENTED, SEGMENTED, KERNEL, C, OPERAND,
             PRECISION,
-            False,
-        )
-        in_state = ((ids == carried) & valid)[:, None]
-        grad = tl.where(in_state, later_v, 0.0)
-        grad = tl.dot(weights.to(OPERAND), finite_grads, acc=grad, input_precision=PRECISION)
-        store(grad_v, grad, token, start, head, column, L, H, V, C)
-        grad = tl.where(in_state, later_k, 0.0)
-        finite_queries, _ = finite_rows(queries, SEGMENTED)
-        grad += tl.dot(grad_scores.to(OPERAND), finite_queries, input_precision=PRECISION) * scale
-        store(grad_k, grad, token, start, head, element, L, H, KERNEL[0], C)
+        )  # fmt: skip
+    store(grad_v, grad_value, token, start, head, column, L, H, V, C)
+    grad_k += tl.program_id(1) * value_block_stride.to(tl.int64)
+    store(grad_k, tl.trans(grad_key + inner * scale), token, start, head, element, L, H, KERNEL[0], C)
 
-        first = segment_of(segments, token, start, SEGMENTED)
-        sums, totals = keep_state(sums, totals, carried == first, STARTS)
-        value, total, inside = grads.to(tl.float32) * factor[:, None], -delta * factor, ids == first
-        sums, totals = add_to_state(
-            sums, totals, queries, scale, shift, value, total, inside, STARTS, KERNEL, PRECISION, True, SEGMENTED
-        )
-        carried = first
-    if span == 0:
-        store_state(grad_initial + batch_head * P * (V + 1), sums, totals, column, V, P, STARTS)
+
+@triton.jit
+def _push(
+    grad_value,
+    grad_key,
+    keys,
+    values,
+    ids,
+    valid,
+    q,
+    grad_out,
+    segments,
+    denominators,
+    deltas,
+    token,
+    query_start,
+    start,
+    head,
+    element,
+    column,
+    scale,
+    L,
+    H: tl.constexpr,
+    V: tl.constexpr,
+    MASKED: tl.constexpr,
+    SEGMENTED: tl.constexpr,
+    KERNEL: tl.constexpr,
+    C: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients (C, BV), (padded D, C) of a block of values and keys plus what a block of queries adds, but for `scale`."""
+    queries = load(q, token, query_start, head, element, L, H, KERNEL[0], C).to(OPERAND)
+    grads = load(grad_out, token, query_start, head, column, L, H, V, C).to(OPERAND)
+    factor = 1.0 / load_scalars(denominators, token, query_start, head, L, H, 1.0, C)
+    delta = load_scalars(deltas, token, query_start, head, L, H, 0.0, C)
+    delta = tl.where(tl.program_id(1) == 0, delta, 0.0)
+    # Rows are keys, columns are queries. Past the end of the sequence, queries and gradients are zeros.
+    scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale
+    finite_grads, finite = finite_rows(grads, SEGMENTED)
+    weights = polynomial(scores, KERNEL) * factor[None, :]
+    if SEGMENTED:
+        weights = tl.where(finite[None, :], weights, float("nan"))
+    grad_scores = tl.dot(values, tl.trans(grads), input_precision=PRECISION) - delta[None, :]
+    grad_scores *= slope(scores, KERNEL) * factor[None, :]
+    if MASKED:
+        i = tl.arange(0, C)
+        visible = (start + i)[:, None] <= (query_start + i)[None, :]
+        if SEGMENTED:
+            query_ids, _ = load_segments(segments, token, query_start, L, C, SEGMENTED)
+            visible = visible & (ids[:, None] == query_ids[None, :]) & valid[:, None]
+        weights = tl.where(visible, weights, 0.0)
+        grad_scores = tl.where(visible, grad_scores, 0.0)
+    grad_value = tl.dot(weights.to(OPERAND), finite_grads, acc=grad_value, input_precision=PRECISION)
+    finite_queries, finite = finite_rows(queries, SEGMENTED)
+    grad_scores = tl.trans(grad_scores.to(OPERAND))
+    return grad_value, tl.dot(tl.trans(finite_queries), grad_scores, acc=grad_key, input_precision=PRECISION)
+
+
+@triton.jit
+def _block_of_program(L, span_tokens, H: tl.constexpr, C: tl.constexpr):
+    """Sequence and head, first token of the block and of its span, offset of the sequence, head."""
+    blocks = (L + C - 1) // C
+    batch_head, start = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * C
+    return batch_head, start, start // span_tokens * span_tokens, batch_head // H * L, batch_head % H
+
+
+@triton.jit
+def _span_number(batch_head, first_token, L, span_tokens):
+    return batch_head * ((L + span_tokens - 1) // span_tokens) + first_token // span_tokens
+
+
+@triton.jit
+def _visible(start, key_start, ids, key_ids, valid, C: tl.constexpr, SEGMENTED: tl.constexpr):
+    """(queries, keys): whether the query sees the key; all of a block before the query's own are earlier."""
+    i = tl.arange(0, C)
+    visible = (start + i)[:, None] >= (key_start + i)[None, :]
+    if SEGMENTED:
+        visible = visible & (ids[:, None] == key_ids[None, :]) & valid[None, :]
+    return visible
 
 
 @triton.jit
@@ -281,7 +387,7 @@ def span_sums_kernel(
     segments,  # (B, L)
     denominators,  # (B, L, H), read for queries only
     deltas,  # (B, L, H), read for queries only
-    states,  # (B, H, N, P, V + 1): what each span adds to the state
+    sums_of_spans,  # (B, H, N, P (V + 1)): what each span adds to the state
     scale,
     L,
     span_tokens,
@@ -297,63 +403,105 @@ def span_sums_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    batch_head, span, spans = tl.program_id(0).to(tl.int64), tl.program_id(2), tl.num_programs(2)
+    spans = (L + span_tokens - 1) // span_tokens
+    batch_head, first_token = (tl.program_id(0) // spans).to(tl.int64), tl.program_id(0) % spans * span_tokens
     token, head = batch_head // H * L, batch_head % H
     column, element = tl.program_id(1) * BV + tl.arange(0, BV), tl.arange(0, KERNEL[1])
-    first_token = span * span_tokens
     stop = tl.minimum(first_token + span_tokens, L)
 
-    sums, totals = load_state(states, column, V, P, BV, STARTS, False)
+    sums, totals = empty_state(BV, STARTS)
     added = segment_of(segments, token, first_token if OF_QUERIES else stop - 1, SEGMENTED)
     for start in range(first_token, stop, C):
         shift = zero_shift(start, KERNEL, OPERAND)
         rows = load(x, token, start, head, element, L, H, KERNEL[0], C).to(OPERAND)
-        value = load(values, token, start, head, column, L, H, V, C).to(tl.float32)
+        value = load(values, token, start, head, column, L, H, V, C).to(OPERAND)
         ids, valid = load_segments(segments, token, start, L, C, SEGMENTED)
         inside = valid & (ids == added)
-        total = inside.to(tl.float32)
+        weight, total = tl.full([C], 1.0, tl.float32), inside.to(tl.float32)
         if OF_QUERIES:
-            factor = 1.0 / load_scalars(denominators, token, start, head, L, H, 1.0, C)
-            total = -factor * load_scalars(deltas, token, start, head, L, H, 0.0, C)
-            value *= factor[:, None]
+            weight = 1.0 / load_scalars(denominators, token, start, head, L, H, 1.0, C)
+            total = -load_scalars(deltas, token, start, head, L, H, 0.0, C)
         sums, totals = add_to_state(
-            sums, totals, rows, scale, shift, value, total, inside, STARTS, KERNEL, PRECISION, OF_QUERIES, SEGMENTED
+            sums,
+            totals,
+            rows,
+            scale,
+            shift,
+            value,
+            weight,
+            total,
+            inside,
+            STARTS,
+            KERNEL,
+            OPERAND,
+            PRECISION,
+            OF_QUERIES,
+            SEGMENTED,
         )
-    store_state(states + (batch_head * spans + span) * P * (V + 1), sums, totals, column, V, P, STARTS)
+    state = sums_of_spans + _span_number(batch_head, first_token, L, span_tokens) * (P * (V + 1))
+    store_state(state, sums, totals, column, P, V, STARTS)
 
 
 @triton.jit
 def scan_kernel(
-    states,  # (B, H, N, size): what each span adds -> the state that its programs begin with
-    boundary,  # (B, H, size): the state before the first span, or of the gradient after the last
+    sums_of_spans,  # (B, H, N, P (V + 1)): what each span adds to the state
+    states,  # (B, H, N, P, V) or (B, H, N, 2, P, V): the state that each span's programs begin with
+    totals,  # (B, H, N, P)
+    boundary,  # (B, H, P, V + 1): the state before the first span, or the gradient of that after the last
+    result,  # (B, H, P, V + 1): the state after the last span, or the gradient of that before the first
     segments,  # (B, L)
     L,
     span_tokens,
     spans,
-    size,
     H: tl.constexpr,
+    V: tl.constexpr,
+    P: tl.constexpr,
     SEGMENTED: tl.constexpr,
     HAS_STATE: tl.constexpr,
     OF_QUERIES: tl.constexpr,
+    OPERAND: tl.constexpr,
     BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
+    size: tl.constexpr = P * (V + 1)
     batch_head = tl.program_id(0).to(tl.int64)
     token = batch_head // H * L
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_sum = i < P * V
+    # Where number i of a span's state stands in (P, V + 1).
+    outside = batch_head * size + tl.where(is_sum, i // V * (V + 1) + i % V, (i - P * V) * (V + 1) + V)
     state = tl.zeros([BLOCK], tl.float32)
     if HAS_STATE:
-        state = tl.load(boundary + batch_head * size + i, mask=i < size, other=0.0)
-    for step in range(spans):
-        span = spans - 1 - step if OF_QUERIES else step
-        before = tl.maximum(span * span_tokens - 1, 0)
-        last = tl.minimum((span + 1) * span_tokens, L) - 1
-        if OF_QUERIES:
-            before, last = tl.minimum(last + 1, L - 1), span * span_tokens
-        at = states + (batch_head * spans + span) * size + i
-        added = tl.load(at, mask=i < size, other=0.0)
-        tl.store(at, state, mask=i < size)
-        kept = segment_of(segments, token, before, SEGMENTED) == segment_of(segments, token, last, SEGMENTED)
-        state = tl.where(kept, state, 0.0) + added
+        state = tl.load(boundary + outside, mask=i < size, other=0.0)
+    for first_step in range(0, spans, AHEAD):
+        # Read before any is written: the reads do not wait for one another.
+        added = ()
+        for j in tl.static_range(AHEAD):
+            ahead = batch_head * spans + (spans - 1 - first_step - j if OF_QUERIES else first_step + j)
+            added = added + (
+                tl.load(sums_of_spans + ahead * size + i, mask=(i < size) & (first_step + j < spans), other=0.0),
+            )
+        for j in tl.static_range(AHEAD):
+            if first_step + j < spans:
+                span = spans - 1 - first_step - j if OF_QUERIES else first_step + j
+                number = batch_head * spans + span
+                tl.store(totals + number * P + i - P * V, state, mask=(i < size) & (i >= P * V))
+                if tl.bfloat16 == OPERAND:
+                    high = state.to(tl.bfloat16)
+                    at = states + number * (2 * P * V) + i
+                    tl.store(at, high, mask=is_sum)
+                    tl.store(at + P * V, (state - high.to(tl.float32)).to(tl.bfloat16), mask=is_sum)
+                else:
+                    tl.store(states + number * (P * V) + i, state, mask=is_sum)
+                if SEGMENTED:
+                    before = tl.maximum(span * span_tokens - 1, 0)
+                    last = tl.minimum((span + 1) * span_tokens, L) - 1
+                    if OF_QUERIES:
+                        before, last = tl.minimum(last + 1, L - 1), span * span_tokens
+                    kept = segment_of(segments, token, before, True) == segment_of(segments, token, last, True)
+                    state = tl.where(kept, state, 0.0)
+                state += added[j]
+    tl.store(result + outside, state, mask=i < size)
 
 
 @triton.jit

@@ -1,9 +1,10 @@
 """
 What the Triton kernels of ReBased and Taylor attention are made of: tiles of tokens, features, and the state on chip.
 
-B batch, L tokens, H heads, D feature_dim, V head_dim, P rows of a state (laid out as in `rebased_features.py`), N spans.
-C tokens of a chunk, BV values of a block. KERNEL is (D, padded D, c0, c1, c2) of the kernel c0 + c1 s + c2 s². A state is a
-tuple of blocks of its rows: block b has the rows STARTS[b] to STARTS[b + 1].
+B batch, L tokens, H heads, D feature_dim, V head_dim, P rows of a state (`rebased_features.py` lists them), N spans.
+C tokens of a block, BV values of a block. KERNEL is (D, padded D, c0, c1, c2, number of products of two elements) of the
+kernel c0 + c1 s + c2 s². A state is made in blocks of its rows, of which block b has the rows STARTS[b] to STARTS[b + 1],
+and read R rows at a time.
 
 Features are products of two elements of x. Both factors are picked from x by a matrix product with 0/1 selectors, which is
 exact for half precision, needs no gather, and whose transpose carries the gradient back.
@@ -22,25 +23,28 @@ def polynomial(scores, KERNEL: tl.constexpr):
 
 
 @triton.jit
+def slope(scores, KERNEL: tl.constexpr):
+    return 2.0 * KERNEL[4] * scores + KERNEL[3]
+
+
+@triton.jit
 def zero_shift(start, KERNEL: tl.constexpr, OPERAND: tl.constexpr):
     """Zero. It depends on the chunk where selectors are large, so that they are made anew and not kept on the chip."""
     return tl.minimum(start, 0) if KERNEL[1] > 16 or tl.float32 == OPERAND else 0
 
 
 @triton.jit
-def _degrees(shift, b: tl.constexpr, STARTS: tl.constexpr, KERNEL: tl.constexpr):
-    """The rows of a block, and how many there are with 2 factors, with 1 factor or more, and in all."""
-    D: tl.constexpr = KERNEL[0]
-    packed = D * (D // 2 + 1)
-    linear = packed + (D if KERNEL[3] != 0 else 0)
-    rows = linear + (1 if KERNEL[2] != 0 else 0)
-    return STARTS[b] + shift + tl.arange(0, STARTS[b + 1] - STARTS[b]), packed, linear, rows
+def _degrees(KERNEL: tl.constexpr):
+    """How many rows have 2 factors, 1 factor or more, and how many there are."""
+    packed: tl.constexpr = KERNEL[5]
+    linear = packed + (KERNEL[0] if KERNEL[3] != 0 else 0)
+    return packed, linear, linear + (1 if KERNEL[2] != 0 else 0)
 
 
 @triton.jit
-def _row_factors(scale, shift, b: tl.constexpr, STARTS: tl.constexpr, KERNEL: tl.constexpr, OF_QUERIES: tl.constexpr):
-    """(SIZE): what the product of two picked elements is multiplied by: powers of `scale`, or the key's weights."""
-    row, packed, linear, rows = _degrees(shift, b, STARTS, KERNEL)
+def _row_factors(row, scale, KERNEL: tl.constexpr, OF_QUERIES: tl.constexpr):
+    """What the product of two picked elements is multiplied by: powers of `scale`, or the key's weights."""
+    packed, linear, rows = _degrees(KERNEL)
     if OF_QUERIES:
         return tl.where(row < packed, scale * scale, tl.where(row < linear, scale, tl.where(row < rows, 1.0, 0.0)))
     weight = tl.where((row < KERNEL[0]) | (2 * (row // KERNEL[0]) == KERNEL[0]), KERNEL[4], 2.0 * KERNEL[4])
@@ -48,9 +52,9 @@ def _row_factors(scale, shift, b: tl.constexpr, STARTS: tl.constexpr, KERNEL: tl
 
 
 @triton.jit
-def _selectors(shift, b: tl.constexpr, STARTS: tl.constexpr, KERNEL: tl.constexpr, dtype: tl.constexpr):
-    """(padded D, SIZE) twice: 1 where an element of x is the first, the second factor of a row, else 0."""
-    row, packed, linear, _ = _degrees(shift, b, STARTS, KERNEL)
+def _selectors(row, KERNEL: tl.constexpr, dtype: tl.constexpr):
+    """row: (SIZE) -> (padded D, SIZE) twice: 1 where an element of x is the first, the second factor of a row, else 0."""
+    packed, linear, _ = _degrees(KERNEL)
     first = tl.where(row < packed, row % KERNEL[0], tl.where(row < linear, row - packed, -1))
     second = tl.where(row < packed, (row % KERNEL[0] + row // KERNEL[0]) % KERNEL[0], -1)
     i = tl.arange(0, KERNEL[1])[:, None]
@@ -58,26 +62,18 @@ def _selectors(shift, b: tl.constexpr, STARTS: tl.constexpr, KERNEL: tl.constexp
 
 
 @triton.jit
-def _factors(
-    x,
-    shift,
-    b: tl.constexpr,
-    STARTS: tl.constexpr,
-    KERNEL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-):
-    """x: (C, padded D) -> both factors of its features in float32, (C, SIZE), or (SIZE, C) if transposed."""
-    first, second = _selectors(shift, b, STARTS, KERNEL, x.dtype)
+def _factors(x, row, KERNEL: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """x: (C, padded D), row: (SIZE) -> both factors of these features in float32, (C, SIZE), or (SIZE, C) if transposed."""
+    first, second = _selectors(row, KERNEL, x.dtype)
     if TRANSPOSED:
         first = tl.dot(tl.trans(first), tl.trans(x), input_precision=PRECISION)
         second = tl.dot(tl.trans(second), tl.trans(x), input_precision=PRECISION)
     else:
         first = tl.dot(x, first, input_precision=PRECISION)
         second = tl.dot(x, second, input_precision=PRECISION)
-    if STARTS[b + 1] > KERNEL[0] * (KERNEL[0] // 2 + 1):
+    if KERNEL[2] != 0 or KERNEL[3] != 0:
         # Rows of lower degree have 1 for the factors that they lack.
-        row, packed, linear, _ = _degrees(shift, b, STARTS, KERNEL)
+        packed, linear, _ = _degrees(KERNEL)
         one_first, one_second = (row >= linear).to(tl.float32), (row >= packed).to(tl.float32)
         first += one_first[:, None] if TRANSPOSED else one_first[None, :]
         second += one_second[:, None] if TRANSPOSED else one_second[None, :]
@@ -85,54 +81,106 @@ def _factors(
 
 
 @triton.jit
+def product(a, b, acc, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a b with float32 sums, b exact in OPERAND. For bfloat16, a float32 a goes in two parts, which keeps 16 bits."""
+    if tl.bfloat16 == OPERAND:
+        high = a.to(tl.bfloat16)
+        if a.dtype == tl.float32:
+            acc = tl.dot((a - high.to(tl.float32)).to(tl.bfloat16), b, acc=acc)
+        acc = tl.dot(high, b, acc=acc)
+    else:
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc=acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _product_with_state(a, high, low, acc, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a (high + low), where `low` is there for bfloat16 only."""
+    if tl.bfloat16 == OPERAND:
+        acc = tl.dot(a.to(tl.bfloat16), low, acc=acc)
+    return product(a, high, acc, OPERAND, PRECISION)
+
+
+@triton.jit
 def read_state(
-    sums,
+    value,
+    states,
     totals,
+    span,
     x,
+    column,
     scale,
-    shift,
-    BV: tl.constexpr,
-    STARTS: tl.constexpr,
+    P: tl.constexpr,
+    V: tl.constexpr,
+    R: tl.constexpr,
     KERNEL: tl.constexpr,
+    OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     OF_QUERIES: tl.constexpr,
 ):
-    """x: (C, padded D) -> its features times the state: (C, BV), (C)."""
-    value = tl.zeros([x.shape[0], BV], tl.float32)
+    """value: (C, BV), x: (C, padded D) -> value plus the features of x times the state's sums, and times its totals: (C)."""
     total = tl.zeros([x.shape[0]], tl.float32)
-    for b in tl.static_range(len(sums)):
-        first, second = _factors(x, shift, b, STARTS, KERNEL, PRECISION, False)
-        features = first * second * _row_factors(scale, shift, b, STARTS, KERNEL, OF_QUERIES)[None, :]
-        value = tl.dot(features, sums[b], acc=value, input_precision=PRECISION)
-        total += tl.sum(features * totals[b][None, :], axis=1)
+    for first_row in range(0, P, R):
+        row = first_row + tl.arange(0, R)
+        high, low, row_totals = _load_rows(states, totals, span, row, column, P, V, OPERAND)
+        first, second = _factors(x, row, KERNEL, PRECISION, False)
+        features = first * second * _row_factors(row, scale, KERNEL, OF_QUERIES)[None, :]
+        value = _product_with_state(features, high, low, value, OPERAND, PRECISION)
+        total += tl.sum(features * row_totals[None, :], axis=1)
     return value, total
 
 
 @triton.jit
 def read_state_backward(
+    value,
     grad_value,
     grad_total,
-    sums,
+    states,
     totals,
+    span,
     x,
+    column,
     scale,
-    shift,
-    STARTS: tl.constexpr,
+    P: tl.constexpr,
+    V: tl.constexpr,
+    R: tl.constexpr,
     KERNEL: tl.constexpr,
+    OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     OF_QUERIES: tl.constexpr,
+    WITH_VALUE: tl.constexpr,
 ):
-    """grad_value: (C, BV), grad_total: (C) of `read_state` -> gradient of x, (C, padded D)."""
-    grad_x = tl.zeros(x.shape, tl.float32)
-    for b in tl.static_range(len(sums)):
-        first, second = _factors(x, shift, b, STARTS, KERNEL, PRECISION, False)
-        grad = tl.dot(grad_value, tl.trans(sums[b]), input_precision=PRECISION)
-        grad += grad_total[:, None] * totals[b][None, :]
-        grad *= _row_factors(scale, shift, b, STARTS, KERNEL, OF_QUERIES)[None, :]
-        pick_first, pick_second = _selectors(shift, b, STARTS, KERNEL, tl.float32)
-        grad_x = tl.dot(grad * second, tl.trans(pick_first), acc=grad_x, input_precision=PRECISION)
-        grad_x = tl.dot(grad * first, tl.trans(pick_second), acc=grad_x, input_precision=PRECISION)
-    return grad_x
+    """
+    grad_value: (C, BV), grad_total: (C) of `read_state` -> gradient of x, transposed: (padded D, C).
+
+    And WITH_VALUE, `value` plus what `read_state` adds to it, in the same walk over the state.
+    """
+    grad_x = tl.zeros([x.shape[1], x.shape[0]], tl.float32)
+    for first_row in range(0, P, R):
+        row = first_row + tl.arange(0, R)
+        high, low, row_totals = _load_rows(states, totals, span, row, column, P, V, OPERAND)
+        first, second = _factors(x, row, KERNEL, PRECISION, False)
+        row_factors = _row_factors(row, scale, KERNEL, OF_QUERIES)[None, :]
+        if WITH_VALUE:
+            value = _product_with_state(first * second * row_factors, high, low, value, OPERAND, PRECISION)
+        grad = grad_total[:, None] * row_totals[None, :]
+        grad = _product_with_state(grad_value, tl.trans(high), tl.trans(low), grad, OPERAND, PRECISION) * row_factors
+        pick_first, pick_second = _selectors(row, KERNEL, OPERAND)
+        grad_x = _transposed_product(pick_first, grad * second, grad_x, OPERAND, PRECISION)
+        grad_x = _transposed_product(pick_second, grad * first, grad_x, OPERAND, PRECISION)
+    return value, grad_x
+
+
+@triton.jit
+def _transposed_product(a, b, acc, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a bᵀ, as `product`, with a exact in OPERAND and b in float32."""
+    if tl.bfloat16 == OPERAND:
+        high = b.to(tl.bfloat16)
+        acc = tl.dot(a, tl.trans((b - high.to(tl.float32)).to(tl.bfloat16)), acc=acc)
+        acc = tl.dot(a, tl.trans(high), acc=acc)
+    else:
+        acc = tl.dot(a.to(tl.float32), tl.trans(b), acc=acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -143,69 +191,73 @@ def add_to_state(
     scale,
     shift,
     value,
+    weight,
     total,
     inside,
     STARTS: tl.constexpr,
     KERNEL: tl.constexpr,
+    OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     OF_QUERIES: tl.constexpr,
     SEGMENTED: tl.constexpr,
 ):
-    """The state plus features(x) [value, total], summed over the tokens `inside`; value: (C, BV), total, inside: (C)."""
+    """
+    The state plus the sum over the tokens `inside` of features(x) weight [value, total]; value: (C, BV), the others: (C).
+    """
     total = tl.where(inside, total, 0.0)
     if SEGMENTED:
         # Selected on both sides of the product: what other segments hold may not be finite.
-        x = tl.where(inside[:, None], x, 0.0)
-        value = tl.where(inside[:, None], value, 0.0)
+        x = tl.where(inside[:, None], x, 0.0).to(x.dtype)
+        value = tl.where(inside[:, None], value, 0.0).to(value.dtype)
+        weight = tl.where(inside, weight, 0.0)
     new_sums = ()
     new_totals = ()
     for b in tl.static_range(len(sums)):
         # Made transposed: turning the product round would cost a trip through shared memory.
-        first, second = _factors(x, shift, b, STARTS, KERNEL, PRECISION, True)
-        features = first * second * _row_factors(scale, shift, b, STARTS, KERNEL, OF_QUERIES)[:, None]
-        new_sums = new_sums + (tl.dot(features, value, acc=sums[b], input_precision=PRECISION),)
+        row = STARTS[b] + shift + tl.arange(0, STARTS[b + 1] - STARTS[b])
+        first, second = _factors(x, row, KERNEL, PRECISION, True)
+        features = first * second * _row_factors(row, scale, KERNEL, OF_QUERIES)[:, None]
+        features *= weight[None, :]
+        new_sums = new_sums + (product(features, value, sums[b], OPERAND, PRECISION),)
         new_totals = new_totals + (totals[b] + tl.sum(features * total[None, :], axis=1),)
     return new_sums, new_totals
 
 
 @triton.jit
-def keep_state(sums, totals, kept, STARTS: tl.constexpr):
-    """The state, or zeros where the scalar `kept` is false. Selected: what is left behind may not be finite."""
-    new_sums = ()
-    new_totals = ()
-    for b in tl.static_range(len(sums)):
-        new_sums = new_sums + (tl.where(kept, sums[b], 0.0),)
-        new_totals = new_totals + (tl.where(kept, totals[b], 0.0),)
-    return new_sums, new_totals
-
-
-@triton.jit
-def load_state(state, column, V, P, BV: tl.constexpr, STARTS: tl.constexpr, HAS_STATE: tl.constexpr):
-    """state: (P, V + 1), column: (BV) -> tuples of blocks: sums of features times values (SIZE, BV), of features (SIZE)."""
+def empty_state(BV: tl.constexpr, STARTS: tl.constexpr):
+    """Zeros as tuples of blocks of rows: sums of features times values (SIZE, BV), of features (SIZE)."""
     sums = ()
     totals = ()
     for b in tl.static_range(len(STARTS) - 1):
-        row = STARTS[b] + tl.arange(0, STARTS[b + 1] - STARTS[b])
-        if HAS_STATE:
-            at = state + row * (V + 1)
-            inside = (row < P)[:, None] & (column < V)[None, :]
-            sums = sums + (tl.load(at[:, None] + column[None, :], mask=inside, other=0.0),)
-            totals = totals + (tl.load(at + V, mask=row < P, other=0.0),)
-        else:
-            sums = sums + (tl.zeros([row.shape[0], BV], tl.float32),)
-            totals = totals + (tl.zeros([row.shape[0]], tl.float32),)
+        sums = sums + (tl.zeros([STARTS[b + 1] - STARTS[b], BV], tl.float32),)
+        totals = totals + (tl.zeros([STARTS[b + 1] - STARTS[b]], tl.float32),)
     return sums, totals
 
 
 @triton.jit
-def store_state(state, sums, totals, column, V, P, STARTS: tl.constexpr):
+def _load_rows(states, totals, span, row, column, P: tl.constexpr, V: tl.constexpr, OPERAND: tl.constexpr):
+    """Rows of a span's state: sums (SIZE, BV), or the two parts of them, and totals (SIZE)."""
+    inside = (row < P)[:, None] & (column < V)[None, :]
+    cells = row[:, None] * V + column[None, :]
+    row_totals = tl.load(totals + span * P + row, mask=row < P, other=0.0)
+    if tl.bfloat16 == OPERAND:
+        states += span * (2 * P * V)
+        high = tl.load(states + cells, mask=inside, other=0.0)
+        low = tl.load(states + P * V + cells, mask=inside, other=0.0)
+    else:
+        high = tl.load(states + span * (P * V) + cells, mask=inside, other=0.0)
+        low = high
+    return high, low, row_totals
+
+
+@triton.jit
+def store_state(state, sums, totals, column, P: tl.constexpr, V: tl.constexpr, STARTS: tl.constexpr):
     for b in tl.static_range(len(sums)):
         row = STARTS[b] + tl.arange(0, STARTS[b + 1] - STARTS[b])
-        at = state + row * (V + 1)
         inside = (row < P)[:, None] & (column < V)[None, :]
-        tl.store(at[:, None] + column[None, :], sums[b], mask=inside)
+        tl.store(state + row[:, None] * V + column[None, :], sums[b], mask=inside)
         # Every value block has the same totals.
-        tl.store(at + V, totals[b], mask=(row < P) & (tl.program_id(1) == 0))
+        tl.store(state + P * V + row, totals[b], mask=(row < P) & (tl.program_id(1) == 0))
 
 
 @triton.jit
