@@ -5,17 +5,16 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .language_model import hidden_size, layer_indices, layer_outputs
 from .modeling_hierarchical_sae import check_finite
 
 
@@ -112,13 +111,9 @@ class ActivationStream(Iterator[torch.Tensor]):
 
     def __init__(self, *, model, tokenizer, dataset, layer, seed, **settings):
         self.model, self.tokenizer, self.dataset = model, tokenizer, dataset
-        count = len(decoder_layers(model))
         self._single = isinstance(layer, int)
-        self.layers = [layer] if self._single else list(layer)
-        if not self.layers or not all(-count <= layer < count for layer in self.layers):
-            raise ValueError(f"layer must be in [0, {count - 1}], got {layer}")
-        self.layers = [layer % count for layer in self.layers]
-        self.hidden_size = model.config.get_text_config(decoder=True).hidden_size
+        self.layers = layer_indices(model, layer)
+        self.hidden_size = hidden_size(model)
         self.settings = settings
         self.counts = Counter(tokens=0, padding=0, first_position=0, outlying_norm=0)
         self._generator = torch.Generator().manual_seed(seed)
@@ -168,8 +163,7 @@ class ActivationStream(Iterator[torch.Tensor]):
 
     def hidden_states(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(contexts, positions) token ids and mask to (contexts, positions, layers, hidden_size), in float32."""
-        modules = [decoder_layers(self.model)[layer] for layer in self.layers]
-        states = _layer_outputs(self.model, modules, ids.to(self.model.device), mask.to(self.model.device))
+        states = layer_outputs(self.model, self.layers, ids, mask)
         return torch.stack([state.float().to(states[0].device) for state in states], dim=2)
 
     def kept(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -399,58 +393,6 @@ class ActivationShards(torch.utils.data.Dataset):
         """Read every shard in full and compare its checksum; raises `ValueError` at the first that differs."""
         for path in self._paths:
             _read_shard(path, check=True)
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder layers of a transformers model: in what `get_decoder` returns, the one of their number."""
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    decoder = model.get_decoder()
-    for module in decoder.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ValueError(
-        f"{type(model).__name__} has no list of decoder layers: expected its decoder {type(decoder).__name__} to hold "
-        f"a ModuleList of {count} layers"
-    )
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module):
-    """Dropout off inside, and back on afterwards if it was on."""
-    was_training = model.training
-    if was_training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if was_training:
-            model.train()
-
-
-class _LayerReached(Exception):
-    """Ends a forward pass at the last layer that is wanted."""
-
-
-@torch.no_grad()
-def _layer_outputs(model, layers, ids, mask):
-    """Output of each of `layers`: (contexts, positions, hidden_size) each."""
-    captured = {}
-
-    def capture(module, args, output):
-        captured[module] = output if isinstance(output, torch.Tensor) else output[0]
-        if len(captured) == len(set(layers)):
-            raise _LayerReached
-
-    handles = [layer.register_forward_hook(capture) for layer in set(layers)]
-    try:
-        with evaluation_mode(model):
-            model(input_ids=ids, attention_mask=mask, use_cache=False)
-    except _LayerReached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [captured[layer] for layer in layers]
 
 
 def _contexts(tokenizer, dataset, text_column, context_length):

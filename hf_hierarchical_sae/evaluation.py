@@ -9,12 +9,10 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import logging
 
-from .activations import ActivationStream, decoder_layers, evaluation_mode
-from .interventions import edited_output
+from .activations import ActivationStream
+from .language_model import check_fits, edited_output, evaluation_mode
 from .modeling_hierarchical_sae import HierarchicalSaeModel, check_finite
 
-
-logger = logging.get_logger(__name__)
 
 # A latent that fires on more than this share of all tokens counts as dense.
 DENSE = 0.1
@@ -252,25 +250,17 @@ def _resolve(sae, budgets):
 
 def check_belongs(sae, stream):
     """The stream's language model and layer have to be those that the autoencoder was trained on."""
-    name = stream.model.config.name_or_path
-    if stream.hidden_size != sae.config.d_in:
-        raise ValueError(
-            f"the autoencoder takes activations of size {sae.config.d_in} (it was trained on "
-            f"{sae.config.model_name or 'an unnamed model'}), the language model {name} has hidden_size "
-            f"{stream.hidden_size}: give the model that it was trained on"
-        )
     trained = stream.layers[0] if sae.config.layer is None else sae.config.layer
+    check_fits(sae, stream.model, trained)
     if stream.layers != [trained]:
         raise ValueError(
             f"the autoencoder was trained on layer {trained}, the stream gives {stream.layers}: read that layer alone"
         )
-    if sae.config.model_name is not None and sae.config.model_name != name:
-        logger.warning(f"the autoencoder was trained on {sae.config.model_name}, the language model is {name}")
 
 
 def _language_model_sums(sae, stream, sums):
     """Cross-entropy and KL at each budget, over the positions that are replaced and have a next token."""
-    model, layer = stream.model, decoder_layers(stream.model)[stream.layers[0]]
+    model, layer = stream.model, stream.layers[0]
     clean, zeros, predicted, limit = 0.0, 0.0, 0, stream.settings["max_tokens"]
     spliced, divergence = (torch.zeros(len(sums.budgets), dtype=torch.float64) for _ in range(2))
     is_quiet = not stream.settings["show_progress"]
@@ -310,7 +300,7 @@ def _language_model_sums(sae, stream, sums):
 
 def _logits(model, layer, ids, mask, edit):
     """Logits, (contexts, positions, vocabulary), with `edit(output)` in place of the layer's output unless None."""
-    with edited_output(layer, edit), evaluation_mode(model):
+    with edited_output(model, layer, edit), evaluation_mode(model):
         ids, mask = ids.to(model.device), mask.to(model.device)
         return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 

@@ -2,14 +2,12 @@
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .activations import decoder_layers, evaluation_mode
+from .language_model import check_fits, edited_output, evaluation_mode
 from .modeling_hierarchical_sae import HierarchicalSaeModel, check_finite
 
 
@@ -69,7 +67,7 @@ def splice(
         is_usual = torch.linalg.vector_norm(x, dim=-1, keepdim=True) <= max_norm
         return torch.where(is_usual, replacement.to(x.dtype), x).to(hidden_states)
 
-    with evaluation_mode(sae), edited_output(_target(model, sae, layer), replace):
+    with evaluation_mode(sae), edited_output(model, _index(model, sae, layer), replace):
         yield
 
 
@@ -160,7 +158,7 @@ def steer(
         x = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         return (x + vector.to(x)).to(hidden_states.dtype)
 
-    with edited_output(_target(model, sae, layer), add):
+    with edited_output(model, _index(model, sae, layer), add):
         yield
 
 
@@ -197,55 +195,12 @@ def record_statistics(
     sae.median_norm.copy_(torch.cat(norms).median())
 
 
-@contextmanager
-def edited_output(
-    layer: nn.Module, edit: Callable[[torch.Tensor], torch.Tensor | None]
-) -> Generator[None, None, None]:
-    """
-    Inside, `edit(hidden_states)` stands in place of the hidden states that a decoder layer returns, unless it is None.
-
-    Args:
-        layer (`nn.Module`): decoder layer that returns its hidden states, (batch, positions, hidden_size), alone or
-            first in a tuple or list.
-        edit (`Callable`): called with the hidden states in each forward pass.
-    """
-
-    def hook(module, args, output):
-        is_tensor = isinstance(output, torch.Tensor)
-        edited = edit(output if is_tensor else output[0])
-        if is_tensor or edited is None:
-            return edited
-        return type(output)((edited, *output[1:]))
-
-    handle = layer.register_forward_hook(hook)
-    # transformers' own hook for output_hidden_states, once installed, has to come after this one to see its result.
-    hooks: Any = layer._forward_hooks
-    for key, other in list(hooks.items()):
-        if getattr(other, "__module__", None) == "transformers.utils.output_capturing":
-            hooks.move_to_end(key)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _target(model, sae, layer):
-    """The decoder layer to change, after checking that the autoencoder can read it."""
-    layers, config = decoder_layers(model), sae.config
-    if not -len(layers) <= layer < len(layers):
-        raise ValueError(f"layer must be in [0, {len(layers) - 1}], got {layer}")
-    hidden_size = model.config.get_text_config(decoder=True).hidden_size
-    if hidden_size != config.d_in:
-        raise ValueError(
-            f"the autoencoder takes activations of size {config.d_in} (it was trained on "
-            f"{config.model_name or 'an unnamed model'}), the language model has hidden_size {hidden_size}: give the "
-            "model that it was trained on"
-        )
-    if config.hook_point not in (None, "output"):
-        raise ValueError(f"interventions act on layer outputs, the autoencoder was trained on {config.hook_point!r}")
-    if config.layer not in (None, layer % len(layers)):
-        logger.warning(f"the autoencoder was trained on layer {config.layer}, it is used on {layer % len(layers)}")
-    return layers[layer]
+def _index(model: PreTrainedModel, sae: HierarchicalSaeModel, layer: int) -> int:
+    """The decoder layer to change, counted from 0, if the autoencoder can read it; another than the trained is logged."""
+    index = check_fits(sae, model, layer)
+    if sae.config.layer not in (None, index):
+        logger.warning(f"the autoencoder was trained on layer {sae.config.layer}, it is used on {index}")
+    return index
 
 
 def _indices(sae, latents):

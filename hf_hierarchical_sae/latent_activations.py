@@ -7,8 +7,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .activations import evaluation_mode, iterate_activations
+from .activations import iterate_activations
 from .evaluation import check_belongs
+from .language_model import evaluation_mode
 from .modeling_hierarchical_sae import HierarchicalSaeModel
 
 

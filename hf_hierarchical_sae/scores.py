@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .activations import evaluation_mode
+from .language_model import evaluation_mode
 from .latent_activations import LatentActivations, decoded
 
 

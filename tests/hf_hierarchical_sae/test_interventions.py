@@ -349,7 +349,7 @@ def test_gradients_reach_the_inputs_through_a_splice(model):
         (lambda model, sae: splice(model, make_sae(d_in=6), 0), "takes activations of size 6 .* has hidden_size 32"),
         (
             lambda model, sae: splice(model, make_sae(hook_point="mlp"), 0),
-            "act on layer outputs, the autoencoder was trained on 'mlp'",
+            "changed at layer outputs, the autoencoder was trained on 'mlp'",
         ),
         (lambda model, sae: ablate(model, sae, 0, [3, 96]), r"latents must be in \[0, d_sae=96\), got \[96\]"),
         (lambda model, sae: ablate(model, sae, 0, []), r"latents must be in \[0, d_sae=96\), got none"),
