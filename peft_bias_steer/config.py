@@ -1,24 +1,9 @@
-import os
 from dataclasses import dataclass
-from typing import Any
 
-from peft import PeftModel
-from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.config import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
-from safetensors import SafetensorError, safe_open
-from transformers.utils import cached_file
+from peft.utils import PeftType
 
-
-USAGE = """## Usage
-
-```python
-import peft_bias_steer  # teaches PEFT this adapter type
-from peft import {auto_class}
-
-model = {auto_class}.from_pretrained(".")  # this folder, or its repository id on the Hub
-```
-"""
+from .guards import add_usage_to_card, saved_shapes
 
 
 @dataclass
@@ -76,36 +61,9 @@ class BiasSteerConfig(PeftConfig):
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         hub_kwargs, _, _ = cls._split_kwargs(kwargs)
-        config.saved_shapes = _saved_shapes(str(pretrained_model_name_or_path), subfolder, hub_kwargs)
+        config.saved_shapes = saved_shapes(str(pretrained_model_name_or_path), subfolder, hub_kwargs)
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         super().save_pretrained(save_directory, **kwargs)
-        card = os.path.join(save_directory, "README.md")
-        if not os.path.exists(card):
-            return
-        with open(card, encoding="utf-8") as file:
-            text = file.read()
-        if "import peft_bias_steer" not in text:
-            peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(self.task_type, PeftModel)
-            usage = USAGE.format(auto_class=f"Auto{peft_class.__name__}")
-            with open(card, "w", encoding="utf-8") as file:
-                file.write(f"{text.rstrip()}\n\n{usage}")
-
-
-def _saved_shapes(folder: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> dict[str, list[int]]:
-    missing_is_fine = {
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-    }
-    path = cached_file(folder, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder or "", **missing_is_fine, **hub_kwargs)
-    if path is None:
-        return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118, a file is no dict
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} should be a complete safetensors file, got {os.path.getsize(path)} bytes that do not parse "
-            f"({error}): copy or download it again"
-        ) from error
+        add_usage_to_card(save_directory, self.task_type)

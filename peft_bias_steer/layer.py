@@ -5,7 +5,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from .config import BiasSteerConfig
-from .residual import MergeSite, merge_sites
+from .merging import MergeSite, merge_sites
 
 
 class SteeringVector(nn.Module):

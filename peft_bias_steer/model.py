@@ -8,9 +8,10 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .guards import keep_biases_on_save, refuse_lossy_rollout_sync
 from .layer import BiasSteerLayer
-from .residual import find_layers, merge_sites, refuse_lossy_rollout_sync, residual_width
-from .stock_forms import keep_biases_on_save
+from .merging import merge_sites
+from .residual import find_layers, residual_width
 
 
 class BiasSteerModel(BaseTuner):

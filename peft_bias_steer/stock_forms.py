@@ -7,25 +7,11 @@ Stock classes of transformers that can hold a model's weights together with merg
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
-
-# config fields that give linear modules a bias and do nothing else
-BIAS_SWITCHES = ("mlp_bias", "attention_bias", "use_bias", "bias", "qkv_bias")
-# classes that compute what Llama computes, and the switches under which Llama has their biases
-LLAMA_COUSINS = {
-    "MistralForCausalLM": ("mlp_bias",),
-    "Phi3ForCausalLM": ("mlp_bias",),
-    "Qwen2ForCausalLM": ("mlp_bias", "attention_bias"),
-}
-WHY_NO_STOCK_FORM = {
-    "Qwen3ForCausalLM": "it normalises queries and keys, which no class with MLP biases does",
-    "GemmaForCausalLM": "it scales embeddings and norms as no class with MLP biases does",
-}
+from .architectures import BIAS_SWITCHES, LLAMA_COUSINS, WHY_NO_STOCK_FORM
 
 
 @dataclass
@@ -123,36 +109,3 @@ def _split_fused(weights: dict[str, torch.Tensor], config: PreTrainedConfig) -> 
                 yield key.replace("gate_up_proj", name), part.clone()
         else:
             yield key, weight
-
-
-def keep_biases_on_save(model: nn.Module) -> None:
-    """
-    Makes `save_pretrained` of a model with merged vectors complete, or makes it refuse.
-
-    `from_pretrained` drops biases that the config does not announce. If a switch in the config announces them, it is
-    turned on here, and the other biases that it implies are added as zeros. Otherwise `save_pretrained` raises.
-
-    Args:
-        model (`nn.Module`): What `merge_and_unload` is about to return. Nothing happens to one outside transformers.
-    """
-    if not isinstance(model, PreTrainedModel):
-        return
-    weights = model.state_dict()
-    try:
-        form = find_stock_form(model, weights)
-    except ValueError as error:
-        model.save_pretrained = partial(_refuse_to_save, reason=str(error))
-        return
-    if form.model_class is not type(model):
-        reason = f"it has to be saved as {form.model_class.__name__}: use export_stock_checkpoint(model, output_dir)"
-        model.save_pretrained = partial(_refuse_to_save, reason=reason)
-        return
-    for switch in form.switches:
-        setattr(model.config.get_text_config(decoder=True), switch, True)
-    for key in form.weights.keys() - weights.keys():
-        module = model.get_submodule(key.removesuffix(".bias"))
-        module.bias = nn.Parameter(form.weights[key], requires_grad=False)
-
-
-def _refuse_to_save(*args, reason: str, **kwargs) -> None:
-    raise ValueError(f"save_pretrained() would lose the merged steering vectors when the model is loaded: {reason}")

@@ -47,7 +47,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from peft_bias_steer import BiasSteerConfig
-from peft_bias_steer.residual import merge_sites
+from peft_bias_steer.merging import merge_sites
 
 
 matplotlib.use("Agg")

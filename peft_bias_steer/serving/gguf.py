@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
+from ..architectures import GGUF_BIAS, GGUF_BIAS_ARCHITECTURE
 from ..config import BiasSteerConfig
 from ..residual import find_layers, residual_width
 from ..vectors import active_vectors, set_steering_vectors, unwrap
@@ -118,7 +119,7 @@ def inject_bias_gguf(model: PeftModel, gguf_in: str | os.PathLike, gguf_out: str
     Raises:
         ValueError: If the file is damaged, of another architecture or size, or has such biases already.
     """
-    vectors = {f"blk.{index}.ffn_down.bias": vector for index, vector in sorted(active_vectors(model).items())}
+    vectors = {GGUF_BIAS.format(index=index): vector for index, vector in sorted(active_vectors(model).items())}
     reader = _read_gguf(gguf_in)
     _check_gguf_fits(reader, model, vectors)
     swapped = ">" if sys.byteorder == "little" else "<"
@@ -147,15 +148,15 @@ def inject_bias_gguf(model: PeftModel, gguf_in: str | os.PathLike, gguf_out: str
 
 def _check_gguf_fits(reader: Any, model: PeftModel, vectors: dict[str, torch.Tensor]) -> None:
     architecture = _gguf_value(reader, "general.architecture")
-    if architecture != "llama" or _gguf_value(reader, "llama.expert_count"):
+    experts = _gguf_value(reader, f"{architecture}.expert_count") or 0
+    if architecture != GGUF_BIAS_ARCHITECTURE or experts:
         raise ValueError(
-            f"expected a dense GGUF model of architecture llama, got {architecture} with "
-            f"{_gguf_value(reader, 'llama.expert_count') or 0} experts, for which llama.cpp knows no such bias: use "
-            "export_control_vector()"
+            f"expected a dense GGUF model of architecture {GGUF_BIAS_ARCHITECTURE}, got {architecture} with {experts} "
+            "experts, for which llama.cpp knows no such bias: use export_control_vector()"
         )
     base = unwrap(model)
     expected = (len(find_layers(base)[1]), residual_width(base))
-    got = tuple(_gguf_value(reader, f"llama.{name}") for name in ("block_count", "embedding_length"))
+    got = tuple(_gguf_value(reader, f"{architecture}.{name}") for name in ("block_count", "embedding_length"))
     if got != expected:
         raise ValueError(f"expected a GGUF model of (layers, width) = {expected}, got {got}: take that of this base")
     present = sorted(vectors.keys() & {tensor.name for tensor in reader.tensors})

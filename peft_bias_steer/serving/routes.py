@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ..architectures import CONTROL_VECTOR_TYPES, GGUF_BIAS_TYPES, VLLM_PLUGIN_CLASSES, VLLM_STOCK_CLASSES
 from ..config import BiasSteerConfig
-from ..residual import find_layers, merge_sites
+from ..merging import merge_sites, why_no_merge_site
+from ..residual import find_layers
 from ..stock_forms import StockForm, find_stock_form, why_no_stock_form
 from ..vectors import load_vectors
-from .stock_checkpoint import why_no_merge_site, zero_biased_weights
-from .vllm import PREFIX, STEERED_ARCHITECTURES
+from .stock_checkpoint import zero_biased_weights
+from .vllm import PREFIX
 
 
 if TYPE_CHECKING:
@@ -19,11 +21,6 @@ if TYPE_CHECKING:
 
 VLLM_STOCK = "vLLM, stock checkpoint"
 VLLM_PLUGIN = "vLLM, plugin"
-# Stock classes whose biases a test has seen vLLM apply.
-VLLM_APPLIES_BIASES = ("LlamaForCausalLM",)
-# Types whose models a test has steered in llama.cpp, as it converts them: with a control vector, and with biases.
-CONTROL_VECTOR_TYPES = ("llama", "mistral")
-GGUF_BIAS_TYPES = ("llama", "mistral")
 
 
 @dataclass(frozen=True)
@@ -116,14 +113,14 @@ def _vllm_stock(form: StockForm | None, why_not: str) -> Route:
     if form is None:
         return Route(VLLM_STOCK, False, why_not)
     architecture = form.model_class.__name__
-    if architecture not in VLLM_APPLIES_BIASES:
+    if architecture not in VLLM_STOCK_CLASSES:
         return Route(VLLM_STOCK, False, "not verified that vLLM applies the biases of this class")
     return Route(VLLM_STOCK, True, f"export --format stock, which writes a {architecture}")
 
 
 def _vllm_plugin(base: PreTrainedModel) -> Route:
     architecture = type(base).__name__
-    if architecture not in STEERED_ARCHITECTURES:
+    if architecture not in VLLM_PLUGIN_CLASSES:
         return Route(VLLM_PLUGIN, False, "no plugin class for it")
     return Route(VLLM_PLUGIN, True, f'hf_overrides={{"architectures": ["{PREFIX}{architecture}"], ...}}')
 

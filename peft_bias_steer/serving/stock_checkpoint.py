@@ -13,7 +13,8 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..residual import MergeSite, find_layers, merge_sites, residual_width
+from ..merging import MergeSite, merge_sites, why_no_merge_site
+from ..residual import find_layers, residual_width
 from ..stock_forms import StockForm, find_stock_form
 from ..vectors import check_adapters, steering_layers, unwrap
 
@@ -101,16 +102,6 @@ def _sites(hosts: Iterable[nn.Module]) -> list[MergeSite]:
                 f"no checkpoint can hold vectors on {type(host).__name__}: {why_no_merge_site(host)} ({error})"
             ) from error
     return sites
-
-
-def why_no_merge_site(layer: nn.Module) -> str:
-    """Half a sentence on a layer that `merge_sites` refuses."""
-    parts = {name.rpartition(".")[2] for name, _ in layer.named_modules()}
-    if parts & {"experts", "router"}:
-        return "a router weighs the outputs of its experts, and any bias in them"
-    if any(name.startswith(("post_feedforward", "post_mlp")) for name in parts):
-        return "a norm after the MLP rescales any bias in it"
-    return "no bias in it reaches its output unchanged"
 
 
 def _merged_weights(model: PeftModel) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..residual import merge_sites
+from ..merging import merge_sites
 from ..vectors import active_vectors, set_steering_vectors, steering_layers, steering_vectors
 from .routes import VLLM_PLUGIN, VLLM_STOCK, serving_routes
 from .stock_checkpoint import bias_ready_checkpoint, check_output_dir, find_tokenizer

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..residual import LAYER_LISTS, layer_lists
+from ..architectures import LAYER_LISTS, VLLM_PLUGIN_CLASSES
+from ..residual import layer_lists
 from ..vectors import load_vectors
 
 
@@ -22,32 +23,20 @@ if TYPE_CHECKING:
 
 PREFIX = "BiasSteer"
 VECTOR = "steering_vector"
-# Architectures of vLLM whose decoder layers a test has compared with the PEFT model.
-STEERED_ARCHITECTURES = (
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "MixtralForCausalLM",
-    "Olmo2ForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM",
-)
 
 
 def register() -> None:
     """Registers `BiasSteer<architecture>` with vLLM for every supported architecture; vLLM calls it in each process."""
     from vllm import ModelRegistry
 
-    for architecture in STEERED_ARCHITECTURES:
+    for architecture in VLLM_PLUGIN_CLASSES:
         # by name: importing the classes here would start CUDA in processes that fork later
         ModelRegistry.register_model(PREFIX + architecture, f"{__name__}:{PREFIX}{architecture}")
 
 
 def __getattr__(name: str) -> type:
     architecture = name.removeprefix(PREFIX)
-    if name == architecture or architecture not in STEERED_ARCHITECTURES:
+    if name == architecture or architecture not in VLLM_PLUGIN_CLASSES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return _steered_model_class(architecture)
 
@@ -152,9 +141,9 @@ def vllm_overrides(adapter: str, architecture: str, *, scale: float = 1.0) -> di
     Raises:
         ValueError: If the plugin has no class for the architecture.
     """
-    if architecture not in STEERED_ARCHITECTURES:
+    if architecture not in VLLM_PLUGIN_CLASSES:
         raise ValueError(
-            f"the vLLM plugin steers {', '.join(STEERED_ARCHITECTURES)}, got {architecture}: vLLM would drop the "
+            f"the vLLM plugin steers {', '.join(VLLM_PLUGIN_CLASSES)}, got {architecture}: vLLM would drop the "
             "vectors. Serve it with transformers, or see which routes there are with `bias-steer routes`"
         )
     return {"architectures": [PREFIX + architecture], "bias_steer_adapter": adapter, "bias_steer_scale": scale}

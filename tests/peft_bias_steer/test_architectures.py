@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from peft_bias_steer import BiasSteerConfig
-from peft_bias_steer.residual import find_layers, merge_sites
+from peft_bias_steer.merging import merge_sites
+from peft_bias_steer.residual import find_layers
 
 
 TABLE = Path(__file__).parents[2] / "docs" / "bias_steer_architectures.md"

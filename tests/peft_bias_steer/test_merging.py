@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from peft_bias_steer import BiasSteerConfig
-from peft_bias_steer.residual import merge_sites
+from peft_bias_steer.merging import merge_sites
 
 
 SMALL = {

@@ -13,10 +13,10 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from peft_bias_steer import BiasSteerConfig, set_steering_vectors, steering_vectors
+from peft_bias_steer.architectures import VLLM_PLUGIN_CLASSES
 from peft_bias_steer.cli import main as bias_steer
 from peft_bias_steer.residual import find_layers
 from peft_bias_steer.serving.routes import Route, serving_routes
-from peft_bias_steer.serving.vllm import STEERED_ARCHITECTURES
 from tests.peft_bias_steer.test_architectures import CANNOT_BUILD, CONFIGS, tiny_config
 
 
@@ -96,7 +96,7 @@ def test_an_architecture_that_cannot_be_steered_has_no_routes():
 
 
 def test_every_class_of_the_plugin_is_one_of_transformers():
-    types = {"gemma3_text" if name == "Gemma3ForCausalLM" else name for name in STEERED_ARCHITECTURES}
+    types = {"gemma3_text" if name == "Gemma3ForCausalLM" else name for name in VLLM_PLUGIN_CLASSES}
     found = {type(build(name)).__name__ for name in ("gemma2", "llama", "mistral", "mixtral", "olmo2", "qwen2")}
     assert found <= types
 

@@ -24,8 +24,8 @@ from peft_bias_steer import (  # noqa: E402
     set_steering_vectors,
     steering_vectors,
 )
+from peft_bias_steer.architectures import VLLM_PLUGIN_CLASSES  # noqa: E402
 from peft_bias_steer.serving.vllm import (  # noqa: E402
-    STEERED_ARCHITECTURES,
     SteeringWorker,
     engine_steering_vectors,
     set_steering_scale,
@@ -150,7 +150,7 @@ def test_stock_checkpoint_is_served_with_the_steered_logprobs(model_type, config
 def test_every_architecture_of_the_plugin_is_tested():
     tested = {type(AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**SMALL, **config}))).__name__
               for name, config in PLUGIN}  # fmt: skip
-    assert tested == set(STEERED_ARCHITECTURES)
+    assert tested == set(VLLM_PLUGIN_CLASSES)
 
 
 @pytest.mark.parametrize("model_type, config", PLUGIN, ids=[name for name, _ in PLUGIN])

@@ -1,0 +1,132 @@
+"""
+Every table of names of architectures. Each entry was measured by a test, which a new one needs too.
+
+To add a model: its decoder layer to `MERGE_SITES` (tests/peft_bias_steer/test_architectures.py compares, and writes
+docs/bias_steer_architectures.md); its class to `LLAMA_COUSINS` if Llama computes the same; to `VLLM_PLUGIN_CLASSES` or
+`VLLM_STOCK_CLASSES` once tests/peft_bias_steer/serving has compared vLLM with the steered model, to
+`CONTROL_VECTOR_TYPES` or `GGUF_BIAS_TYPES` once it has compared llama.cpp. A layer that has no merge site (RMSNorm after
+the MLP, gated or purely routed experts) needs no entry: it can be steered, but not merged.
+"""
+
+# Names of the `nn.ModuleList` that holds a decoder's layers. The outermost one in the model counts, whatever its name.
+LAYER_LISTS = ("layers", "layer", "h", "block", "blocks")
+
+# Submodule whose bias reaches the layer's output as it is (up to `FACTORS`), and the layers of transformers with one.
+# A class whose layers differ, dense and sparse ones say, stands under several. In any order: no layer has two of them.
+# fmt: off
+MERGE_SITES: dict[str, tuple[str, ...]] = {
+    "mlp.down_proj": (
+        "AXK1DecoderLayer", "AXK2DecoderLayer", "ApertusDecoderLayer", "ArceeDecoderLayer",
+        "BailingHybridDecoderLayer", "BitNetDecoderLayer", "Cohere2DecoderLayer", "CohereDecoderLayer",
+        "CwmDecoderLayer", "DeepseekV32DecoderLayer", "DeepseekV3DecoderLayer", "DiffLlamaDecoderLayer",
+        "DogeDecoderLayer", "Dots3NoteTextDecoderLayer", "Emu3DecoderLayer", "Ernie4_5DecoderLayer",
+        "Ernie4_5_MoeDecoderLayer", "ExaoneMoeDecoderLayer", "FlintDecoderLayer", "GemmaDecoderLayer",
+        "Glm4MoeDecoderLayer", "Glm4MoeLiteDecoderLayer", "GlmDecoderLayer", "GlmMoeDsaDecoderLayer",
+        "GraniteDecoderLayer", "GraniteSWADecoderLayer", "HYV3DecoderLayer", "HeliumDecoderLayer",
+        "HunYuanDenseV1DecoderLayer", "Jais2DecoderLayer", "LagunaDecoderLayer", "LlamaDecoderLayer",
+        "MiMoV2FlashDecoderLayer", "MiniCPM3DecoderLayer", "Ministral3DecoderLayer", "MinistralDecoderLayer",
+        "MistralDecoderLayer", "MllamaSelfAttentionDecoderLayer", "NemotronDecoderLayer", "OlmoDecoderLayer",
+        "OlmoHybridLinearAttentionDecoderLayer", "Phi3DecoderLayer", "Phi4MultimodalDecoderLayer",
+        "Qwen2DecoderLayer", "Qwen3DecoderLayer", "Qwen3_5DecoderLayer", "SeedOssDecoderLayer", "SmolLM3DecoderLayer",
+        "StableLmDecoderLayer", "VaultGemmaDecoderLayer", "YoutuDecoderLayer",
+    ),
+    "mlp.shared_experts.down_proj": (
+        "AXK2DecoderLayer", "AriaTextDecoderLayer", "BailingHybridDecoderLayer", "DeepseekV2DecoderLayer",
+        "DeepseekV32DecoderLayer", "DeepseekV3DecoderLayer", "Dots3NoteTextDecoderLayer", "Ernie4_5_MoeDecoderLayer",
+        "ExaoneMoeDecoderLayer", "Glm4MoeDecoderLayer", "Glm4MoeLiteDecoderLayer", "GlmMoeDsaDecoderLayer",
+        "HYV3DecoderLayer", "LagunaDecoderLayer", "MiniMaxM3VLDecoderLayer", "SolarOpenDecoderLayer",
+        "YoutuDecoderLayer",
+    ),
+    "output.LayerNorm": (
+        "BertGenerationLayer", "BertLayer", "BigBirdLayer", "CamembertLayer", "Data2VecTextLayer", "DebertaLayer",
+        "DebertaV2Layer", "ElectraLayer", "ErnieLayer", "GitLayer", "RemBertLayer", "RoCBertLayer", "RoFormerLayer",
+        "RobertaLayer", "XLMRobertaLayer",
+    ),
+    "fc2": (
+        "BigBirdPegasusDecoderLayer", "BioGptDecoderLayer", "BlenderbotDecoderLayer", "MBartDecoderLayer",
+        "OPTDecoderLayer", "PegasusDecoderLayer", "WhisperDecoderLayer", "XGLMDecoderLayer",
+    ),
+    "final_layer_norm": (
+        "BartDecoderLayer", "BlenderbotSmallDecoderLayer", "MarianDecoderLayer", "MvpDecoderLayer",
+        "PLBartDecoderLayer", "TrOCRDecoderLayer",
+    ),
+    "mlp.dense_4h_to_h": (
+        "BloomBlock", "FalconDecoderLayer", "GPTNeoXJapaneseLayer", "GPTNeoXLayer", "PersimmonDecoderLayer",
+    ),
+    "feed_forward.down_proj": (
+        "BambaDecoderLayer", "FalconH1DecoderLayer", "JambaMambaDecoderLayer", "Llama4TextDecoderLayer",
+    ),
+    "mixer.out_proj": ("FalconMambaBlock", "Mamba2Block", "MambaBlock", "NemotronHBlock"),
+    "mlp.c_proj": ("GPT2Block", "GPTBigCodeBlock", "GPTNeoBlock", "Starcoder2DecoderLayer"),
+    "layer.2.DenseReluDense.wo": ("MT5Block", "T5Block", "UMT5Block"),
+    "mlp.fc2": ("MoshiDecoderLayer", "NanoChatDecoderLayer", "PhiDecoderLayer"),
+    "output.dense": ("MegatronBertLayer", "RobertaPreLayerNormLayer", "XLMRobertaXLLayer"),
+    "feed_forward.w2": ("Lfm2DecoderLayer", "Lfm2MoeDecoderLayer"),
+    "mlp.fc_out": ("CodeGenBlock", "GPTJBlock"),
+    "feed_forward.shared_expert.down_proj": ("Llama4TextDecoderLayer",),
+    "feed_forward_layer_norm": ("ProphetNetDecoderLayer",),
+    "ff.layer_norm": ("XLNetLayer",),
+    "ffn.2": ("EncoderLayer",),
+    "ffn.down_proj": ("MptBlock",),
+    "ln_2": ("Block",),
+    "mamba.out_proj": ("Zamba2MambaDecoderLayer",),
+    "mamba_decoder.mamba.out_proj": ("Zamba2HybridLayer",),
+    "mixer.down_proj": ("NemotronHBlock",),
+    "mixer.o_proj": ("NemotronHBlock",),
+    "mixer.shared_experts.down_proj": ("NemotronHBlock",),
+    "mlp": ("JetMoeDecoderLayer",),
+    "mlp.experts.down_proj_bias": ("GptOssDecoderLayer",),
+    "mlp.shared_mlp.down_proj": ("HunYuanMoEV1DecoderLayer",),
+    "mlp_block.down_proj": ("RecurrentGemmaDecoderLayer",),
+    "mlps.1.down_proj": ("LongcatFlashDecoderLayer",),
+    "self_attn.o_proj": ("Cohere2MoeDecoderLayer",),
+    "shared_mlp.output_linear": ("GraniteMoeHybridDecoderLayer",),
+    "layer.1.DenseReluDense.wo": ("MT5Block", "T5Block", "UMT5Block"),
+}
+# fmt: on
+# What some layers multiply their MLP's output by; none has both.
+FACTORS = ("residual_multiplier", "residual_scale")
+
+# Model types that cannot be steered, by the reason.
+REFUSED_TYPES = {
+    "several residual streams, so there is no one vector to add": (
+        "deepseek_v4", "gemma3n_text", "glm5_next", "hy_v4", "qwen4_exp_text", "reformer",
+    ),
+    "two stacks of layers that it runs in turn, several times over": ("hrm_text",),
+    "a residual stream that it halves every few layers, at inference only": ("rwkv",),
+}  # fmt: skip
+
+# Config fields that give linear modules a bias and do nothing else. Tried one by one in this order, then all together;
+# the first that is enough is taken, and the earlier ones add fewer biases of zeros.
+BIAS_SWITCHES = ("mlp_bias", "attention_bias", "use_bias", "bias", "qkv_bias")
+# Classes that compute what Llama computes, and the switches under which Llama has their biases.
+LLAMA_COUSINS = {
+    "MistralForCausalLM": ("mlp_bias",),
+    "Phi3ForCausalLM": ("mlp_bias",),
+    "Qwen2ForCausalLM": ("mlp_bias", "attention_bias"),
+}
+WHY_NO_STOCK_FORM = {
+    "Qwen3ForCausalLM": "it normalises queries and keys, which no class with MLP biases does",
+    "GemmaForCausalLM": "it scales embeddings and norms as no class with MLP biases does",
+}
+
+# Classes of vLLM whose decoder layers its plugin steers.
+VLLM_PLUGIN_CLASSES = (
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "Olmo2ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+# Stock classes whose biases vLLM applies.
+VLLM_STOCK_CLASSES = ("LlamaForCausalLM",)
+# Model types that llama.cpp, as it converts them, steers with a control vector, and with biases.
+CONTROL_VECTOR_TYPES = ("llama", "mistral")
+GGUF_BIAS_TYPES = ("llama", "mistral")
+# Architecture that a GGUF file names, and its tensor that takes the bias of a layer.
+GGUF_BIAS_ARCHITECTURE = "llama"
+GGUF_BIAS = "blk.{index}.ffn_down.bias"

@@ -1,0 +1,136 @@
+"""
+What works around PEFT, TRL and transformers, apart from registration. Without
+
+- `saved_shapes`: PEFT meets a vector that does not fit, or a damaged file, when the model is changed already;
+- `add_usage_to_card`: the card that PEFT writes loads the adapter without this package, which fails;
+- `refuse_lossy_rollout_sync`: TRL's vLLM samples from the base model, without a word;
+- `keep_biases_on_save`: `from_pretrained` drops the merged vectors, without a word.
+"""
+
+import os
+import sys
+from collections.abc import Iterable
+from functools import partial
+from types import FrameType
+from typing import Any
+
+from peft import PeftModel
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from .merging import MergeSite
+from .stock_forms import find_stock_form
+
+
+USAGE = """## Usage
+
+```python
+import peft_bias_steer  # teaches PEFT this adapter type
+from peft import {auto_class}
+
+model = {auto_class}.from_pretrained(".")  # this folder, or its repository id on the Hub
+```
+"""
+
+
+def saved_shapes(folder: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> dict[str, list[int]]:
+    """
+    Shapes of the tensors in an adapter's file by their key; empty if there is no such file.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    missing_is_fine = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    path = cached_file(folder, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder or "", **missing_is_fine, **hub_kwargs)
+    if path is None:
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118, a file is no dict
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} should be a complete safetensors file, got {os.path.getsize(path)} bytes that do not parse "
+            f"({error}): copy or download it again"
+        ) from error
+
+
+def add_usage_to_card(folder: str, task_type: str | None) -> None:
+    """Appends how to load the adapter to the model card in `folder`, if there is one that does not say it."""
+    card = os.path.join(folder, "README.md")
+    if not os.path.exists(card):
+        return
+    with open(card, encoding="utf-8") as file:
+        text = file.read()
+    if "import peft_bias_steer" not in text:
+        peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task_type, PeftModel)
+        usage = USAGE.format(auto_class=f"Auto{peft_class.__name__}")
+        with open(card, "w", encoding="utf-8") as file:
+            file.write(f"{text.rstrip()}\n\n{usage}")
+
+
+def refuse_lossy_rollout_sync(sites: Iterable[MergeSite]) -> None:
+    """
+    Raises if TRL is about to merge for vLLM, and vLLM's copy of the model has no biases to receive.
+
+    vLLM ignores an unexpected bias without a word, so it would go on sampling from the base model.
+
+    Args:
+        sites (`Iterable[MergeSite]`): The places that the merge would write to.
+
+    Raises:
+        RuntimeError: If the caller is TRL and one of the sites has no bias in the base model.
+    """
+    frame = sys._getframe(1)
+    # TRL leaves no other sign: who calls PEFT decides. PEFT's own frames, and torch's decorators, come in between
+    while frame is not None and _package(frame) in ("peft_bias_steer", "peft", "torch"):
+        frame = frame.f_back
+    if frame is not None and _package(frame) == "trl" and any(site.bias is None for site in sites):
+        raise RuntimeError(
+            "vLLM runs a copy of the base checkpoint, which has no biases that could receive the steering vectors: it "
+            "would silently sample from the base model. Write a base with zero biases once, with "
+            "peft_bias_steer.bias_ready_checkpoint(base, output_dir), and train on that, or set use_vllm=False"
+        )
+
+
+def _package(frame: FrameType) -> str:
+    return frame.f_globals.get("__name__", "").partition(".")[0]
+
+
+def keep_biases_on_save(model: nn.Module) -> None:
+    """
+    Makes `save_pretrained` of a model with merged vectors complete, or makes it refuse.
+
+    `from_pretrained` drops biases that the config does not announce. If a switch in the config announces them, it is
+    turned on here, and the other biases that it implies are added as zeros. Otherwise `save_pretrained` raises.
+
+    Args:
+        model (`nn.Module`): What `merge_and_unload` is about to return. Nothing happens to one outside transformers.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
+    weights = model.state_dict()
+    try:
+        form = find_stock_form(model, weights)
+    except ValueError as error:
+        model.save_pretrained = partial(_refuse_to_save, reason=str(error))
+        return
+    if form.model_class is not type(model):
+        reason = f"it has to be saved as {form.model_class.__name__}: use export_stock_checkpoint(model, output_dir)"
+        model.save_pretrained = partial(_refuse_to_save, reason=reason)
+        return
+    for switch in form.switches:
+        setattr(model.config.get_text_config(decoder=True), switch, True)
+    for key in form.weights.keys() - weights.keys():
+        module = model.get_submodule(key.removesuffix(".bias"))
+        module.bias = nn.Parameter(form.weights[key], requires_grad=False)
+
+
+def _refuse_to_save(*args, reason: str, **kwargs) -> None:
+    raise ValueError(f"save_pretrained() would lose the merged steering vectors when the model is loaded: {reason}")

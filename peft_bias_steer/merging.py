@@ -1,0 +1,86 @@
+"""Where a layer can hold an exact bias: a vector that is added to its output, as a weight of the model."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .architectures import FACTORS, MERGE_SITES
+
+
+@dataclass
+class MergeSite:
+    """
+    A bias inside a layer that reaches the layer's output as it is, up to a factor.
+
+    Args:
+        module (`nn.Module`): The module that holds the bias.
+        attribute (`str`): Its name in that module.
+        factor (`float`): What a steering vector has to be multiplied by before it is added to the bias.
+    """
+
+    module: nn.Module
+    attribute: str = "bias"
+    factor: float = 1.0
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return getattr(self.module, self.attribute)
+
+    def write(self, original: nn.Parameter | None, vector: torch.Tensor) -> None:
+        """Makes `original + factor * vector`, (..., size), the bias; `original` itself is left untouched."""
+        bias = self.factor * vector
+        # a quantised weight has no dtype that a bias could share: then it stays in float32
+        weight_dtype = self.module.get_parameter("weight").dtype if original is None else original.dtype
+        bias = bias if original is None else original.detach() + bias
+        dtype = weight_dtype if weight_dtype.is_floating_point else torch.float32
+        setattr(self.module, self.attribute, nn.Parameter(bias.to(dtype), requires_grad=False))
+
+    def restore(self, original: nn.Parameter | None) -> None:
+        setattr(self.module, self.attribute, original)
+
+
+def merge_sites(module: nn.Module) -> list[MergeSite]:
+    """
+    The biases that have to change so that the output of `module` moves by a vector.
+
+    Raises:
+        ValueError: If there is no place in `module` where a bias does exactly that.
+    """
+    if isinstance(module, nn.Linear | Conv1D):
+        return [MergeSite(module)]
+    # FSDP2 puts a class of its own in front of the layer's
+    layer_class = next(c for c in type(module).__mro__ if not c.__module__.startswith("torch."))
+    known = layer_class.__module__.startswith("transformers.models.")
+    for path, names in MERGE_SITES.items() if known else ():
+        if layer_class.__name__ in names and (site := _site_at(module, path)) is not None:
+            return [site]
+    raise ValueError(
+        f"{layer_class.__name__} has no known place for a bias that is added to its output as it is: keep the adapter "
+        "unmerged, save it with save_pretrained() and load it with PeftModel.from_pretrained()"
+    )
+
+
+def _site_at(layer: nn.Module, path: str) -> MergeSite | None:
+    if getattr(layer, "do_layer_norm_before", True) is False:  # OPT-350m normalises after the MLP
+        path = "final_layer_norm"
+    parent, _, attribute = path.rpartition(".")
+    if not attribute.endswith("bias"):
+        parent, attribute = path, "bias"
+    try:
+        module = layer.get_submodule(parent)
+    except AttributeError:
+        return None
+    factor = next((getattr(layer, name) for name in FACTORS if hasattr(layer, name)), 1.0)
+    return MergeSite(module, attribute, 1 / factor)
+
+
+def why_no_merge_site(layer: nn.Module) -> str:
+    """Half a sentence on a layer that `merge_sites` refuses."""
+    parts = {name.rpartition(".")[2] for name, _ in layer.named_modules()}
+    if parts & {"experts", "router"}:
+        return "a router weighs the outputs of its experts, and any bias in them"
+    if any(name.startswith(("post_feedforward", "post_mlp")) for name in parts):
+        return "a norm after the MLP rescales any bias in it"
+    return "no bias in it reaches its output unchanged"
