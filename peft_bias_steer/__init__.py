@@ -5,7 +5,7 @@ from .config import BiasSteerConfig
 from .layer import BiasSteerLayer
 from .model import BiasSteerModel
 from .registration import register
-from .serving.gguf import export_control_vector, from_control_vector, inject_bias_gguf
+from .serving.gguf import export_control_vector, export_gguf, from_control_vector
 from .serving.stock_checkpoint import bias_ready_checkpoint, export_stock_checkpoint
 from .vectors import set_steering_vectors, steering_vectors
 
@@ -20,7 +20,7 @@ __all__ = [
     "export_control_vector",
     "export_stock_checkpoint",
     "from_control_vector",
-    "inject_bias_gguf",
+    "export_gguf",
     "set_steering_vectors",
     "steering_vectors",
 ]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from .analysis import lens_table, logit_lens, plot_statistics, statistics_table, vector_statistics
-from .serving.gguf import export_control_vector, inject_bias_gguf
+from .serving.gguf import export_control_vector, export_gguf
 from .serving.routes import adapter_routes, routes_table
 from .serving.stock_checkpoint import bias_ready_checkpoint, export_stock_checkpoint
 from .vectors import load_vectors
@@ -79,7 +79,7 @@ def export(args: argparse.Namespace) -> None:
     if args.format == "stock":
         export_stock_checkpoint(model, args.output, tokenizer=tokenizer)
     elif args.format == "gguf":
-        inject_bias_gguf(model, args.gguf_in, args.output)
+        export_gguf(model, args.gguf_in, args.output)
     else:
         dropped = export_control_vector(model, args.output, drop_first_layer=args.drop_first_layer)
         if dropped:

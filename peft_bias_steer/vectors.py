@@ -17,6 +17,33 @@ if TYPE_CHECKING:
     from .model import BiasSteerModel
 
 
+def check_vectors(vectors: dict[int, torch.Tensor], *, num_layers: int, width: int) -> None:
+    """
+    Refuses vectors that a model cannot take.
+
+    Args:
+        vectors (`dict[int, torch.Tensor]`): Vectors by index of their layer, each (width,).
+        num_layers (`int`): Number of the model's layers.
+        width (`int`): Width of its residual stream.
+
+    Raises:
+        ValueError: If a layer does not exist, or a vector has another shape or is not finite.
+    """
+    for index, vector in vectors.items():
+        if not 0 <= index < num_layers:
+            raise ValueError(
+                f"expected vectors for layers 0 to {num_layers - 1}, got one for layer {index}: take those of this base "
+                "model"
+            )
+        if tuple(vector.shape) != (width,):
+            raise ValueError(
+                f"expected a vector of shape ({width},) for layer {index}, got {tuple(vector.shape)}: take those of this "
+                "base model"
+            )
+        if not vector.isfinite().all():
+            raise ValueError(f"expected finite vectors, got NaN or infinity in that of layer {index}")
+
+
 def load_vectors(adapter: str) -> dict[int, torch.Tensor]:
     """
     The vectors of a saved adapter by the index of their layer, without its base model.
@@ -67,19 +94,15 @@ def set_steering_vectors(model: PeftModel, vectors: dict[int, torch.Tensor], ada
         adapter_name (`str`, *optional*, defaults to `"default"`): Name of the adapter.
 
     Raises:
-        ValueError: If a layer is not steered, a size is wrong or the adapter is merged. Nothing is changed then.
+        ValueError: If a layer is not steered, a vector does not fit or the adapter is merged. Nothing is changed then.
     """
     layers = layers_by_index(model, [adapter_name])
     unknown = sorted(set(vectors) - set(layers))
     if unknown:
         raise ValueError(f"expected vectors for layers among {sorted(layers)}, got some for {unknown}")
-    for index, vector in vectors.items():
-        if vector.shape != (layers[index].size,):
-            raise ValueError(
-                f"expected a vector of shape ({layers[index].size},) for layer {index}, got {tuple(vector.shape)}"
-            )
-        if adapter_name in layers[index].merged_adapters:
-            raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge_adapter() before changing its vectors")
+    check_vectors(vectors, num_layers=max(layers) + 1, width=next(iter(layers.values())).size)
+    if any(adapter_name in layers[index].merged_adapters for index in vectors):
+        raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge_adapter() before changing its vectors")
     for index, vector in vectors.items():
         layers[index].vector(adapter_name).data.copy_(vector)
 
@@ -89,11 +112,8 @@ def active_vectors(model: PeftModel) -> dict[int, torch.Tensor]:
     layers = layers_by_index(model, model.active_adapters)
     sums = {index: layer.sum_vectors(model.active_adapters) for index, layer in layers.items()}
     vectors = {index: total.detach().float().cpu() for index, total in sums.items() if total is not None}
-    broken = [index for index, vector in vectors.items() if not vector.isfinite().all()]
-    if broken:
-        raise ValueError(
-            f"expected finite vectors, got NaN or infinity in those of layers {broken}: nothing to export"
-        )
+    if vectors:
+        check_vectors(vectors, num_layers=max(layers) + 1, width=next(iter(layers.values())).size)
     return vectors
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..architectures import GGUF_BIAS, GGUF_BIAS_ARCHITECTURE
 from ..config import BiasSteerConfig
 from ..residual import find_layers, residual_width
-from ..vectors import active_vectors, set_steering_vectors, unwrap
+from ..vectors import active_vectors, check_vectors, set_steering_vectors, unwrap
 
 
 def export_control_vector(model: PeftModel, path: str | os.PathLike, *, drop_first_layer: bool = False) -> float:
@@ -42,7 +42,7 @@ def export_control_vector(model: PeftModel, path: str | os.PathLike, *, drop_fir
     if dropped and not drop_first_layer:
         raise ValueError(
             f"llama.cpp takes no vector for layer 0, but this one has norm {dropped:.4g} (the others together "
-            f"{others:.4g}): give it up with drop_first_layer=True, or keep it with inject_bias_gguf() or "
+            f"{others:.4g}): give it up with drop_first_layer=True, or keep it with export_gguf() or "
             "export_stock_checkpoint()"
         )
     if not vectors:
@@ -79,21 +79,15 @@ def from_control_vector(
         ValueError: If the file is damaged, holds no control vector, or one of another size. `model` is unchanged then.
     """
     base = unwrap(model)
-    _, layers = find_layers(base)
-    width = residual_width(base)
     vectors = {}
     for tensor in _read_gguf(path).tensors:
         prefix, _, index = tensor.name.partition(".")
-        if prefix != "direction" or not index.isdecimal() or int(index) >= len(layers):
-            raise ValueError(f"expected tensors direction.0 to direction.{len(layers) - 1}, got {tensor.name}")
-        if tensor.tensor_type.name != "F32" or tensor.data.shape != (width,):
-            raise ValueError(
-                f"expected {tensor.name} as F32 of shape ({width},), got {tensor.tensor_type.name} of shape "
-                f"{tensor.data.shape}: a control vector fits only the model that it was made for"
-            )
+        if prefix != "direction" or not index.isdecimal() or tensor.tensor_type.name != "F32":
+            raise ValueError(f"expected tensors direction.N of F32, got {tensor.name} of {tensor.tensor_type.name}")
         vectors[int(index)] = torch.from_numpy(tensor.data.copy())
     if not vectors:
         raise ValueError(f"expected a control vector with tensors direction.N, got none in {path}")
+    check_vectors(vectors, num_layers=len(find_layers(base)[1]), width=residual_width(base))
     config = BiasSteerConfig(layers_to_transform=sorted(vectors))
     if isinstance(model, PeftModel):
         if adapter_name in model.peft_config:
@@ -105,7 +99,7 @@ def from_control_vector(
     return model
 
 
-def inject_bias_gguf(model: PeftModel, gguf_in: str | os.PathLike, gguf_out: str | os.PathLike) -> None:
+def export_gguf(model: PeftModel, gguf_in: str | os.PathLike, gguf_out: str | os.PathLike) -> None:
     """
     Copies a llama.cpp model and adds the active vectors to it as biases `blk.N.ffn_down.bias`, layer 0 included.
 

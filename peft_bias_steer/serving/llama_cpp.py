@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..vectors import check_vectors
+
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
 
-def set_control_vector(llama: "Llama", vectors: dict[int, torch.Tensor], scale: float = 1.0) -> None:
+def set_steering_vectors(llama: "Llama", vectors: dict[int, torch.Tensor], scale: float = 1.0) -> None:
     """
     Steers a loaded llama.cpp model from now on, in place of any control vector before. What it has read so far is
     forgotten: it was computed under the old vectors.
@@ -29,22 +31,16 @@ def set_control_vector(llama: "Llama", vectors: dict[int, torch.Tensor], scale: 
     import llama_cpp
 
     width, num_layers = llama.n_embd(), llama_cpp.llama_model_n_layer(llama.model)
+    check_vectors(vectors, num_layers=num_layers, width=width)
     if 0 in vectors and vectors[0].any():
         raise ValueError(
             f"llama.cpp takes no vector for layer 0, but this one has norm {vectors[0].norm():.4g}: give it up with "
-            "vectors.pop(0), or keep it with inject_bias_gguf()"
+            "vectors.pop(0), or keep it with export_gguf()"
         )
     if llama.cache is not None:
         raise ValueError("the model's cache holds states that were computed under the old vectors: set_cache(None)")
     data = torch.zeros(num_layers - 1, width)
     for index, vector in vectors.items():
-        if not 0 <= index < num_layers or vector.shape != (width,):
-            raise ValueError(
-                f"expected vectors of shape ({width},) for layers 1 to {num_layers - 1}, got {tuple(vector.shape)} for "
-                f"layer {index}: take those of this base model"
-            )
-        if not vector.isfinite().all():
-            raise ValueError(f"expected finite vectors, got NaN or infinity in that of layer {index}")
         if index:
             data[index - 1] = scale * vector.detach()
     pointer = ctypes.cast(data.data_ptr(), ctypes.POINTER(ctypes.c_float))

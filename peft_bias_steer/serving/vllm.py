@@ -15,7 +15,7 @@ import torch
 
 from ..architectures import LAYER_LISTS, VLLM_PLUGIN_CLASSES
 from ..residual import layer_lists
-from ..vectors import load_vectors
+from ..vectors import check_vectors, load_vectors
 
 
 if TYPE_CHECKING:
@@ -93,20 +93,8 @@ class SteeredModel:
             self.set_steering_vectors(load_vectors(adapter))
 
     def set_steering_vectors(self, vectors: dict[int, torch.Tensor]) -> None:
-        for index, vector in vectors.items():
-            if not 0 <= index < self.num_steerable_layers:
-                raise ValueError(
-                    f"expected vectors for layers 0 to {self.num_steerable_layers - 1}, got one for layer {index}: take "
-                    "the adapter of this base model"
-                )
-            expected = next(iter(self.steered_layers.values())).steering_vector.shape
-            if vector.shape != expected:
-                raise ValueError(
-                    f"expected a vector of shape {tuple(expected)} for layer {index}, got {tuple(vector.shape)}: take "
-                    "the adapter of this base model"
-                )
-            if not vector.isfinite().all():
-                raise ValueError(f"expected finite vectors, got NaN or infinity in that of layer {index}")
+        width = len(next(iter(self.steered_layers.values())).steering_vector)
+        check_vectors(vectors, num_layers=self.num_steerable_layers, width=width)
         for index, layer in self.steered_layers.items():  # those of this pipeline stage
             if index in vectors:
                 layer.steering_vector.copy_(vectors[index])
@@ -167,7 +155,7 @@ class SteeringWorker:
     `LLM.collective_rpc` and the server's `/collective_rpc`. Arguments and results are plain data, as JSON holds it.
 
     After a change reset the prefix cache: it holds keys and values that were computed under the old vectors.
-    [`update_steering_vectors`] and [`set_steering_scale`] do.
+    [`set_steering_vectors`] and [`set_steering_scale`] do.
     """
 
     def set_steering_vectors(self, vectors: dict[int, list[float]]) -> None:
@@ -194,7 +182,7 @@ def _steered_model(worker: Any) -> Any:
     return model
 
 
-def update_steering_vectors(llm: "LLM", vectors: dict[int, torch.Tensor]) -> None:
+def set_steering_vectors(llm: "LLM", vectors: dict[int, torch.Tensor]) -> None:
     """
     Replaces steering vectors in a running engine; nothing else travels. Its prefix cache is emptied.
 
@@ -219,19 +207,19 @@ def set_steering_scale(llm: "LLM", scale: float) -> None:
     emptied.
 
     Args:
-        llm (`vllm.LLM`): As in [`update_steering_vectors`].
+        llm (`vllm.LLM`): As in [`set_steering_vectors`].
         scale (`float`): The factor.
     """
     _call_workers(llm, SteeringWorker.set_steering_scale, scale)
     _reset_prefix_cache(llm)
 
 
-def engine_steering_vectors(llm: "LLM") -> dict[int, torch.Tensor]:
+def steering_vectors(llm: "LLM") -> dict[int, torch.Tensor]:
     """
     The unscaled vectors that a running engine holds, by index of their layer, each (hidden_size,).
 
     Args:
-        llm (`vllm.LLM`): As in [`update_steering_vectors`].
+        llm (`vllm.LLM`): As in [`set_steering_vectors`].
     """
     parts = _call_workers(llm, SteeringWorker.get_steering_vectors)
     return {int(index): torch.tensor(vector) for part in parts for index, vector in part.items()}

@@ -19,9 +19,9 @@ from peft_bias_steer import (
     BiasSteerConfig,
     bias_ready_checkpoint,
     export_control_vector,
+    export_gguf,
     export_stock_checkpoint,
     from_control_vector,
-    inject_bias_gguf,
     set_steering_vectors,
     steering_vectors,
 )
@@ -113,6 +113,7 @@ def test_vectors_come_out_by_layer_and_go_back_in():
     [
         ({0: torch.ones(32), 1: torch.ones(32)}, r"among \[0, 2\], got some for \[1\]"),
         ({0: torch.ones(32), 2: torch.ones(31)}, r"shape \(32,\) for layer 2, got \(31,\)"),
+        ({0: torch.ones(32), 2: torch.full((32,), torch.inf)}, "NaN or infinity in that of layer 2"),
     ],
 )
 def test_wrong_vectors_are_refused_and_change_nothing(vectors, message):
@@ -437,9 +438,9 @@ def test_control_vector_of_layer_zero_alone_is_refused(tmp_path):
 
 def test_vectors_that_are_not_finite_are_never_exported(tmp_path):
     model = steer(make_base())
-    set_steering_vectors(model, {1: torch.full((32,), torch.nan)})
+    model.base_model.model.model.layers[1].bias_steer.vector("default").data.fill_(torch.nan)
 
-    with pytest.raises(ValueError, match=r"finite.*layers \[1\]"):
+    with pytest.raises(ValueError, match=r"finite.*layer 1"):
         export_control_vector(model, tmp_path / "v.gguf", drop_first_layer=True)
     with pytest.raises(ValueError, match="NaN"):
         export_stock_checkpoint(model, tmp_path / "out")
@@ -475,9 +476,9 @@ def write_gguf(path, tensors, architecture="controlvector", **metadata):
 @pytest.mark.parametrize(
     "tensors, message",
     [
-        ({"direction.1": torch.ones(31)}, r"direction.1 as F32 of shape \(32,\), got F32 of shape \(31,\)"),
-        ({"direction.1": torch.ones(32).half()}, "got F16"),
-        ({"direction.3": torch.ones(32)}, "direction.0 to direction.2, got direction.3"),
+        ({"direction.1": torch.ones(31)}, r"shape \(32,\) for layer 1, got \(31,\)"),
+        ({"direction.1": torch.ones(32).half()}, "F32, got direction.1 of F16"),
+        ({"direction.3": torch.ones(32)}, "layers 0 to 2, got one for layer 3"),
         ({"output.weight": torch.ones(32)}, "got output.weight"),
     ],
 )
@@ -511,7 +512,7 @@ def test_biases_are_added_to_a_gguf_file_and_nothing_else_changes(tmp_path):
     model.base_model.set_scale("default", 0.5)
     tiny_gguf(tmp_path / "in.gguf")
 
-    inject_bias_gguf(model, tmp_path / "in.gguf", tmp_path / "out.gguf")
+    export_gguf(model, tmp_path / "in.gguf", tmp_path / "out.gguf")
 
     before, after = gguf.GGUFReader(tmp_path / "in.gguf"), gguf.GGUFReader(tmp_path / "out.gguf")
     biases = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in after.tensors[2:]}
@@ -522,7 +523,7 @@ def test_biases_are_added_to_a_gguf_file_and_nothing_else_changes(tmp_path):
     assert [tensor.data.tobytes() for tensor in before.tensors] == [t.data.tobytes() for t in after.tensors[:2]]
     assert before.fields.keys() == after.fields.keys()
     # in place of the input, too
-    inject_bias_gguf(model, tmp_path / "in.gguf", tmp_path / "in.gguf")
+    export_gguf(model, tmp_path / "in.gguf", tmp_path / "in.gguf")
     assert (tmp_path / "in.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
 
 
@@ -539,17 +540,17 @@ def test_a_gguf_model_that_does_not_fit_is_refused(changes, message, tmp_path):
     tiny_gguf(tmp_path / "in.gguf", **changes)
 
     with pytest.raises(ValueError, match=message):
-        inject_bias_gguf(steer(make_base()), tmp_path / "in.gguf", tmp_path / "out.gguf")
+        export_gguf(steer(make_base()), tmp_path / "in.gguf", tmp_path / "out.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["in.gguf"]
 
 
 def test_a_gguf_model_that_is_steered_already_is_refused(tmp_path):
     tiny_gguf(tmp_path / "in.gguf")
     model = steer(make_base())
-    inject_bias_gguf(model, tmp_path / "in.gguf", tmp_path / "out.gguf")
+    export_gguf(model, tmp_path / "in.gguf", tmp_path / "out.gguf")
 
     with pytest.raises(ValueError, match="without biases, got one with blk.0.ffn_down.bias"):
-        inject_bias_gguf(model, tmp_path / "out.gguf", tmp_path / "again.gguf")
+        export_gguf(model, tmp_path / "out.gguf", tmp_path / "again.gguf")
 
 
 @pytest.mark.slow
@@ -558,7 +559,7 @@ def test_biases_join_a_real_quantised_gguf_model_byte_for_byte(smollm2, tmp_path
     source, out = Path(wheel, "SmolLM2-135M-Instruct.Q4_1.gguf"), tmp_path / "out.gguf"
     model = steer(AutoModelForCausalLM.from_pretrained(smollm2))
 
-    inject_bias_gguf(model, source, out)
+    export_gguf(model, source, out)
 
     before, after = gguf.GGUFReader(source), gguf.GGUFReader(out)
     assert len(after.tensors) == len(before.tensors) + 30

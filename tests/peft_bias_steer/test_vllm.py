@@ -12,7 +12,7 @@ from peft_bias_steer.serving.vllm import (
     SteeredModel,
     SteeringWorker,
     set_steering_scale,
-    update_steering_vectors,
+    set_steering_vectors,
     vllm_overrides,
 )
 
@@ -72,7 +72,7 @@ def steered_model(*held: int) -> SteeredModel:
 @pytest.mark.parametrize("extension", ["", "peft_bias_steer.serving.vllm.SteeringWorker"])
 def test_each_pipeline_stage_takes_its_own_layers(extension):
     model = steered_model(2, 3)
-    update_steering_vectors(Engine(model, extension=extension), {1: torch.ones(8), 2: torch.full((8,), 2.0)})
+    set_steering_vectors(Engine(model, extension=extension), {1: torch.ones(8), 2: torch.full((8,), 2.0)})
     set_steering_scale(Engine(model, extension=extension), 0.25)
 
     assert torch.equal(model.steered_layers[2].steering_vector, torch.full((8,), 2.0))
@@ -92,7 +92,7 @@ def test_vectors_of_another_model_change_nothing(vectors, message):
     model = steered_model(2, 3)
 
     with pytest.raises(ValueError, match=message):
-        update_steering_vectors(Engine(model), {3: torch.ones(8), **vectors})
+        set_steering_vectors(Engine(model), {3: torch.ones(8), **vectors})
     assert not any(layer.steering_vector.any() for layer in model.steered_layers.values())
 
 
@@ -101,12 +101,12 @@ def test_engine_with_a_stock_class_is_refused():
         pass
 
     with pytest.raises(ValueError, match="BiasSteerQwen3ForCausalLM"):
-        update_steering_vectors(Engine(Qwen3ForCausalLM()), {0: torch.ones(8)})
+        set_steering_vectors(Engine(Qwen3ForCausalLM()), {0: torch.ones(8)})
 
 
 def test_a_prefix_cache_that_stays_full_is_an_error():
     with pytest.raises(RuntimeError, match="requests are running"):
-        update_steering_vectors(Engine(steered_model(0), cache_is_emptied=False), {0: torch.ones(8)})
+        set_steering_vectors(Engine(steered_model(0), cache_is_emptied=False), {0: torch.ones(8)})
     with pytest.raises(ValueError, match="finite scale, got inf"):
         set_steering_scale(Engine(steered_model(0)), float("inf"))
 

@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from peft_bias_steer import (  # noqa: E402
     export_control_vector,
+    export_gguf,
     from_control_vector,
-    inject_bias_gguf,
     set_steering_vectors,
     steering_vectors,
 )
-from peft_bias_steer.serving.llama_cpp import set_control_vector  # noqa: E402
+from peft_bias_steer.serving import llama_cpp as running  # noqa: E402
 
 
 REPOSITORY = Path(__file__).parents[3]
@@ -114,7 +114,7 @@ def test_control_vector_of_a_trained_adapter_gives_its_logits_and_completions(gg
     llama = load(gguf_f32)
 
     torch.testing.assert_close(llama_logits(llama, ids), unsteered, **CLOSE)
-    set_control_vector(llama, vectors)
+    running.set_steering_vectors(llama, vectors)
     steered = from_control_vector(tmp_path / "steer.gguf", base)
     torch.testing.assert_close(llama_logits(llama, ids), logits(steered, ids), **CLOSE)
     assert (logits(steered, ids) - unsteered).abs().max() > 1
@@ -122,7 +122,7 @@ def test_control_vector_of_a_trained_adapter_gives_its_logits_and_completions(gg
 
 
 def test_gguf_file_with_biases_holds_every_layer_and_is_served(gguf_f32, model, tokenizer, tmp_path):
-    inject_bias_gguf(model, gguf_f32, tmp_path / "steered.gguf")
+    export_gguf(model, gguf_f32, tmp_path / "steered.gguf")
     llama = load(tmp_path / "steered.gguf")
 
     ids = tokenizer(PROMPTS[0]).input_ids
@@ -176,14 +176,14 @@ def test_a_change_of_vectors_forgets_what_was_read_under_the_old_ones(gguf_f32, 
     ids = tokenizer(PROMPTS[0]).input_ids
     llama.eval(ids[:-1])
 
-    set_control_vector(llama, vectors)
+    running.set_steering_vectors(llama, vectors)
     assert llama.n_tokens == 0
     llama.eval(ids)
     torch.testing.assert_close(torch.tensor(llama.scores[len(ids) - 1]), logits(model, ids)[-1], **CLOSE)
-    set_control_vector(llama, vectors, scale=0.5)
+    running.set_steering_vectors(llama, vectors, scale=0.5)
     model.set_scale("default", 0.5)
     torch.testing.assert_close(llama_logits(llama, ids), logits(model, ids), **CLOSE)
-    set_control_vector(llama, {})
+    running.set_steering_vectors(llama, {})
     with model.disable_adapter():
         torch.testing.assert_close(llama_logits(llama, ids), logits(model, ids), **CLOSE)
 
@@ -191,8 +191,8 @@ def test_a_change_of_vectors_forgets_what_was_read_under_the_old_ones(gguf_f32, 
 @pytest.mark.parametrize(
     "vectors, message",
     [
-        ({1: torch.ones(64)}, r"shape \(576,\) for layers 1 to 29, got \(64,\) for layer 1"),
-        ({30: torch.ones(576)}, r"layers 1 to 29, got \(576,\) for layer 30"),
+        ({1: torch.ones(64)}, r"shape \(576,\) for layer 1, got \(64,\)"),
+        ({30: torch.ones(576)}, "layers 0 to 29, got one for layer 30"),
         ({0: torch.ones(576)}, "no vector for layer 0, but this one has norm 24"),
         ({3: torch.full((576,), torch.inf)}, "finite vectors, got NaN or infinity in that of layer 3"),
     ],
@@ -202,7 +202,7 @@ def test_vectors_that_llama_cpp_cannot_apply_are_refused(gguf_f32, vectors, mess
     llama.eval([1, 2, 3])
 
     with pytest.raises(ValueError, match=message):
-        set_control_vector(llama, vectors)
+        running.set_steering_vectors(llama, vectors)
     assert llama.n_tokens == 3
 
 
@@ -211,4 +211,4 @@ def test_a_cache_of_states_is_refused(gguf_f32):
     llama.set_cache(llama_cpp.LlamaRAMCache())
 
     with pytest.raises(ValueError, match=re.escape("set_cache(None)")):
-        set_control_vector(llama, {1: torch.ones(576)})
+        running.set_steering_vectors(llama, {1: torch.ones(576)})

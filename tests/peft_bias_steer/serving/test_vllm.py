@@ -25,13 +25,8 @@ from peft_bias_steer import (  # noqa: E402
     steering_vectors,
 )
 from peft_bias_steer.architectures import VLLM_PLUGIN_CLASSES  # noqa: E402
-from peft_bias_steer.serving.vllm import (  # noqa: E402
-    SteeringWorker,
-    engine_steering_vectors,
-    set_steering_scale,
-    update_steering_vectors,
-    vllm_overrides,
-)
+from peft_bias_steer.serving import vllm as engine  # noqa: E402
+from peft_bias_steer.serving.vllm import SteeringWorker, set_steering_scale, vllm_overrides  # noqa: E402
 
 
 # vLLM's attention on CPUs wants heads of 32 or more
@@ -178,17 +173,17 @@ def test_scale_and_vectors_of_a_running_engine_are_changed_in_place(tmp_path):
     assert_answers(llm, answers(model))
 
     new = {index: torch.randn(64) for index in range(3)}
-    update_steering_vectors(llm, new)
+    engine.set_steering_vectors(llm, new)
     set_steering_vectors(model, new)
     assert_answers(llm, answers(model))
-    assert all(torch.equal(vector, new[index]) for index, vector in engine_steering_vectors(llm).items())
+    assert all(torch.equal(vector, new[index]) for index, vector in engine.steering_vectors(llm).items())
 
     with pytest.raises(ValueError, match=r"layers 0 to 2, got one for layer 3"):
-        update_steering_vectors(llm, {1: torch.zeros(64), 3: torch.zeros(64)})
+        engine.set_steering_vectors(llm, {1: torch.zeros(64), 3: torch.zeros(64)})
     with pytest.raises(ValueError, match=r"shape \(64,\) for layer 1, got \(32,\)"):
-        update_steering_vectors(llm, {1: torch.zeros(32)})
+        engine.set_steering_vectors(llm, {1: torch.zeros(32)})
     with pytest.raises(ValueError, match="finite vectors"):
-        update_steering_vectors(llm, {1: torch.full((64,), torch.nan)})
+        engine.set_steering_vectors(llm, {1: torch.full((64,), torch.nan)})
     assert_answers(llm, answers(model))
 
 
@@ -210,7 +205,7 @@ def test_a_change_of_vectors_empties_the_prefix_cache(tmp_path):
     llm.collective_rpc(SteeringWorker.set_steering_vectors, args=(vectors,))
     assert abs(next_logprob() - expected) > 1e-4, "without emptying the cache, stale keys and values are used"
 
-    update_steering_vectors(llm, steering_vectors(model))
+    engine.set_steering_vectors(llm, steering_vectors(model))
     assert abs(next_logprob() - expected) < 1e-5  # float32; 5e-7 is seen
 
 
@@ -226,4 +221,4 @@ def test_vectors_for_an_engine_that_has_no_place_for_them_are_refused(tmp_path):
     llm = start(make_base("qwen3", tmp_path / "base"))
 
     with pytest.raises(ValueError, match="BiasSteerQwen3ForCausalLM"):
-        update_steering_vectors(llm, {0: torch.zeros(64)})
+        engine.set_steering_vectors(llm, {0: torch.zeros(64)})
