@@ -6,10 +6,11 @@ Source: "Train One Sparse Autoencoder Across Multiple Sparsity Budgets", arXiv 2
 import importlib.util
 from collections.abc import Sequence
 
-import numpy
 import torch
 from torch.autograd.function import once_differentiable
 from transformers.utils import is_triton_available
+
+from .large_pages import empty_in_large_pages
 
 
 def hierarchical_topk_loss(
@@ -127,17 +128,6 @@ def suits_numba(*tensors: torch.Tensor) -> bool:
     fits = all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
     # Not transformers' is_numba_available: it also asks for the numpy of an old librosa.
     return fits and not torch.compiler.is_compiling() and importlib.util.find_spec("numba") is not None
-
-
-def empty_in_large_pages(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """
-    `torch.empty`, on CPU in memory of numpy's: it asks Linux for huge pages, torch does not, and a training step that
-    gets small ones spends more of its time on page faults.
-    """
-    kind = {torch.float32: numpy.float32, torch.float64: numpy.float64}.get(dtype)
-    if kind is None or device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.empty(shape, dtype=dtype, device=device)
-    return torch.from_numpy(numpy.empty(shape, kind))
 
 
 def resolve_budgets(budgets: Sequence[int] | None, k: int) -> tuple[int, ...]:

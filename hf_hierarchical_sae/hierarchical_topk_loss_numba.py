@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch.autograd.function import once_differentiable
 
-from .hierarchical_topk_loss import empty_in_large_pages
+from .large_pages import empty_in_large_pages
 
 
 try:

@@ -1,5 +1,6 @@
 """A sparse autoencoder that is trained for every sparsity budget at once."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -7,20 +8,13 @@ import torch.distributed
 import torch.nn.functional as F
 from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
-from .hierarchical_topk_loss import (
-    budget_errors,
-    empty_in_large_pages,
-    normalized_weights,
-    resolve_budgets,
-    suits_numba,
-    suits_triton,
-)
+from .hierarchical_topk_loss import budget_errors, normalized_weights, resolve_budgets
+from .sparse_latents import SparseEncoder, TangentGradient, pre_activations, strongest_latents, weighted_rows
 
 
 @dataclass
@@ -146,7 +140,7 @@ class HierarchicalSaeModel(PreTrainedModel):
             if self.training and errors is not None and k is None:
                 self._add_training_sums(scaled, errors)
         else:
-            reconstruction = _weighted_rows(top_indices, top_values, self.W_dec) + self.b_dec
+            reconstruction = weighted_rows(top_indices, top_values, self.W_dec) + self.b_dec
         reconstruction = (reconstruction / self.input_scale).to(hidden_states.dtype)
         shape = hidden_states.shape[:-1]
         return HierarchicalSaeOutput(
@@ -190,7 +184,7 @@ class HierarchicalSaeModel(PreTrainedModel):
                 f"got {tuple(top_indices.shape)} and {tuple(top_values.shape)}"
             )
         k = top_indices.shape[-1]
-        rows = _weighted_rows(top_indices.reshape(-1, k), top_values.reshape(-1, k), self.W_dec)
+        rows = weighted_rows(top_indices.reshape(-1, k), top_values.reshape(-1, k), self.W_dec)
         return _restore(rows + self.b_dec / self.input_scale, None, top_indices.shape[:-1])
 
     @torch.no_grad()
@@ -330,32 +324,28 @@ reconstruction = sae.decode(top_indices, top_values)
             if self.config.selection == "batch_topk":
                 values, indices = self._batch_topk(scaled, k)
             else:
-                values, indices = _strongest(self._pre_activations(scaled), k)
+                values, indices = strongest_latents(self._chunks(scaled), k)
         values = values.to(scaled.dtype)
-        return indices, _SparseEncoder.apply(scaled, self.encoder_weight, self.b_enc, self.b_dec, values, indices)
+        return indices, SparseEncoder.apply(scaled, self.encoder_weight, self.b_enc, self.b_dec, values, indices)
 
-    def _pre_activations(self, scaled):
-        """Yield the number of the first latent and the pre-activations, (tokens, chunk), of each chunk of latents."""
-        centered = scaled - self.b_dec
-        chunk = self.config.encoder_chunk_size or self.config.d_sae
-        for start in range(0, self.config.d_sae, chunk):
-            rows = slice(start, start + chunk)
-            yield start, _linear(centered, self.encoder_weight[rows], self.b_enc[rows])
+    def _chunks(self, scaled: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        chunk_size = self.config.encoder_chunk_size or self.config.d_sae
+        return pre_activations(scaled - self.b_dec, self.encoder_weight, self.b_enc, chunk_size)
 
     def _batch_topk(self, scaled, k):
         """Training: the tokens × k strongest of the batch. Inference: those above the learned threshold."""
-        whole = None if self.config.encoder_chunk_size else list(self._pre_activations(scaled))
+        whole = None if self.config.encoder_chunk_size else list(self._chunks(scaled))
         width = min(2 * k, self.config.d_sae)
-        values, indices = _strongest(whole or self._pre_activations(scaled), width)
+        values, indices = strongest_latents(whole or self._chunks(scaled), width)
         threshold = self._selection_threshold(values, k)
         # Only an input whose last candidate is above the threshold may have more latents that are.
         more = (values[:, -1] > threshold).nonzero().squeeze(1)
         if len(more):
-            chunks = whole or self._pre_activations(scaled)
+            chunks = whole or self._chunks(scaled)
             width = int(sum((latents[more] > threshold).sum(dim=1) for _, latents in chunks).max())
             values = F.pad(values, (0, width - values.shape[1]), value=-torch.inf)
             indices = F.pad(indices, (0, width - indices.shape[1]))
-            values[more], indices[more] = _strongest(whole or self._pre_activations(scaled), width, more)
+            values[more], indices[more] = strongest_latents(whole or self._chunks(scaled), width, more)
             threshold = self._selection_threshold(values, k)
         values = torch.where((values >= threshold) & (values > 0), values, 0.0)
         used = int((values > 0).sum(dim=1).max()) if len(values) else 0
@@ -372,7 +362,7 @@ reconstruction = sae.decode(top_indices, top_values)
             # A batch of padding only: a zero that keeps every parameter in the graph, as DDP needs.
             nothing = sum(parameter.sum() for parameter in self.parameters()) * 0.0
             return nothing, None, scaled + nothing
-        W_dec = _TangentGradient.apply(self.W_dec) if self.config.normalize_decoder else self.W_dec
+        W_dec = TangentGradient.apply(self.W_dec) if self.config.normalize_decoder else self.W_dec
         if self.config.matryoshka_prefixes is not None:
             errors, reconstruction = self._prefix_errors(scaled, top_indices, top_values, W_dec)
             loss = errors.mean()
@@ -399,7 +389,7 @@ reconstruction = sae.decode(top_indices, top_values)
         reconstruction = self.b_dec.expand_as(scaled)
         for end in self.config.matryoshka_prefixes:
             inside = (top_indices >= start) & (top_indices < end)
-            reconstruction = reconstruction + _weighted_rows(top_indices, top_values * inside, W_dec)
+            reconstruction = reconstruction + weighted_rows(top_indices, top_values * inside, W_dec)
             errors.append((reconstruction - scaled).square().mean())
             start = end
         return torch.stack(errors), reconstruction
@@ -412,7 +402,7 @@ reconstruction = sae.decode(top_indices, top_values)
         latents = F.linear(scaled.detach() - self.b_dec, self.encoder_weight[dead], self.b_enc[dead])
         aux_k = min(self.config.aux_k or max(1, self.config.d_in // 2), len(dead))
         values, places = latents.topk(aux_k, dim=1)
-        reconstruction = _weighted_rows(dead[places], values.relu().to(residual.dtype), W_dec)
+        reconstruction = weighted_rows(dead[places], values.relu().to(residual.dtype), W_dec)
         return (reconstruction - residual).square().mean()
 
     @torch.no_grad()
@@ -473,57 +463,6 @@ def geometric_median(points: torch.Tensor, iterations: int = 50) -> torch.Tensor
     return center
 
 
-def _weighted_rows(indices, values, weight):
-    """Σ_j values_j weight[indices_j]: (tokens, k), (tokens, k) and (d_sae, d_in) to (tokens, d_in)."""
-    return F.embedding_bag(indices, weight, per_sample_weights=values.to(weight.dtype), mode="sum")
-
-
-def _linear(x, weight, bias):
-    """`F.linear` without a gradient. On CPU the bias comes after the product: `F.linear` writes it to memory before."""
-    is_plain = x.device.type == "cpu" and x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
-    if not is_plain or torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)
-    out = empty_in_large_pages(len(x), len(weight), dtype=x.dtype, device=x.device)
-    return torch.mm(x, weight.T, out=out).add_(bias)
-
-
-def _strongest(chunks, k, inputs=slice(None)):
-    """Pre-activations of the k strongest latents of each of these inputs and their indices, (inputs, k), sorted."""
-    found = []
-    for start, latents in chunks:
-        latents = latents[inputs]
-        values, indices = topk_of_rows(latents, min(k, latents.shape[1]))
-        indices += start
-        if found:
-            candidates = torch.cat([found[0], values], dim=1)
-            values, order = candidates.topk(min(k, candidates.shape[1]), dim=1)
-            indices = torch.cat([found[1], indices], dim=1).gather(1, order)
-        found = [values, indices]
-    return found
-
-
-def topk_of_rows(x, k, groups=16):
-    """`x.topk(k, dim=1)` for long rows: the k largest lie in the k columns with the largest maxima over groups."""
-    if x.shape[1] % groups or x.shape[1] // groups < 4 * k:
-        return x.topk(k, dim=1)
-    folded = x.unflatten(1, (groups, -1))
-    columns = folded.amax(dim=1).topk(k, dim=1, sorted=False).indices
-    candidates = folded.gather(2, columns.unsqueeze(1).expand(-1, groups, -1)).flatten(1)
-    values, places = candidates.topk(k, dim=1)
-    return values, columns.gather(1, places % k) + places // k * folded.shape[2]
-
-
-def _add_rows(indices, values, rows, total):
-    """total[indices[b, j]] += values[b, j] · rows[b], in place: (tokens, k) twice, (tokens, d_in), (d_sae, d_in)."""
-    if suits_numba(values, rows, total) and indices.numel():
-        from .hierarchical_topk_loss_numba import add_rows_numba
-
-        return add_rows_numba(indices, values, rows, total)
-    scaled = torch.empty_like(rows)
-    for index, value in zip(indices.t().contiguous(), values.t().contiguous()):
-        total.index_add_(0, index, torch.mul(rows, value.unsqueeze(1), out=scaled))
-
-
 def _restore(flat, keep, shape):
     """(kept, n) back to (*shape, n), with zeros where `keep` is False."""
     if keep is not None:
@@ -561,74 +500,6 @@ def _begin_finite_check(x):
             check_finite(x)
 
     return finish
-
-
-def _encoder_gradient(indices, grad, scaled, b_dec, encoder_weight):
-    """Gradients of `encoder_weight`, (d_sae, d_in), and `b_enc`, (d_sae,), from that of the values, (tokens, k)."""
-    if suits_triton(scaled, b_dec, encoder_weight):
-        from .sparse_encoder_triton import encoder_gradient_triton
-
-        return encoder_gradient_triton(indices, grad, scaled, b_dec, encoder_weight)
-    shape = encoder_weight.shape
-    grad_weight = empty_in_large_pages(*shape, dtype=scaled.dtype, device=scaled.device).zero_()
-    _add_rows(indices, grad, scaled - b_dec, grad_weight)
-    grad_b_enc = torch.zeros(len(encoder_weight), dtype=scaled.dtype, device=scaled.device)
-    grad_b_enc.index_add_(0, indices.flatten(), grad.flatten())
-    return grad_weight, grad_b_enc
-
-
-class _SparseEncoder(torch.autograd.Function):
-    """ReLU of known pre-activations `values`; the backward costs k rows per input instead of d_sae."""
-
-    @staticmethod
-    def forward(ctx, scaled, encoder_weight, b_enc, b_dec, values, indices):
-        values = values.relu()
-        ctx.save_for_backward(scaled, encoder_weight, b_dec, values, indices)
-        ctx.b_enc_dtype = b_enc.dtype
-        return values
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_values):
-        scaled, encoder_weight, b_dec, values, indices = ctx.saved_tensors
-        grad = grad_values.to(scaled.dtype) * (values > 0)
-        grad_weight, grad_b_enc = _encoder_gradient(indices, grad, scaled, b_dec, encoder_weight)
-        # Summed over the batch, the gradient of the input is one product with the summed gradient of the latents.
-        grad_b_dec = -(grad_b_enc @ encoder_weight.to(scaled.dtype))
-        grad_scaled = _weighted_rows(indices, grad, encoder_weight) if ctx.needs_input_grad[0] else None
-        return (
-            None if grad_scaled is None else grad_scaled.to(scaled.dtype),
-            grad_weight.to(encoder_weight.dtype),
-            grad_b_enc.to(ctx.b_enc_dtype),
-            grad_b_dec.to(b_dec.dtype),
-            None,
-            None,
-        )
-
-
-class _TangentGradient(torch.autograd.Function):
-    """Identity on unit-norm rows; the gradient loses its part along each row, which normalising would undo."""
-
-    @staticmethod
-    def forward(ctx, weight):
-        ctx.save_for_backward(weight)
-        return weight.view_as(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (weight,) = ctx.saved_tensors
-        if suits_triton(grad, weight) and grad.is_contiguous() and weight.is_contiguous():
-            from .sparse_encoder_triton import tangent_gradient_triton_
-
-            tangent_gradient_triton_(grad, weight)
-            return grad
-        # In place: only this node holds the gradient of the weight it passed on. On CPU in blocks that fit the cache.
-        block = 1024 if grad.device.type == "cpu" else 8192
-        for part, rows in zip(grad.split(block), weight.split(block)):
-            along = torch.linalg.vecdot(part, rows).unsqueeze(1)
-            part.addcmul_(along, rows, value=-1)
-        return grad
 
 
 __all__ = ["HierarchicalSaeModel", "HierarchicalSaeOutput"]

@@ -39,7 +39,7 @@ if "--dry_run" in sys.argv:
 import torch  # noqa: E402
 
 from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel  # noqa: E402
-from hf_hierarchical_sae.modeling_hierarchical_sae import topk_of_rows  # noqa: E402
+from hf_hierarchical_sae.sparse_latents import topk_of_rows  # noqa: E402
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -240,8 +240,8 @@ def stages(sae: HierarchicalSaeModel, optimizer: torch.optim.Optimizer, x: torch
         scaled = x * sae.input_scale
         with torch.no_grad(), autocast():
             of("unit norm of the decoder", sae.normalize_decoder)
-            of("encoder product", lambda: list(sae._pre_activations(scaled)))
-            ((_, latents),) = sae._pre_activations(scaled)
+            of("encoder product", lambda: list(sae._chunks(scaled)))
+            ((_, latents),) = sae._chunks(scaled)
             of("top-k", functools.partial(topk_of_rows, latents, k))
             del latents
         top_indices, top_values = sae._encode_scaled(scaled, None)

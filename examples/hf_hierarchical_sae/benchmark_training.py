@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, hierarchical_topk_loss
 from hf_hierarchical_sae.hierarchical_topk_loss import hierarchical_topk_loss_reference
-from hf_hierarchical_sae.modeling_hierarchical_sae import topk_of_rows
+from hf_hierarchical_sae.sparse_latents import topk_of_rows
 
 
 SIZES = {"A": (512, 64, 16384, 576), "B": (2048, 32, 32768, 576)}
@@ -174,9 +174,9 @@ def stages(batch, k, d_sae, d_in, rounds):
         torch.autograd.grad(top_values.sum(), sae.encoder_weight, retain_graph=True)
 
     with torch.no_grad():
-        ((_, latents),) = sae._pre_activations(x)
+        ((_, latents),) = sae._chunks(x)
         calls = {
-            "matmul": lambda: list(sae._pre_activations(x)),
+            "matmul": lambda: list(sae._chunks(x)),
             "top-k": lambda: topk_of_rows(latents, k),
             "encoder backward": torch.enable_grad()(encoder_backward),
             "loss": torch.enable_grad()(loss),

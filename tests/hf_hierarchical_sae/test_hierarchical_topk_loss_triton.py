@@ -381,8 +381,7 @@ def test_tangent_gradient_equals_float64(dtype, d_sae, d_in):
 
 @interpreted
 def test_a_training_step_with_every_kernel_equals_the_torch_form(monkeypatch):
-    from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, hierarchical_topk_loss
-    from hf_hierarchical_sae import modeling_hierarchical_sae as modeling
+    from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, hierarchical_topk_loss, sparse_latents
 
     x, results = torch.randn(33, 20), []
     for use_triton in (False, True):
@@ -390,7 +389,7 @@ def test_a_training_step_with_every_kernel_equals_the_torch_form(monkeypatch):
         sae = HierarchicalSaeModel(HierarchicalSaeConfig(d_in=20, d_sae=64, k=4)).train()
         if use_triton:
             loss_module = sys.modules[hierarchical_topk_loss.__module__]
-            for module in (modeling, loss_module):
+            for module in (sparse_latents, loss_module):
                 monkeypatch.setattr(module, "suits_triton", lambda *tensors: True)
         output = sae(x)
         output.loss.backward()

@@ -1,0 +1,176 @@
+"""Latents of which few are active: the strongest of each input, sums of their rows, and the gradients of both."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from .hierarchical_topk_loss import suits_numba, suits_triton
+from .large_pages import empty_in_large_pages
+
+
+def pre_activations(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, chunk_size: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """
+    Yield the first latent's number and the pre-activations of `chunk_size` latents at a time, without a gradient.
+
+    Args:
+        x (`torch.Tensor`): (tokens, d_in).
+        weight (`torch.Tensor`): (d_sae, d_in).
+        bias (`torch.Tensor`): (d_sae,).
+        chunk_size (`int`): latents at a time; each yields (tokens, chunk).
+    """
+    is_plain = x.device.type == "cpu" and x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
+    is_plain = is_plain and not torch.compiler.is_compiling()
+    for start in range(0, len(weight), chunk_size):
+        rows, offsets = weight[start : start + chunk_size], bias[start : start + chunk_size]
+        if is_plain:
+            # The bias comes after the product: `F.linear` writes it to memory before.
+            out = empty_in_large_pages(len(x), len(rows), dtype=x.dtype, device=x.device)
+            yield start, torch.mm(x, rows.T, out=out).add_(offsets)
+        else:
+            yield start, F.linear(x, rows, offsets)
+
+
+def strongest_latents(
+    chunks: Iterable[tuple[int, torch.Tensor]], k: int, inputs: torch.Tensor | slice = slice(None)
+) -> list[torch.Tensor]:
+    """
+    The k strongest latents of each of these inputs.
+
+    Args:
+        chunks (`Iterable`): as from [`pre_activations`].
+        k (`int`): latents per input.
+        inputs (`torch.Tensor`, *optional*): which inputs; all by default.
+
+    Returns:
+        `list[torch.Tensor]`: their pre-activations, the strongest first, and their indices, (inputs, k) each.
+    """
+    found = []
+    for start, latents in chunks:
+        latents = latents[inputs]
+        values, indices = topk_of_rows(latents, min(k, latents.shape[1]))
+        indices += start
+        if found:
+            candidates = torch.cat([found[0], values], dim=1)
+            values, order = candidates.topk(min(k, candidates.shape[1]), dim=1)
+            indices = torch.cat([found[1], indices], dim=1).gather(1, order)
+        found = [values, indices]
+    return found
+
+
+def topk_of_rows(x: torch.Tensor, k: int, groups: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x.topk(k, dim=1)` for long rows: the k largest lie in the k columns with the largest maxima over groups."""
+    if x.shape[1] % groups or x.shape[1] // groups < 4 * k:
+        values, indices = x.topk(k, dim=1)
+        return values, indices
+    folded = x.unflatten(1, (groups, -1))
+    columns = folded.amax(dim=1).topk(k, dim=1, sorted=False).indices
+    candidates = folded.gather(2, columns.unsqueeze(1).expand(-1, groups, -1)).flatten(1)
+    values, places = candidates.topk(k, dim=1)
+    return values, columns.gather(1, places % k) + places // k * folded.shape[2]
+
+
+def weighted_rows(indices: torch.Tensor, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Σ_j values_j weight[indices_j]: (tokens, k), (tokens, k) and (d_sae, d_in) to (tokens, d_in)."""
+    return F.embedding_bag(indices, weight, per_sample_weights=values.to(weight.dtype), mode="sum")
+
+
+class SparseEncoder(torch.autograd.Function):
+    """ReLU of known pre-activations `values`; the backward costs k rows per input instead of d_sae."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        scaled: torch.Tensor,
+        encoder_weight: torch.Tensor,
+        b_enc: torch.Tensor,
+        b_dec: torch.Tensor,
+        values: torch.Tensor,
+        indices: torch.Tensor,
+    ) -> torch.Tensor:
+        values = values.relu()
+        ctx.save_for_backward(scaled, encoder_weight, b_dec, values, indices)
+        ctx.b_enc_dtype = b_enc.dtype
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_values: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scaled, encoder_weight, b_dec, values, indices = ctx.saved_tensors
+        grad = grad_values.to(scaled.dtype) * (values > 0)
+        grad_weight, grad_b_enc = encoder_gradient(indices, grad, scaled, b_dec, encoder_weight)
+        # Summed over the batch, the gradient of the input is one product with the summed gradient of the latents.
+        grad_b_dec = -(grad_b_enc @ encoder_weight.to(scaled.dtype))
+        grad_scaled = weighted_rows(indices, grad, encoder_weight) if ctx.needs_input_grad[0] else None
+        return (
+            None if grad_scaled is None else grad_scaled.to(scaled.dtype),
+            grad_weight.to(encoder_weight.dtype),
+            grad_b_enc.to(ctx.b_enc_dtype),
+            grad_b_dec.to(b_dec.dtype),
+            None,
+            None,
+        )
+
+
+def encoder_gradient(
+    indices: torch.Tensor, grad: torch.Tensor, scaled: torch.Tensor, b_dec: torch.Tensor, encoder_weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Gradients of the encoder's weight and bias from those of the selected latents' values.
+
+    Args:
+        indices (`torch.Tensor`): (tokens, k).
+        grad (`torch.Tensor`): (tokens, k), gradient of the values.
+        scaled (`torch.Tensor`): (tokens, d_in), the encoder's input.
+        b_dec (`torch.Tensor`): (d_in,).
+        encoder_weight (`torch.Tensor`): (d_sae, d_in).
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: (d_sae, d_in) and (d_sae,).
+    """
+    if suits_triton(scaled, b_dec, encoder_weight):
+        from .sparse_encoder_triton import encoder_gradient_triton
+
+        return encoder_gradient_triton(indices, grad, scaled, b_dec, encoder_weight)
+    centered = scaled - b_dec
+    grad_weight = empty_in_large_pages(*encoder_weight.shape, dtype=scaled.dtype, device=scaled.device).zero_()
+    if suits_numba(grad, centered, grad_weight) and indices.numel():
+        from .hierarchical_topk_loss_numba import add_rows_numba
+
+        add_rows_numba(indices, grad, centered, grad_weight)
+    else:
+        product = torch.empty_like(centered)
+        for index, value in zip(indices.t().contiguous(), grad.t().contiguous()):
+            grad_weight.index_add_(0, index, torch.mul(centered, value.unsqueeze(1), out=product))
+    grad_bias = torch.zeros(len(encoder_weight), dtype=scaled.dtype, device=scaled.device)
+    grad_bias.index_add_(0, indices.flatten(), grad.flatten())
+    return grad_weight, grad_bias
+
+
+class TangentGradient(torch.autograd.Function):
+    """Identity on unit-norm rows; the gradient loses its part along each row, which normalising would undo."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (weight,) = ctx.saved_tensors
+        if suits_triton(grad, weight) and grad.is_contiguous() and weight.is_contiguous():
+            from .sparse_encoder_triton import tangent_gradient_triton_
+
+            tangent_gradient_triton_(grad, weight)
+            return grad
+        # In place: only this node holds the gradient of the weight it passed on. On CPU in blocks that fit the cache.
+        block = 1024 if grad.device.type == "cpu" else 8192
+        for part, rows in zip(grad.split(block), weight.split(block)):
+            along = torch.linalg.vecdot(part, rows).unsqueeze(1)
+            part.addcmul_(along, rows, value=-1)
+        return grad
