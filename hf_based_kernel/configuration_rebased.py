@@ -98,6 +98,9 @@ class RebasedConfig(PreTrainedConfig):
                 setattr(self, switch, self.kernel == "rebased")
         super().__post_init__(**kwargs)
 
+    def validate_layer_type(self) -> None:
+        """`validate_architecture` looks at the layer types; transformers before 5.23 would rename "conv" here."""
+
     def validate_architecture(self):
         """Part of `@strict`-powered validation. Validates the architecture of the config."""
         choices = {
@@ -111,6 +114,11 @@ class RebasedConfig(PreTrainedConfig):
         unknown = sorted(set(self.layer_types or ()) - set(LAYER_TYPES))
         if unknown:
             raise ValueError(f"layer_types may hold {', '.join(LAYER_TYPES)}, got {', '.join(unknown)}")
+        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"num_hidden_layers ({self.num_hidden_layers}) must be equal to the number of `layer_types` "
+                f"({len(self.layer_types)})"
+            )
         least = {
             "vocab_size": 1,
             "hidden_size": 1,

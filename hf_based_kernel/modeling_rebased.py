@@ -70,6 +70,17 @@ class RebasedCache(Cache):
         """Number of tokens seen, padding included."""
         return self.seen_tokens
 
+    # transformers' own from 5.23 on; with these two, older ones serve as well.
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """The state of a convolution, or `None` before the first token."""
+        layer = self.layers[layer_idx]
+        return layer.conv_states[state_idx] if layer.has_previous_state[state_idx] else None
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """The state of a linear attention layer, or `None` before the first token."""
+        layer = self.layers[layer_idx]
+        return layer.recurrent_states[state_idx] if layer.has_previous_state[state_idx] else None
+
     def reset(self) -> None:
         """Forget every token."""
         super().reset()
