@@ -1,16 +1,17 @@
 """
 The form of ReBased's and Based's attention that is linear in length, in PyTorch: scores inside a chunk of tokens, a state
-between the chunks. Under torch.compile it is one operator, forward and backward.
+between the chunks. torch.compile sees its forward and its backward pass as one operator each.
 """
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from .rebased_features import (
     REBASED,
+    Coefficients,
     accumulation_dtype,
     polynomial,
     state_size,
@@ -25,30 +26,69 @@ QUERY_ROWS = 64
 
 
 def rebased_attention_chunked(
-    q,
-    k,
-    v,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     *,
-    scale,
-    eps,
-    initial_state=None,
-    return_state=False,
-    attention_mask=None,
-    segment_ids=None,
-    chunk_size=None,
-    coefficients=REBASED,
-):
+    scale: float,
+    eps: float,
+    initial_state: torch.Tensor | None = None,
+    return_state: bool = False,
+    attention_mask: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None,
+    chunk_size: int | None = None,
+    coefficients: Coefficients = REBASED,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`rebased_attention` in linear time: scores inside a chunk of tokens, a state between the chunks."""
-    tensors = (q, k, v, initial_state, attention_mask, segment_ids)
-    chunk_size = chunk_size or DEFAULT_CHUNK_SIZE
-    keep_states = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    if torch.compiler.is_compiling():
-        out, _, state, _ = _chunked_operator(
-            *tensors, scale, eps, list(coefficients), chunk_size, return_state, keep_states
-        )
-    else:
-        out, state = _ChunkedAttention.apply(*tensors, scale, eps, coefficients, chunk_size, return_state, keep_states)
+    inputs = _Inputs(q, k, v, initial_state, attention_mask, segment_ids)
+    keep_states = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    options = _Options(scale, eps, coefficients, chunk_size or DEFAULT_CHUNK_SIZE, return_state, keep_states)
+    out, state = _ChunkedAttention.apply(options, *inputs)
     return (out, state) if return_state else out
+
+
+class _Inputs(NamedTuple):
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    initial_state: torch.Tensor | None
+    attention_mask: torch.Tensor | None
+    segment_ids: torch.Tensor | None
+
+
+class _Options(NamedTuple):
+    scale: float
+    eps: float
+    coefficients: Coefficients
+    chunk_size: int
+    return_state: bool
+    keep_states: bool
+
+
+class _ChunkedAttention(torch.autograd.Function):
+    """Keeps the state before each chunk and computes everything else anew in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, options: _Options, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        # Traced, the loop over chunks would be unrolled; called directly, an operator costs a short sequence 4-7 %.
+        run = _forward_operator if torch.compiler.is_compiling() else _forward
+        out, denominators, state, states = run(*inputs, *options)
+        if options.keep_states:
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*inputs, out, denominators, *states)
+            ctx.options = options
+        return out, state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor | None, grad_state: torch.Tensor | None) -> tuple:
+        saved = ctx.saved_tensors
+        inputs, out, denominators, states = saved[:6], saved[6], saved[7], saved[8:]
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        run = _backward_operator if torch.compiler.is_compiling() else _backward
+        with torch.autocast(grad_out.device.type, enabled=False):
+            *gradients, grad_initial = run(grad_out, grad_state, *inputs, *ctx.options, out, denominators, states)
+        return None, *gradients, None if inputs[3] is None else grad_initial, None, None
 
 
 class _Segments(NamedTuple):
@@ -60,7 +100,7 @@ class _Segments(NamedTuple):
     carry: torch.Tensor  # (batch * num_heads, 1, 1): both are one
 
 
-def _segments(segment_ids, start, stop, num_heads):
+def _segments(segment_ids: torch.Tensor | None, start: int, stop: int, num_heads: int) -> _Segments | None:
     if segment_ids is None:
         return None
     ids = segment_ids[:, start:stop].repeat_interleave(num_heads, dim=0)
@@ -84,40 +124,40 @@ class _Chunk(NamedTuple):
     segments: _Segments | None
 
 
-def _chunk(q, k, v, attention_mask, segment_ids, *, start, stop, scale):
-    num_heads = q.shape[2]
+def _chunk(inputs: _Inputs, start: int, stop: int, scale: float) -> _Chunk:
+    num_heads = inputs.q.shape[2]
     padding = None
-    if attention_mask is not None:
-        padding = ~attention_mask[:, start:stop].repeat_interleave(num_heads, dim=0)[..., None]
+    if inputs.attention_mask is not None:
+        padding = ~inputs.attention_mask[:, start:stop].repeat_interleave(num_heads, dim=0)[..., None]
     return _Chunk(
-        queries=_heads_first(q[:, start:stop]) * scale,
-        keys=_heads_first(k[:, start:stop]),
-        values=_heads_first(v[:, start:stop]),
+        queries=_heads_first(inputs.q[:, start:stop]) * scale,
+        keys=_heads_first(inputs.k[:, start:stop]),
+        values=_heads_first(inputs.v[:, start:stop]),
         padding=padding,
-        segments=_segments(segment_ids, start, stop, num_heads),
+        segments=_segments(inputs.segment_ids, start, stop, num_heads),
     )
 
 
-def _heads_first(x):
+def _heads_first(x: torch.Tensor) -> torch.Tensor:
     """x: (batch, tokens, num_heads, dim) -> (batch * num_heads, tokens, dim) in the accumulation dtype."""
     return x.to(accumulation_dtype(x)).transpose(1, 2).flatten(0, 1)
 
 
-def _heads_last(x, batch_size):
+def _heads_last(x: torch.Tensor, batch_size: int) -> torch.Tensor:
     return x.unflatten(0, (batch_size, -1)).transpose(1, 2)
 
 
-def _query_rows(chunk):
+def _query_rows(chunk: _Chunk) -> list[slice]:
     """Blocks of a chunk's queries. Each forms scores with the keys up to its last token only: a quarter less at 128."""
     tokens = chunk.queries.shape[1]
     return [slice(start, min(start + QUERY_ROWS, tokens)) for start in range(0, tokens, QUERY_ROWS)]
 
 
-def _scores(chunk, rows):
+def _scores(chunk: _Chunk, rows: slice) -> torch.Tensor:
     return torch.bmm(chunk.queries[:, rows], chunk.keys[:, : rows.stop].mT)
 
 
-def _visible_weights(scores, chunk, rows, coefficients):
+def _visible_weights(scores: torch.Tensor, chunk: _Chunk, rows: slice, coefficients: Coefficients) -> torch.Tensor:
     """The kernel of the scores, 0 where a query does not see a key. Overwrites the scores: memory costs time here."""
     weights = scores.square_() if coefficients == REBASED else polynomial(scores, coefficients)
     weights.tril_(rows.start)
@@ -129,7 +169,7 @@ def _visible_weights(scores, chunk, rows, coefficients):
     return weights
 
 
-def _scores_forward(chunk, coefficients):
+def _scores_forward(chunk: _Chunk, coefficients: Coefficients) -> tuple[torch.Tensor, torch.Tensor]:
     """Numerators (batch * num_heads, tokens, head_dim) and denominators (…, 1) from a chunk's own scores."""
     numerators, totals = [], []
     for rows in _query_rows(chunk):
@@ -139,7 +179,9 @@ def _scores_forward(chunk, coefficients):
     return torch.cat(numerators, dim=1), torch.cat(totals, dim=1)
 
 
-def _scores_backward(chunk, grad_numerators, grad_totals, coefficients):
+def _scores_backward(
+    chunk: _Chunk, grad_numerators: torch.Tensor, grad_totals: torch.Tensor, coefficients: Coefficients
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of a chunk's queries, keys and values, each (tokens, dim), that come through its own scores."""
     grad_queries = torch.empty_like(chunk.queries)
     grad_keys, grad_values = torch.zeros_like(chunk.keys), torch.zeros_like(chunk.values)
@@ -160,11 +202,11 @@ def _scores_backward(chunk, grad_numerators, grad_totals, coefficients):
     return grad_queries, grad_keys, grad_values
 
 
-def _only(selected, x):
+def _only(selected: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     return x if selected is None else torch.where(selected, x, 0)
 
 
-def _added_to_state(chunk, coefficients):
+def _added_to_state(chunk: _Chunk, coefficients: Coefficients) -> tuple[torch.Tensor, torch.Tensor]:
     """Features (batch * num_heads, state_size, tokens), unweighted, and [v, 1] of the tokens that the next state holds."""
     ones = torch.ones_like(chunk.values[..., :1])
     if chunk.padding is not None:
@@ -175,33 +217,37 @@ def _added_to_state(chunk, coefficients):
     return unweighted_features(keys.mT.contiguous(), coefficients), values
 
 
-def _chunked_forward(
-    q,
-    k,
-    v,
-    initial_state,
-    attention_mask,
-    segment_ids,
-    scale,
-    eps,
-    coefficients,
-    chunk_size,
-    return_state,
-    keep_states,
-):
-    """Output, denominators (batch, seq, num_heads, 1), final state, and the states before each chunk that has one."""
-    spoilt = _spoilt_segments(segment_ids, q, k, v)
-    if spoilt is not None:
-        q, k, v = (x.masked_fill(spoilt, 0) for x in (q, k, v))
-    batch_size, seq_len, num_heads, feature_dim = q.shape
-    dtype = accumulation_dtype(q)
-    out, denominators = torch.empty_like(v), v.new_empty((batch_size, seq_len, num_heads, 1), dtype=dtype)
+def _feature_weights(feature_dim: int, coefficients: Coefficients, like: torch.Tensor) -> torch.Tensor:
+    return weigh(like.new_ones(state_size(feature_dim, coefficients)), feature_dim, coefficients)[:, None]
+
+
+def _damaged_segments(segment_ids: torch.Tensor | None, *tensors: torch.Tensor) -> torch.Tensor | None:
+    """(batch, seq, num_heads, 1): True in segments where some element of the tensors is not finite; None if all are."""
+    if segment_ids is None or all(x.sum(dtype=accumulation_dtype(x)).isfinite() for x in tensors):
+        return None
+    damaged = torch.stack([~x.isfinite().all(dim=-1) for x in tensors]).any(dim=0)
+    number = torch.nn.functional.pad(segment_ids.diff(dim=1) != 0, (1, 0)).cumsum(dim=1)
+    number = number[..., None].expand_as(damaged)
+    in_segment = torch.zeros_like(damaged, dtype=torch.uint8).scatter_reduce_(1, number, damaged.byte(), "amax")
+    return in_segment.gather(1, number).bool()[..., None]
+
+
+def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Output, denominators (batch, seq, num_heads, 1), final state (empty if unwanted), states before the later chunks."""
+    inputs, options = _Inputs(*arguments[:6]), _Options(*arguments[6:])
+    damaged = _damaged_segments(inputs.segment_ids, *inputs[:3])
+    if damaged is not None:
+        inputs = _Inputs(*(x.masked_fill(damaged, 0) for x in inputs[:3]), *inputs[3:])
+    coefficients = tuple(options.coefficients)
+    batch_size, seq_len, num_heads, feature_dim = inputs.q.shape
+    out = inputs.v.new_empty(inputs.v.shape)
+    denominators = out.new_empty((batch_size, seq_len, num_heads, 1), dtype=accumulation_dtype(out))
     weights = _feature_weights(feature_dim, coefficients, like=denominators)
-    state = None if initial_state is None else initial_state.flatten(0, 1)
+    state = None if inputs.initial_state is None else inputs.initial_state.flatten(0, 1)
     states = []
-    for start in range(0, seq_len, chunk_size):
-        stop = min(start + chunk_size, seq_len)
-        chunk = _chunk(q, k, v, attention_mask, segment_ids, start=start, stop=stop, scale=scale)
+    for start in range(0, seq_len, options.chunk_size):
+        stop = min(start + options.chunk_size, seq_len)
+        chunk = _chunk(inputs, start, stop, options.scale)
         segments = chunk.segments
         numerators, totals = _scores_forward(chunk, coefficients)
         if state is not None:
@@ -209,51 +255,44 @@ def _chunked_forward(
             earlier = _only(segments and segments.first, torch.bmm(features.mT, state))
             numerators += earlier[..., :-1]
             totals += earlier[..., -1:]
-            if keep_states:
-                states.append(state)
-        if stop < seq_len or return_state:
+        if stop < seq_len or options.return_state:
             # The weights belong to the features, but the product has fewer columns than a chunk has tokens.
             added = torch.bmm(*_added_to_state(chunk, coefficients)).mul_(weights)
             state = added if state is None else added.add_(_only(segments and segments.carry, state))
-        totals += eps
+            if options.keep_states and stop < seq_len:
+                states.append(state)
+        totals += options.eps
         out[:, start:stop] = _heads_last(numerators.div_(totals), batch_size)
         denominators[:, start:stop] = _heads_last(totals, batch_size)
-    state = state.unflatten(0, (batch_size, num_heads)) if return_state else None
-    if spoilt is not None:
-        out.masked_fill_(spoilt, float("nan"))
-        if return_state:
-            state.masked_fill_(spoilt[:, -1, :, :, None], float("nan"))
+    state = state.unflatten(0, (batch_size, num_heads)) if options.return_state else denominators.new_empty(0)
+    if damaged is not None:
+        out.masked_fill_(damaged, float("nan"))
+        if options.return_state:
+            state.masked_fill_(damaged[:, -1, :, :, None], float("nan"))
     return out, denominators, state, states
 
 
-def _chunked_backward(
-    grad_out,
-    grad_state,
-    q,
-    k,
-    v,
-    attention_mask,
-    segment_ids,
-    out,
-    denominators,
-    states,
-    scale,
-    coefficients,
-    chunk_size,
-):
-    """Gradients of q, k, v, and of the state before the first chunk if there is one."""
-    spoilt = _spoilt_segments(segment_ids, q, k, v, out, grad_out)
-    if spoilt is not None:
-        q, k, v, out, grad_out = (x.masked_fill(spoilt, 0) for x in (q, k, v, out, grad_out))
-        denominators = denominators.masked_fill(spoilt, 1)
-    batch_size, seq_len, num_heads, feature_dim = q.shape
+def _backward(grad_out: torch.Tensor, grad_state: torch.Tensor | None, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    """Gradients of q, k, v, and of the state before the first chunk: an empty one if there is none."""
+    inputs, options = _Inputs(*arguments[:6]), _Options(*arguments[6:12])
+    out, denominators, states = arguments[12:]
+    damaged = _damaged_segments(inputs.segment_ids, *inputs[:3], out, grad_out)
+    if damaged is not None:
+        inputs = _Inputs(*(x.masked_fill(damaged, 0) for x in inputs[:3]), *inputs[3:])
+        out, grad_out, denominators = (
+            out.masked_fill(damaged, 0),
+            grad_out.masked_fill(damaged, 0),
+            denominators.masked_fill(damaged, 1),
+        )
+    coefficients = tuple(options.coefficients)
+    batch_size, seq_len, num_heads, feature_dim = inputs.q.shape
     weights = _feature_weights(feature_dim, coefficients, like=denominators)
-    grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
-    grad_state = None if grad_state is None else grad_state.flatten(0, 1)
-    starts = range(0, seq_len, chunk_size)
-    for start, state in zip(reversed(starts), [*reversed(states), None]):
-        stop = min(start + chunk_size, seq_len)
-        chunk = _chunk(q, k, v, attention_mask, segment_ids, start=start, stop=stop, scale=scale)
+    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in inputs[:3])
+    grad_state = grad_state.flatten(0, 1) if options.return_state and grad_state is not None else None
+    before = [None if inputs.initial_state is None else inputs.initial_state.flatten(0, 1), *states]
+    for start, state in zip(reversed(range(0, seq_len, options.chunk_size)), reversed(before)):
+        stop = min(start + options.chunk_size, seq_len)
+        chunk = _chunk(inputs, start, stop, options.scale)
         segments = chunk.segments
         grad_numerators = _heads_first(grad_out[:, start:stop]) / _heads_first(denominators[:, start:stop])
         grad_totals = -(grad_numerators * _heads_first(out[:, start:stop])).sum(-1, keepdim=True)
@@ -276,187 +315,57 @@ def _chunked_backward(
             grad_queries += _only(first, unweighted_features_backward(grad_features, queries, coefficients).mT)
             added = torch.bmm(unweighted_features(queries, coefficients), grad_earlier)
             grad_state = added if grad_state is None else added.add_(grad_state)
-        grad_q[:, start:stop] = _heads_last(grad_queries.mul_(scale), batch_size)
+        grad_q[:, start:stop] = _heads_last(grad_queries.mul_(options.scale), batch_size)
         grad_k[:, start:stop] = _heads_last(grad_keys, batch_size)
         grad_v[:, start:stop] = _heads_last(grad_values, batch_size)
-    if grad_state is not None:
-        grad_state = grad_state.unflatten(0, (batch_size, num_heads))
-    if spoilt is not None:
+    if damaged is not None:
         for gradient in (grad_q, grad_k, grad_v):
-            gradient.masked_fill_(spoilt, float("nan"))
-        if grad_state is not None:
-            grad_state.masked_fill_(spoilt[:, 0, :, :, None], float("nan"))
-    return grad_q, grad_k, grad_v, grad_state
+            gradient.masked_fill_(damaged, float("nan"))
+    if inputs.initial_state is None:
+        return grad_q, grad_k, grad_v, grad_q.new_empty(0)
+    grad_initial = grad_state.unflatten(0, (batch_size, num_heads))
+    if damaged is not None:
+        grad_initial.masked_fill_(damaged[:, 0, :, :, None], float("nan"))
+    return grad_q, grad_k, grad_v, grad_initial
 
 
-def _feature_weights(feature_dim, coefficients, like):
-    return weigh(like.new_ones(state_size(feature_dim, coefficients)), feature_dim, coefficients)[:, None]
-
-
-def _spoilt_segments(segment_ids, *tensors):
-    """(batch, seq, num_heads, 1): True in segments where some element of the tensors is not finite; None if all are."""
-    if segment_ids is None or all(x.sum(dtype=accumulation_dtype(x)).isfinite() for x in tensors):
-        return None
-    spoilt = torch.stack([~x.isfinite().all(dim=-1) for x in tensors]).any(dim=0)
-    number = torch.nn.functional.pad(segment_ids.diff(dim=1) != 0, (1, 0)).cumsum(dim=1)
-    number = number[..., None].expand_as(spoilt)
-    in_segment = torch.zeros_like(spoilt, dtype=torch.uint8).scatter_reduce_(1, number, spoilt.byte(), "amax")
-    return in_segment.gather(1, number).bool()[..., None]
-
-
-class _ChunkedAttention(torch.autograd.Function):
-    """Keeps the state before each chunk and computes everything else anew in the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        q,
-        k,
-        v,
-        initial_state,
-        attention_mask,
-        segment_ids,
-        scale,
-        eps,
-        coefficients,
-        chunk_size,
-        return_state,
-        keep_states,
-    ):
-        out, denominators, state, states = _chunked_forward(
-            q,
-            k,
-            v,
-            initial_state,
-            attention_mask,
-            segment_ids,
-            scale,
-            eps,
-            coefficients,
-            chunk_size,
-            return_state,
-            keep_states,
-        )
-        if keep_states:
-            ctx.save_for_backward(q, k, v, attention_mask, segment_ids, out, denominators, *states)
-            ctx.options = scale, coefficients, chunk_size
-            ctx.has_initial_state = initial_state is not None
-        return out, state
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out, grad_state):
-        q, k, v, attention_mask, segment_ids, out, denominators, *states = ctx.saved_tensors
-        saved = (q, k, v, attention_mask, segment_ids, out, denominators, states)
-        with torch.autocast(grad_out.device.type, enabled=False):
-            *gradients, grad_initial = _chunked_backward(grad_out, grad_state, *saved, *ctx.options)
-        return *gradients, grad_initial if ctx.has_initial_state else None, *(None,) * 8
-
-
-# Under torch.compile the same two functions are operators: traced, their loops would be unrolled chunk by chunk.
-
+# Operators take no tuples: these list what `_Inputs` and `_Options` hold.
 NAMESPACE = re.sub(r"\W", "_", __name__)
+INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? initial_state, Tensor? attention_mask, Tensor? segment_ids"
+OPTIONS = "float scale, float eps, float[] coefficients, SymInt chunk_size, bool return_state, bool keep_states"
+SAVED = "Tensor out, Tensor denominators, Tensor[] states"
+
+_forward_operator = torch.library.custom_op(
+    f"{NAMESPACE}::chunked_forward",
+    _forward,
+    mutates_args=(),
+    schema=f"({INPUTS}, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor[])",
+)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::chunked_forward", mutates_args=())
-def _chunked_operator(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    initial_state: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    segment_ids: torch.Tensor | None,
-    scale: float,
-    eps: float,
-    coefficients: list[float],
-    chunk_size: int,
-    return_state: bool,
-    keep_states: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    inputs = (q, k, v, initial_state, attention_mask, segment_ids)
-    out, denominators, state, states = _chunked_forward(
-        *inputs, scale, eps, tuple(coefficients), chunk_size, return_state, keep_states
-    )
-    results = _empty_results(*inputs, scale, eps, coefficients, chunk_size, return_state, keep_states)
-    return (
-        out.contiguous(),
-        denominators,
-        results[2] if state is None else state,
-        torch.stack(states) if states else results[3],
-    )
+@_forward_operator.register_fake
+def _empty_results(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    inputs, options = _Inputs(*arguments[:6]), _Options(*arguments[6:])
+    batch_size, seq_len, num_heads, feature_dim = inputs.q.shape
+    out = inputs.v.new_empty(inputs.v.shape)
+    denominators = out.new_empty((batch_size, seq_len, num_heads, 1), dtype=accumulation_dtype(out))
+    sizes = (state_size(feature_dim, options.coefficients), out.shape[-1] + 1)
+    later_chunks = (seq_len - 1) // options.chunk_size if options.keep_states else 0
+    states = [denominators.new_empty(batch_size * num_heads, *sizes) for _ in range(later_chunks)]
+    state = denominators.new_empty((batch_size, num_heads, *sizes) if options.return_state else 0)
+    return out, denominators, state, states
 
 
-@_chunked_operator.register_fake
-def _empty_results(
-    q,
-    k,
-    v,
-    initial_state,
-    attention_mask,
-    segment_ids,
-    scale,
-    eps,
-    coefficients,
-    chunk_size,
-    return_state,
-    keep_states,
-):
-    batch_size, seq_len, num_heads, feature_dim = q.shape
-    dtype = accumulation_dtype(q)
-    sizes = (state_size(feature_dim, coefficients), v.shape[-1] + 1)
-    chunks = (seq_len + chunk_size - 1) // chunk_size - (initial_state is None)
-    return (
-        v.new_empty(v.shape),
-        v.new_empty((batch_size, seq_len, num_heads, 1), dtype=dtype),
-        v.new_empty((batch_size, num_heads, *sizes) if return_state else 0, dtype=dtype),
-        v.new_empty((chunks if keep_states else 0, batch_size * num_heads, *sizes), dtype=dtype),
-    )
+_backward_operator = torch.library.custom_op(
+    f"{NAMESPACE}::chunked_backward",
+    _backward,
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor? grad_state, {INPUTS}, {OPTIONS}, {SAVED}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::chunked_backward", mutates_args=())
-def _chunked_backward_operator(
-    grad_out: torch.Tensor,
-    grad_state: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    segment_ids: torch.Tensor | None,
-    out: torch.Tensor,
-    denominators: torch.Tensor,
-    states: torch.Tensor,
-    scale: float,
-    coefficients: list[float],
-    chunk_size: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    saved = (q, k, v, attention_mask, segment_ids, out, denominators, states.unbind())
-    *gradients, grad_initial = _chunked_backward(grad_out, grad_state, *saved, scale, tuple(coefficients), chunk_size)
-    if grad_initial is None:
-        grad_initial = denominators.new_empty(q.shape[0], q.shape[2], *states.shape[2:])
-    return *(x.contiguous() for x in gradients), grad_initial
-
-
-@_chunked_backward_operator.register_fake
-def _empty_gradients(grad_out, grad_state, q, k, v, attention_mask, segment_ids, out, denominators, states, *options):
-    grad_initial = denominators.new_empty(q.shape[0], q.shape[2], *states.shape[2:])
-    return *(x.new_empty(x.shape) for x in (q, k, v)), grad_initial
-
-
-def _save_for_backward(ctx, inputs, output):
-    q, k, v, initial_state, attention_mask, segment_ids, scale, _, coefficients, chunk_size, *_ = inputs
-    out, denominators, _, states = output
-    ctx.mark_non_differentiable(denominators, states)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, attention_mask, segment_ids, out, denominators, states)
-    ctx.options = scale, coefficients, chunk_size
-    ctx.has_initial_state = initial_state is not None
-
-
-def _call_backward(ctx, grad_out, _, grad_state, __):
-    if grad_out is None:
-        grad_out = torch.zeros_like(ctx.saved_tensors[2])
-    *gradients, grad_initial = _chunked_backward_operator(grad_out, grad_state, *ctx.saved_tensors, *ctx.options)
-    return *gradients, grad_initial if ctx.has_initial_state else None, *(None,) * 8
-
-
-_chunked_operator.register_autograd(_call_backward, setup_context=_save_for_backward)
+@_backward_operator.register_fake
+def _empty_gradients(grad_out: torch.Tensor, grad_state: torch.Tensor | None, *arguments: Any) -> tuple:
+    inputs = _Inputs(*arguments[:6])
+    grad_initial = inputs.q.new_empty(0) if inputs.initial_state is None else inputs.initial_state
+    return tuple(x.new_empty(x.shape) for x in (*inputs[:3], grad_initial))

@@ -12,6 +12,7 @@ import torch
 
 
 # (c0, c1, c2) of the kernel c0 + c1 s + c2 s².
+Coefficients = tuple[float, float, float]
 REBASED = (0.0, 0.0, 1.0)
 TAYLOR = (1.0, 1.0, 0.5)
 
@@ -21,23 +22,23 @@ def packed_size(feature_dim: int) -> int:
     return feature_dim * (feature_dim // 2 + 1)
 
 
-def state_size(feature_dim: int, coefficients: tuple[float, float, float] = REBASED) -> int:
+def state_size(feature_dim: int, coefficients: Coefficients = REBASED) -> int:
     """Rows of a head's state: the packed products, then `feature_dim` and 1 more if the kernel has such terms."""
     return packed_size(feature_dim) + feature_dim * (coefficients[1] != 0) + (coefficients[0] != 0)
 
 
-def query_features(x: torch.Tensor, coefficients: tuple[float, float, float]) -> torch.Tensor:
+def query_features(x: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
     """x: (..., feature_dim) -> (..., state_size): every product once, then x and 1 if the kernel has such terms."""
     windows = torch.cat([x, x[..., : x.shape[-1] // 2]], dim=-1).unfold(-1, x.shape[-1], 1)
     return _with_lower_terms((x[..., None, :] * windows).flatten(-2), x, coefficients, dim=-1)
 
 
-def key_features(x: torch.Tensor, coefficients: tuple[float, float, float]) -> torch.Tensor:
+def key_features(x: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
     """x: (..., feature_dim) -> (..., state_size): as `query_features`, weighted so that the product is the kernel."""
     return weigh(query_features(x, coefficients), x.shape[-1], coefficients)
 
 
-def weigh(features, feature_dim, coefficients):
+def weigh(features: torch.Tensor, feature_dim: int, coefficients: Coefficients) -> torch.Tensor:
     """Multiply features (..., state_size) in place by the weights that belong to the keys' side."""
     c0, c1, c2 = coefficients
     packed = packed_size(feature_dim)
@@ -49,7 +50,7 @@ def weigh(features, feature_dim, coefficients):
     return features
 
 
-def _with_lower_terms(products, x, coefficients, dim):
+def _with_lower_terms(products: torch.Tensor, x: torch.Tensor, coefficients: Coefficients, dim: int) -> torch.Tensor:
     rows = [products]
     if coefficients[1]:
         rows.append(x)
@@ -58,18 +59,18 @@ def _with_lower_terms(products, x, coefficients, dim):
     return products if len(rows) == 1 else torch.cat(rows, dim=dim)
 
 
-def _doubled(x):
+def _doubled(x: torch.Tensor) -> torch.Tensor:
     """x: (..., feature_dim, tokens) -> rows r … r + feature_dim of it are x, rolled by r = 0 … feature_dim // 2 rows."""
     return torch.cat([x, x[..., : x.shape[-2] // 2, :]], dim=-2)
 
 
-def unweighted_features(x, coefficients):
+def unweighted_features(x: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
     """x: (..., feature_dim, tokens) -> (..., state_size, tokens), unweighted: `query_features`, tokens last."""
     windows = _doubled(x).unfold(-2, x.shape[-2], 1).transpose(-1, -2)
     return _with_lower_terms((x.unsqueeze(-3) * windows).flatten(-3, -2), x, coefficients, dim=-2)
 
 
-def unweighted_features_backward(grad, x, coefficients):
+def unweighted_features_backward(grad: torch.Tensor, x: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
     """grad: (..., state_size, tokens), x: (..., feature_dim, tokens) -> gradient of x, like x."""
     feature_dim, doubled = x.shape[-2], _doubled(x)
     overhang = feature_dim // 2
@@ -87,18 +88,18 @@ def unweighted_features_backward(grad, x, coefficients):
     return grad_x
 
 
-def polynomial(scores, coefficients):
+def polynomial(scores: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
     c0, c1, c2 = coefficients
     if c0 == c1 == 0:
         return scores.square() if c2 == 1 else c2 * scores.square()
     return (c2 * scores + c1) * scores + c0
 
 
-def accumulation_dtype(q):
+def accumulation_dtype(q: torch.Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def with_ones(v, attention_mask=None):
+def with_ones(v: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
     """v: (batch, seq, num_heads, head_dim) -> (..., head_dim + 1): the last column, 0 for padding, sums to the denominator."""
     values = torch.nn.functional.pad(v.to(accumulation_dtype(v)), (0, 1), value=1.0)
     if attention_mask is not None:

@@ -16,7 +16,7 @@ from hf_based_kernel.rebased_attention import (
     rebased_attention_step,
     taylor_attention,
 )
-from hf_based_kernel.rebased_attention_chunked import _chunked_operator, rebased_attention_chunked
+from hf_based_kernel.rebased_attention_chunked import _backward_operator, _forward, _forward_operator, rebased_attention_chunked
 from hf_based_kernel.rebased_features import (
     REBASED,
     TAYLOR,
@@ -383,14 +383,16 @@ def test_compiled_call_is_one_graph_without_the_loop_over_chunks(with_state, pac
     assert not any("bmm" in str(node.target) for node in graphs[0].graph.nodes)
 
 
-def test_operator_obeys_the_rules_of_torch_library():
-    q, k, v = make_inputs(seq_len=5)
-    state = make_state(q, v, REBASED)
+def test_operators_obey_the_rules_of_torch_library():
+    q, k, v = (x.detach() for x in make_inputs(seq_len=5))
+    state, options = make_state(q, v, REBASED).detach(), (0.5, 1e-6, list(REBASED), 2, True, True)
     for arguments in ((state, None, None), (None, MASK[:, :5].bool(), SEGMENTS[:, :5])):
-        checks = torch.library.opcheck(
-            _chunked_operator, (q, k, v, *arguments, 0.5, 1e-6, list(REBASED), 2, True, True)
-        )
-        assert set(checks.values()) == {"SUCCESS"}
+        inputs = (q, k, v, *arguments)
+        out, denominators, final_state, states = _forward(*inputs, *options)
+        saved = (out, final_state, *inputs, *options, out, denominators, states)
+        for operator, given in ((_forward_operator, (*inputs, *options)), (_backward_operator, saved)):
+            checks = torch.library.opcheck(operator, given)
+            assert set(checks.values()) == {"SUCCESS"}
 
 
 BAD_CALLS = {
