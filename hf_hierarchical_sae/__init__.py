@@ -2,7 +2,8 @@
 
 from transformers import AutoConfig, AutoModel
 
-from .activations import ActivationShards, ActivationStream, iterate_activations
+from .activation_shards import ActivationShards, save_shards
+from .activations import ActivationSettings, ActivationStream, iterate_activations
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
 from .dashboard import write_dashboard
 from .evaluation import HierarchicalSaeEvaluation, evaluate_budgets, explained_variance, plot_evaluations
@@ -23,6 +24,7 @@ HierarchicalSaeConfig.register_for_auto_class()
 HierarchicalSaeModel.register_for_auto_class("AutoModel")
 
 __all__ = [
+    "ActivationSettings",
     "ActivationShards",
     "ActivationStream",
     "HierarchicalSaeCallback",
@@ -48,6 +50,7 @@ __all__ = [
     "plot_evaluations",
     "record_statistics",
     "save_saelens",
+    "save_shards",
     "save_sparsify",
     "splice",
     "steer",

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from .activations import ActivationShards, iterate_activations
+from .activation_shards import ActivationShards, save_shards
+from .activations import iterate_activations
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
 from .dashboard import write_dashboard
 from .evaluation import evaluate_budgets, plot_evaluations
@@ -65,13 +66,17 @@ def harvest(args: argparse.Namespace) -> None:
         max_tokens=args.tokens,
         max_norm_ratio=args.max_norm_ratio,
     )
-    stream.save_shards(
+    tokens = save_shards(
+        stream,
         args.folder,
         shard_tokens=args.shard_tokens,
         process_index=args.process_index,
         num_processes=args.num_processes,
     )
-    print(f"{stream.counts['tokens']} tokens in {args.folder}: train with `hierarchical-sae train {args.folder} sae`")
+    if tokens is None:
+        print(f"{stream.counts['tokens']} tokens written to {args.folder}, where other processes have still to write")
+    else:
+        print(f"{tokens} tokens in {args.folder}: train with `hierarchical-sae train {args.folder} sae`")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -310,7 +315,7 @@ def _text_options(parser, *, required, tokens, context_length=256):
     _option(parser, "split", default="train", help="which part of the dataset (default: train)")
     _option(parser, "text_column", default="text", help="column of the dataset (default: text)")
     _option(
-        parser, "tokens", type=int, default=tokens, help=f"stop after so many (default: {tokens or 'all of them'})"
+        parser, "tokens", type=int, default=tokens, help=f"read exactly so many (default: {tokens or 'all of them'})"
     )
     _option(
         parser,

@@ -64,7 +64,7 @@ def write_dashboard(
         path (`str` or `Path`): file to write; its folder is made if it is not there.
         layer (`int`, *optional*): decoder layer, counted from 0; by default the one in the autoencoder's config.
         text_column (`str`, defaults to `"text"`): where a row holds its text.
-        max_tokens (`int`, *optional*, defaults to 100000): stop once this many tokens were read. Activations take
+        max_tokens (`int`, *optional*, defaults to 100000): stop once exactly this many tokens were read. Activations take
             about `40 * k * max_tokens` bytes of memory.
         context_length (`int`, defaults to 128): longest context in tokens.
         contexts_per_latent (`int`, defaults to 10): contexts shown at each budget.

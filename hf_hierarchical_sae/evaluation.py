@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers.utils import logging
 
 from .activations import ActivationStream
-from .language_model import check_fits, edited_output, evaluation_mode
+from .language_model import edited_output, evaluation_mode
 from .modeling_hierarchical_sae import HierarchicalSaeModel, check_finite
 
 
@@ -120,7 +119,7 @@ def evaluate_budgets(
     with evaluation_mode(sae):
         sae.normalize_decoder()
         if isinstance(activations, ActivationStream):
-            check_belongs(sae, activations)
+            activations.check_reads(sae)
             return sums.result(_language_model_sums(sae, activations, sums))
         for piece in [activations] if isinstance(activations, torch.Tensor) else activations:
             for x in piece.to(sae.W_dec.device).split(batch_size):
@@ -248,45 +247,30 @@ def _resolve(sae, budgets):
     return budgets
 
 
-def check_belongs(sae, stream):
-    """The stream's language model and layer have to be those that the autoencoder was trained on."""
-    trained = stream.layers[0] if sae.config.layer is None else sae.config.layer
-    check_fits(sae, stream.model, trained)
-    if stream.layers != [trained]:
-        raise ValueError(
-            f"the autoencoder was trained on layer {trained}, the stream gives {stream.layers}: read that layer alone"
-        )
-
-
 def _language_model_sums(sae, stream, sums):
     """Cross-entropy and KL at each budget, over the positions that are replaced and have a next token."""
     model, layer = stream.model, stream.layers[0]
-    clean, zeros, predicted, limit = 0.0, 0.0, 0, stream.settings["max_tokens"]
+    clean, zeros, predicted = 0.0, 0.0, 0
     spliced, divergence = (torch.zeros(len(sums.budgets), dtype=torch.float64) for _ in range(2))
-    is_quiet = not stream.settings["show_progress"]
-    for ids, mask in logging.tqdm(stream.forward_batches(), desc="evaluate", disable=is_quiet):
-        captured = []
-        logits = _logits(model, layer, ids, mask, captured.append)
-        states = captured[0]
-        keep = stream.kept(states.float().unsqueeze(2), mask)
-        places = (keep.cpu() & F.pad(mask[:, 1:], (0, 1)).bool()).to(logits.device)
-        targets = ids.roll(-1, dims=1).to(logits.device)[places]
-        expected = logits[places]
-        del logits
+    for read in stream.passes():
+        ids, mask, keep = read.ids, read.mask, read.kept
+        states = read.states[keep][:, 0]
+        expected = _logits(model, layer, ids, mask, lambda output: None)
+        places = (keep.cpu() & F.pad(mask[:, 1:], (0, 1)).bool()).to(expected.device)
+        targets = ids.roll(-1, dims=1).to(expected.device)[places]
+        expected = expected[places]
 
         def losses(replacement, ids=ids, mask=mask, keep=keep, places=places, targets=targets, expected=expected):
             logits = _logits(model, layer, ids, mask, lambda output: _replaced(output, keep, replacement))
             return _cross_entropy_and_divergence(logits[places], targets, expected)
 
         clean += _cross_entropy_and_divergence(expected, targets, expected)[0]
-        zeros += losses(torch.zeros_like(states[keep]))[0]
-        for place, reconstruction in enumerate(sums.reconstructions(states[keep].to(sae.W_dec.device))):
+        zeros += losses(torch.zeros_like(states))[0]
+        for place, reconstruction in enumerate(sums.reconstructions(states.to(sae.W_dec.device))):
             loss, kl = losses(reconstruction)
             spliced[place] += loss
             divergence[place] += kl
         predicted += len(targets)
-        if limit is not None and sums.tokens >= limit:
-            break
     if predicted == 0:
         raise ValueError("the language model's loss needs texts of at least 3 tokens, got none")
     return {

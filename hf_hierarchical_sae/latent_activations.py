@@ -7,8 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .activations import iterate_activations
-from .evaluation import check_belongs
+from .activations import ActivationSettings, ActivationStream
 from .language_model import evaluation_mode
 from .modeling_hierarchical_sae import HierarchicalSaeModel
 
@@ -103,7 +102,7 @@ def latent_activations(
         text_column (`str`, defaults to `"text"`): where a row holds its text.
         context_length (`int`, defaults to 128): longest piece of text in tokens; longer texts are cut into several.
         batch_tokens (`int`, defaults to 2048): positions per forward pass.
-        max_tokens (`int`, *optional*): stop after the forward pass that reaches this many tokens; of each label.
+        max_tokens (`int`, *optional*): stop once exactly this many tokens were read; of each label.
         show_progress (`bool`, defaults to `True`): progress bar.
 
     Returns:
@@ -121,37 +120,28 @@ def latent_activations(
     k, end = sae.config.k, 0
     total = None if max_tokens is None else max_tokens * len(labelled)
     progress = logging.tqdm(total=total, unit="token", unit_scale=True, desc="read", disable=not show_progress)
+    settings = ActivationSettings(
+        text_column=text_column,
+        context_length=context_length,
+        batch_tokens=batch_tokens,
+        max_tokens=max_tokens,
+        show_progress=False,
+    )
     with progress, evaluation_mode(sae):
         for label, rows in enumerate(labelled.values()):
-            stream = iterate_activations(
-                model,
-                tokenizer,
-                rows,
-                layer,
-                text_column=text_column,
-                context_length=context_length,
-                batch_tokens=batch_tokens,
-                max_tokens=max_tokens,
-                show_progress=False,
-            )
-            check_belongs(sae, stream)
-            read = 0
-            for batch, mask in stream.forward_batches():
-                _check_vocabulary(model, batch)
-                states = stream.hidden_states(batch, mask)
-                keep = stream.kept(states, mask)
-                indices, values = sae.encode(states[keep][:, 0].to(sae.W_dec.device))
-                mask = mask.bool()
-                flags = keep.cpu()[mask]
+            stream = ActivationStream(model, tokenizer, rows, layer, settings=settings)
+            stream.check_reads(sae)
+            for read in stream.passes():
+                indices, values = sae.encode(read.states[read.kept][:, 0].to(sae.W_dec.device))
+                mask = read.mask.bool()
+                flags = read.kept.cpu()[mask]
                 entries.append(_entries(indices.cpu(), values.cpu(), end + flags.nonzero().flatten()))
-                ids.append(batch[mask])
+                ids.append(read.ids[mask])
                 is_read.append(flags)
                 lengths.append(mask.sum(dim=1))
-                labels.append(torch.full((len(batch),), label))
-                k, end, read = max(k, indices.shape[1]), end + len(flags), read + int(flags.sum())
+                labels.append(torch.full((len(mask),), label))
+                k, end = max(k, indices.shape[1]), end + len(flags)
                 progress.update(int(flags.sum()))
-                if max_tokens is not None and read >= max_tokens:
-                    break
     if not ids or not (flags := torch.cat(is_read)).any():
         raise ValueError("the texts gave no tokens: expected texts longer than one token")
     latents, positions, values, ranks = (torch.cat(parts) for parts in zip(*entries))
@@ -189,12 +179,3 @@ def _entries(indices, values, positions):
     ranks = torch.arange(1, indices.shape[1] + 1, dtype=torch.int16).expand_as(indices)
     positions = positions.to(torch.int32).unsqueeze(1).expand_as(indices)
     return indices[fires].to(torch.int32), positions[fires], values[fires].float(), ranks[fires]
-
-
-def _check_vocabulary(model, ids):
-    size = model.get_input_embeddings().num_embeddings
-    if int(ids.max()) >= size:
-        raise ValueError(
-            f"the tokenizer gave the token {int(ids.max())}, the language model has a vocabulary of {size}: give the "
-            "tokenizer that belongs to it"
-        )

@@ -34,6 +34,7 @@ from hf_hierarchical_sae import (
     HierarchicalSaeModel,
     evaluate_budgets,
     iterate_activations,
+    save_shards,
 )
 
 
@@ -148,7 +149,8 @@ def harvested(settings, folder):
             max_tokens=settings["tokens"] + settings["eval_tokens"],
             show_progress=state.is_main_process,
         )
-        stream.save_shards(
+        save_shards(
+            stream,
             folder,
             shard_tokens=16_384,
             dtype=getattr(torch, settings["dtype"]),

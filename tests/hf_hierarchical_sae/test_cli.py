@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_hierarchical_sae import HierarchicalSaeModel, cli, evaluate_budgets
-from hf_hierarchical_sae.activations import ActivationShards
+from hf_hierarchical_sae import ActivationShards, HierarchicalSaeModel, cli, evaluate_budgets
 from hf_hierarchical_sae.cli import main
 
 

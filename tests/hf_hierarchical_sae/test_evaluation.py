@@ -241,12 +241,12 @@ def test_the_language_model_gives_the_same_numbers_as_its_activations(model, tok
     assert torch.equal(inside.density, alone.density)
 
 
-def test_a_language_model_evaluation_stops_at_max_tokens_and_leaves_no_hook(model, tokenizer):
+def test_a_language_model_evaluation_reads_exactly_max_tokens_and_leaves_no_hook(model, tokenizer):
     evaluation = evaluate_budgets(
         make_sae(d_in=32), read(model, tokenizer, TEXTS * 50, batch_tokens=64, max_tokens=90)
     )
 
-    assert 90 <= evaluation.tokens < 90 + 64
+    assert evaluation.tokens == 90
     assert not model.model.layers[0]._forward_hooks
 
 

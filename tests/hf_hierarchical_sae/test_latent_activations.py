@@ -89,6 +89,16 @@ def test_labels_are_those_of_the_mapping(model, tokenizer):
     assert all((name == "first") == (text == TEXTS[0]) for text, name in zip(contexts, names))
 
 
+def test_max_tokens_is_exact_for_each_label(model, tokenizer):
+    labelled = {"first": TEXTS * 3, "second": TEXTS[:2]}
+
+    found = read(make_sae(), model, tokenizer, labelled, max_tokens=31, batch_tokens=64)
+
+    labels = found.context_labels[found.position_contexts]
+    assert [int(found.is_read[labels == label].sum()) for label in (0, 1)] == [31, 31]
+    assert found.is_read[found.positions.long()].all()
+
+
 def test_a_batch_topk_autoencoder_has_as_many_ranks_as_any_token_uses(model, tokenizer):
     sae = make_sae(selection="batch_topk", budgets=[5])
     sae.threshold.fill_(0.005)

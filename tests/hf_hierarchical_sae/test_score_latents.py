@@ -107,7 +107,7 @@ def test_two_autoencoders_are_scored_and_what_was_scored_is_kept(
         "--speakers",
         3,
     ]
-    command += ["--tokens", 600, "--permutations", 2, "--wordnet", wordnet, "--themes", themes]
+    command += ["--tokens", 3000, "--permutations", 2, "--wordnet", wordnet, "--themes", themes]
     command += ["--judge", tiny_language_model, "--judge_latents", 1, "--output_dir", tmp_path / "scores"]
 
     example.run_with(*command)

@@ -1,0 +1,310 @@
+"""Activations on disk: shards that survive a kill, written by one process or several, and read through memory maps."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers.utils import logging
+
+from .activations import ActivationStream
+
+
+logger = logging.get_logger(__name__)
+
+# Files of a harvest besides its shards: its settings, and the numbers of shards and tokens once all text was read.
+DESCRIPTION, COMPLETE = "harvest.json", "complete.json"
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+def save_shards(
+    stream: ActivationStream,
+    folder: str | os.PathLike,
+    *,
+    shard_tokens: int = 65536,
+    dtype: torch.dtype = torch.float32,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> int | None:
+    """
+    Write activations to safetensors files, in the order of the text. Run again after an interruption, it goes on with
+    the first shard that is missing or damaged. Read them with [`ActivationShards`].
+
+    Each process writes every `num_processes`-th shard; together they write what one alone would. The last to finish
+    finds all shards there and completes the harvest, with more text if the tokens left out made it too short.
+
+    Args:
+        stream ([`ActivationStream`]): from [`iterate_activations`]; its order, not its shuffling.
+        folder (`str` or `os.PathLike`): made if it is not there.
+        shard_tokens (`int`, defaults to 65536): tokens of text per shard; an interruption costs at most one.
+        dtype (`torch.dtype`, defaults to `torch.float32`): of the values on disk.
+        process_index (`int`, defaults to 0): number of this process, on this machine or another.
+        num_processes (`int`, defaults to 1): how many processes share the work and the folder.
+
+    Returns:
+        `int`: tokens of the harvest, exactly `max_tokens` if the text has as many; `None` while other processes still
+            write.
+
+    Raises:
+        `ValueError`: If the folder holds a harvest with other settings or of another text.
+    """
+    if shard_tokens < 1 or not 0 <= process_index < num_processes:
+        raise ValueError(
+            f"shard_tokens must be positive and process_index in [0, num_processes={num_processes}), "
+            f"got {shard_tokens} and {process_index}"
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_description(folder, _description(stream, shard_tokens, dtype))
+    writer, limit = _Writer(stream, folder, dtype), stream.settings.max_tokens
+    batches, most = stream.forward_batches(), 0
+    with writer.progress:
+        while shard := _next_shard(stream, batches, shard_tokens, limit, most):
+            if writer.shards % num_processes == process_index:
+                writer.write(shard)
+            writer.shards += 1
+            most += sum(_most_kept(stream, mask) for _, mask in shard)
+        if writer.shards == 0:
+            raise ValueError("the dataset gave no tokens: expected texts, got none")
+        tokens = writer.tokens_on_disk()
+        if tokens is None:
+            return None
+        # Which tokens have an outlying norm is known only now.
+        while shard := _next_shard(stream, batches, shard_tokens, limit, tokens):
+            tokens += writer.write(shard)["tokens"]
+            writer.shards += 1
+    tokens = tokens if limit is None else min(tokens, limit)
+    _write_json(folder / COMPLETE, {"num_shards": writer.shards, "tokens": tokens})
+    stream.log_counts()
+    return tokens
+
+
+class _Writer:
+    """Shards of one harvest, as many as `shards` so far."""
+
+    def __init__(self, stream: ActivationStream, folder: Path, dtype: torch.dtype):
+        self.stream, self.folder, self.dtype, self.shards = stream, folder, dtype, 0
+        form: dict[str, Any] = {"unit": "token", "unit_scale": True, "desc": "harvest"}
+        settings = stream.settings
+        self.progress = logging.tqdm(total=settings.max_tokens, disable=not settings.show_progress, **form)
+
+    def write(self, batches: list[Batch]) -> dict[str, int]:
+        """Counts of the next shard, which is left alone if it is there and whole."""
+        path, stream = self.folder / _shard_name(self.shards), self.stream
+        text = hashlib.sha256(b"".join(ids.numpy().tobytes() for ids, _ in batches)).hexdigest()
+        found = _counts_on_disk(path, text)
+        if found is not None:
+            stream.counts.update(found)
+            self.progress.update(found["tokens"])
+            return found
+        before, pieces = Counter(stream.counts), []
+        for ids, mask in batches:
+            read = stream.read(ids, mask)
+            pieces.append(read.states[read.kept])
+            self.progress.update(len(pieces[-1]))
+        states = torch.cat(pieces).to("cpu", self.dtype)
+        tensors = {f"layer_{layer}": states[:, index].contiguous() for index, layer in enumerate(stream.layers)}
+        counts = {name: stream.counts[name] - before[name] for name in stream.counts}
+        _write_shard(path, tensors, {"counts": counts, "text_sha256": text})
+        return counts
+
+    def tokens_on_disk(self) -> int | None:
+        """Of all shards so far, or None if other processes have not written theirs."""
+        try:
+            records = [_read_shard(self.folder / _shard_name(number))[1] for number in range(self.shards)]
+        except ValueError:
+            return None
+        return sum(record["counts"]["tokens"] for record in records)
+
+
+class ActivationShards(torch.utils.data.Dataset):
+    """
+    Activations that [`save_shards`] wrote, memory-mapped: a dataset for `Trainer` whose items are
+    `{"hidden_states": (hidden_size,) float32}`. `description` holds the settings of the harvest.
+
+    Args:
+        folder (`str` or `os.PathLike`): what was given to `save_shards`.
+        layer (`int`, *optional*): which layer to read; needed only if several were harvested.
+
+    Raises:
+        `ValueError`: If there is no harvest, an unfinished one, a torn or missing shard, no such layer, or no token.
+    """
+
+    def __init__(self, folder: str | os.PathLike, layer: int | None = None):
+        self.folder = Path(folder)
+        if not (self.folder / DESCRIPTION).exists():
+            raise ValueError(f"expected a folder written by save_shards, got {folder}, which has no {DESCRIPTION}")
+        self.description = json.loads((self.folder / DESCRIPTION).read_text())
+        layers = self.description["layers"]
+        if layer is None and len(layers) == 1:
+            layer = layers[0]
+        if layer not in layers:
+            raise ValueError(f"layer must be one of the harvested layers {layers}, got {layer}")
+        if not (self.folder / COMPLETE).exists():
+            written = len(list(self.folder.glob("shard-*.safetensors")))
+            raise ValueError(
+                f"the harvest in {folder} is not finished, it has {written} shards so far: run it again, it goes on "
+                "where it stopped"
+            )
+        complete = json.loads((self.folder / COMPLETE).read_text())
+        count = complete["num_shards"]
+        self._paths = [self.folder / _shard_name(number) for number in range(count)]
+        self._shards = [_read_shard(path)[0][f"layer_{layer}"] for path in self._paths]
+        ends = torch.tensor([len(shard) for shard in self._shards]).cumsum(0)
+        # The last shard may hold more tokens than were asked for.
+        self._shards[-1] = self._shards[-1][: len(self._shards[-1]) - int(ends[-1]) + complete["tokens"]]
+        self._ends = ends.clamp(max=complete["tokens"])
+        if len(self) == 0:
+            raise ValueError(f"the {count} shards in {folder} hold no tokens: harvest more text")
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        return [{"hidden_states": row} for row in self.rows(torch.as_tensor(indices))]
+
+    def rows(self, indices: torch.Tensor) -> torch.Tensor:
+        """(n,) token numbers to (n, hidden_size) activations, in float32."""
+        if len(indices) and not -len(self) <= int(indices.min()) <= int(indices.max()) < len(self):
+            raise IndexError(
+                f"token numbers must be in [0, {len(self)}), got {int(indices.min())}…{int(indices.max())}"
+            )
+        indices = indices % len(self)
+        numbers = torch.searchsorted(self._ends, indices, right=True)
+        rows = torch.empty(len(indices), self._shards[0].shape[1])
+        for number in numbers.unique().tolist():
+            here = numbers == number
+            start = int(self._ends[number]) - len(self._shards[number])
+            rows[here] = self._shards[number][indices[here] - start].float()
+        return rows
+
+    def batches(self, batch_tokens: int = 4096) -> Iterator[torch.Tensor]:
+        """All activations in order, (batch_tokens, hidden_size) each, fewer at the end of a shard."""
+        for shard in self._shards:
+            for batch in shard.split(batch_tokens):
+                yield batch.float()
+
+    def verify(self) -> None:
+        """Read every shard in full and compare its checksum; raises `ValueError` at the first that differs."""
+        for path in self._paths:
+            _read_shard(path, check=True)
+
+
+def _description(stream: ActivationStream, shard_tokens: int, dtype: torch.dtype) -> dict:
+    """What has to be the same for shards to belong together."""
+    settings = asdict(stream.settings)
+    for name in ("shuffle_tokens", "seed", "show_progress"):
+        del settings[name]
+    return {
+        "model_name": stream.model.config.name_or_path,
+        "layers": stream.layers,
+        "hidden_size": stream.hidden_size,
+        "shard_tokens": shard_tokens,
+        "dtype": str(dtype).removeprefix("torch."),
+        **settings,
+    }
+
+
+def _most_kept(stream: ActivationStream, mask: torch.Tensor) -> int:
+    """Tokens that a forward pass gives if none has an outlying norm: all that is known without running the model."""
+    return int(mask.sum()) - (int(mask[:, 0].sum()) if stream.settings.skip_first_position else 0)
+
+
+def _next_shard(
+    stream: ActivationStream, batches: Iterator[Batch], shard_tokens: int, limit: int | None, given: int
+) -> list[Batch]:
+    """Forward passes of `shard_tokens` tokens of text, fewer at its end or where `given` + these can be the limit."""
+    shard, tokens = [], 0
+    while tokens < shard_tokens and (limit is None or given < limit):
+        batch = next(batches, None)
+        if batch is None:
+            break
+        shard.append(batch)
+        tokens += int(batch[1].sum())
+        given += _most_kept(stream, batch[1])
+    return shard
+
+
+def _counts_on_disk(path: Path, text: str) -> dict[str, int] | None:
+    """Counts of a shard that is there and whole, else None; refuses one of another text."""
+    if not path.exists():
+        return None
+    try:
+        record = _read_shard(path, check=True)[1]
+    except ValueError as error:
+        logger.warning(f"{error}; harvesting it again")
+        return None
+    if record["text_sha256"] != text:
+        raise ValueError(
+            f"{path} was harvested from another text: expected the dataset and order of that harvest; "
+            "give these, or another folder"
+        )
+    return record["counts"]
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _write_shard(path: Path, tensors: dict[str, torch.Tensor], record: dict) -> None:
+    """Under its name only once it is whole and on disk."""
+    # Processes that complete a harvest at the same time write the same shard.
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    # One entry: safetensors writes several in random order, and equal harvests should be equal files.
+    record = json.dumps({**record, "sha256": _checksum(tensors)})
+    save_file(tensors, unfinished, metadata={"harvest": record})
+    with open(unfinished, "rb+") as file:
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def _read_shard(path: Path, check: bool = False) -> tuple[dict[str, torch.Tensor], dict]:
+    """Memory-mapped tensors, and the record of their harvest. Raises `ValueError` if the file is not as written."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{path} is torn or missing ({error}): run the harvest again, it replaces this shard"
+        ) from error
+    record = json.loads(metadata["harvest"])
+    if check and _checksum(tensors) != record["sha256"]:
+        raise ValueError(f"{path} is damaged, its checksum differs: run the harvest again, it replaces this shard")
+    return tensors, record
+
+
+def _write_json(path: Path, content: dict) -> None:
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    unfinished.replace(path)
+
+
+def _write_description(folder: Path, description: dict) -> None:
+    path = folder / DESCRIPTION
+    if not path.exists():
+        _write_json(path, description)
+    found = json.loads(path.read_text())
+    differing = [name for name in description if found.get(name) != description[name]]
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"{folder} holds a harvest with {name}={found.get(name)!r}, got {name}={description[name]!r}: give the "
+            "settings of that harvest to go on with it, or another folder"
+        )
