@@ -5,6 +5,8 @@ A sequence lists pairs of a key and a value, then asks for some of the keys agai
 """
 
 import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ def make_recall_dataset(
     random_non_queries: bool = True,
     seed: int = 0,
     streaming: bool = False,
-):
+) -> Any:
     """
     Draw examples of multi-query associative recall.
 
@@ -50,13 +52,13 @@ def make_recall_dataset(
         else is -100.
 
     Raises:
-        `ValueError`: If the pairs and queries do not fit into the sequence or the vocabulary.
-        `ImportError`: If `datasets` is not installed (`pip install "hf_based_kernel[data]"`).
+        ValueError: If the pairs and queries do not fit into the sequence or the vocabulary.
+        ImportError: If `datasets` is not installed (`pip install "hf_based_kernel[data]"`).
     """
     from datasets import Dataset, IterableDataset
 
     _check_sizes(num_examples, seq_len, num_pairs, vocab_size)
-    sizes = {"seq_len": seq_len, "num_pairs": num_pairs, "vocab_size": vocab_size, "power": power}
+    sizes: dict[str, Any] = {"seq_len": seq_len, "num_pairs": num_pairs, "vocab_size": vocab_size, "power": power}
     sizes |= {"random_non_queries": random_non_queries, "seed": seed}
     starts = range(0, num_examples, BLOCK)
     if streaming:
@@ -98,7 +100,7 @@ def recall_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": (answers[:, :-1] == labels[:, 1:])[asked].double().mean().item()}
 
 
-def _check_sizes(num_examples, seq_len, num_pairs, vocab_size):
+def _check_sizes(num_examples: int, seq_len: int, num_pairs: int, vocab_size: int) -> None:
     if min(num_examples, num_pairs) < 1:
         raise ValueError(f"num_examples and num_pairs must be at least 1, got {num_examples} and {num_pairs}")
     if seq_len % 2 or seq_len < 4 * num_pairs:
@@ -110,14 +112,24 @@ def _check_sizes(num_examples, seq_len, num_pairs, vocab_size):
         raise ValueError(f"vocab_size must be at least 2 * num_pairs + 2 = {2 * num_pairs + 2}, got {vocab_size}")
 
 
-def _stream(spans, num_examples, **sizes):
+def _stream(spans: list[range], num_examples: int, **sizes: Any) -> Iterator[dict[str, np.ndarray]]:
     for start in itertools.chain(*spans):
         block = _draw(start, num_examples, **sizes)
         for input_ids, labels in zip(block["input_ids"], block["labels"]):
             yield {"input_ids": input_ids, "labels": labels}
 
 
-def _draw(start, num_examples, *, seq_len, num_pairs, vocab_size, power, random_non_queries, seed):
+def _draw(
+    start: int,
+    num_examples: int,
+    *,
+    seq_len: int,
+    num_pairs: int,
+    vocab_size: int,
+    power: float,
+    random_non_queries: bool,
+    seed: int,
+) -> dict[str, np.ndarray]:
     """Examples `start` … `start + BLOCK - 1`, fewer at the end: two arrays (examples, seq_len)."""
     generator = np.random.default_rng([seed, start])
     rows = min(BLOCK, num_examples - start)
@@ -137,7 +149,7 @@ def _draw(start, num_examples, *, seq_len, num_pairs, vocab_size, power, random_
     return {"input_ids": input_ids, "labels": labels}
 
 
-def _draw_distinct(log_weights, rows, count, generator):
+def _draw_distinct(log_weights: np.ndarray, rows: int, count: int, generator: np.random.Generator) -> np.ndarray:
     """log_weights: (choices,) -> (rows, count) indices, drawn one after the other without replacement."""
     scores = generator.random((rows, len(log_weights)))
     # The largest of log-weights with Gumbel noise are such a draw (arXiv 1903.06059); equal weights need no noise's form.

@@ -1,5 +1,7 @@
 """ReBased model configuration."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -86,7 +88,7 @@ class RebasedConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = True
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.intermediate_size is None:
             self.intermediate_size = 2 * self.hidden_size
         if self.head_dim is None:
@@ -101,7 +103,7 @@ class RebasedConfig(PreTrainedConfig):
     def validate_layer_type(self) -> None:
         """`validate_architecture` looks at the layer types; transformers before 5.23 would rename "conv" here."""
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation. Validates the architecture of the config."""
         choices = {
             "kernel": ("rebased", "taylor"),

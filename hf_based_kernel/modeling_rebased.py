@@ -1,12 +1,16 @@
 """ReBased: a causal language model of short convolutions and linear attention with a learnable quadratic kernel."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_recurrent_attention_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -24,7 +28,9 @@ class RebasedStateLayer(LinearAttentionLayer):
 
     is_croppable = False
 
-    def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs):
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
         # The state is a new tensor at each call: keeping it costs nothing, copying it into a fixed one would.
         self.recurrent_states[state_idx] = recurrent_states
         self.is_recurrent_states_initialized[state_idx] = True
@@ -32,13 +38,13 @@ class RebasedStateLayer(LinearAttentionLayer):
         self.dtype, self.device = recurrent_states.dtype, recurrent_states.device
         return recurrent_states
 
-    def batch_repeat_interleave(self, repeats):
+    def batch_repeat_interleave(self, repeats: int) -> None:
         self._map_states(lambda state: state.repeat_interleave(repeats, dim=0))
 
-    def batch_select_indices(self, indices):
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._map_states(lambda state: state[indices])
 
-    def _map_states(self, function):
+    def _map_states(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for states in (self.conv_states, self.recurrent_states):
             for index, state in states.items():
                 if state is not None:
@@ -55,7 +61,7 @@ class RebasedCache(Cache):
 
     is_compileable = False
 
-    def __init__(self, config):
+    def __init__(self, config: RebasedConfig):
         super().__init__(
             layers=[
                 DynamicSlidingWindowLayer(config.sliding_window)
@@ -109,7 +115,7 @@ class RebasedRMSNorm(nn.Module):
         return self.weight * normalised.to(hidden_states.dtype)
 
 
-def _make_norm(config):
+def _make_norm(config: RebasedConfig) -> nn.Module:
     return (RebasedRMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm)(
         config.hidden_size, eps=config.norm_eps
     )
@@ -118,7 +124,7 @@ def _make_norm(config):
 class RebasedFeatureNorm(nn.Module):
     """gamma · norm(x) + beta for queries or keys, each part only if the configuration asks for it (equation 6)."""
 
-    def __init__(self, config):
+    def __init__(self, config: RebasedConfig):
         super().__init__()
         self.config = config
         size = config.num_attention_heads * config.feature_dim
@@ -142,7 +148,7 @@ class RebasedFeatureNorm(nn.Module):
 class RebasedLinearAttention(nn.Module):
     """Linear attention with the kernel (q·k)² or its Taylor form, whose cached state has a constant size."""
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: RebasedConfig, layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -162,7 +168,7 @@ class RebasedLinearAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
         past_key_values: RebasedCache | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> torch.Tensor:
         v = self.v_proj(hidden_states).unflatten(-1, (self.config.num_attention_heads, self.config.head_dim))
         # Autocast keeps norms in float32; the operation wants one dtype and sums in float32 by itself.
@@ -187,13 +193,20 @@ class RebasedLinearAttention(nn.Module):
 class RebasedCausalConv(nn.Module):
     """y_i = Σ_t weight_t x_(i + t - kernel_size + 1) per channel, over the tokens of the same segment."""
 
-    def __init__(self, channels: int, config, layer_idx: int, bias: bool):
+    def __init__(self, channels: int, config: RebasedConfig, layer_idx: int, bias: bool):
         super().__init__()
         self.layer_idx = layer_idx
         self.weight = nn.Parameter(torch.empty(config.conv_kernel_size, channels))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
-    def forward(self, x, *, attention_mask=None, segment_ids=None, past_key_values=None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        past_key_values: RebasedCache | None = None,
+    ) -> torch.Tensor:
         """x: (batch, seq, channels) -> same"""
         if attention_mask is not None:
             x = x.masked_fill(~attention_mask[..., None].bool(), 0)
@@ -205,7 +218,7 @@ class RebasedCausalConv(nn.Module):
         if segment_ids is not None:
             # What was cached belongs to the segment of the first token.
             extended_ids = torch.cat([segment_ids[:, :1].expand(-1, past_len), segment_ids], dim=1)
-        out = 0 if self.bias is None else self.bias
+        out: Any = 0 if self.bias is None else self.bias
         for tap in range(past_len + 1):
             term = extended[:, tap : tap + seq_len] * self.weight[tap]
             if segment_ids is not None:
@@ -218,14 +231,22 @@ class RebasedCausalConv(nn.Module):
 class RebasedGatedConv(nn.Module):
     """Short convolution of one half of a widened stream, gated by the other: out(conv(a) · silu(b))."""
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: RebasedConfig, layer_idx: int):
         super().__init__()
         width = 2 * config.hidden_size
         self.in_proj = nn.Linear(config.hidden_size, 2 * width)
         self.conv = RebasedCausalConv(width, config, layer_idx, bias=False)
         self.out_proj = nn.Linear(width, config.hidden_size)
 
-    def forward(self, hidden_states, *, attention_mask=None, segment_ids=None, past_key_values=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        past_key_values: RebasedCache | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         # The mask comes after the projection, whose bias would otherwise leak from the padding.
         x = self.conv(x, attention_mask=attention_mask, segment_ids=segment_ids, past_key_values=past_key_values)
@@ -235,12 +256,20 @@ class RebasedGatedConv(nn.Module):
 class RebasedBaseConv(nn.Module):
     """Short convolution of the stream times a projection of it, as in the paper's recall models."""
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: RebasedConfig, layer_idx: int):
         super().__init__()
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.conv = RebasedCausalConv(config.hidden_size, config, layer_idx, bias=True)
 
-    def forward(self, hidden_states, *, attention_mask=None, segment_ids=None, past_key_values=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        past_key_values: RebasedCache | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         convolved = self.conv(
             hidden_states, attention_mask=attention_mask, segment_ids=segment_ids, past_key_values=past_key_values
         )
@@ -250,7 +279,7 @@ class RebasedBaseConv(nn.Module):
 class RebasedSlidingAttention(nn.Module):
     """Softmax attention over the last `sliding_window` tokens, without positions: these come from the convolutions."""
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: RebasedConfig, layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -268,7 +297,7 @@ class RebasedSlidingAttention(nn.Module):
         *,
         attention_mask: torch.Tensor | None = None,
         past_key_values: RebasedCache | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         heads = (self.config.num_attention_heads, self.config.head_dim)
         query, key, value = (
@@ -292,7 +321,16 @@ class RebasedSlidingAttention(nn.Module):
         return self.o_proj(out.flatten(-2)), weights
 
 
-def eager_attention(module, query, key, value, attention_mask, *, scaling, **kwargs):
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """query, key, value: (batch, num_heads, seq, head_dim) -> (batch, seq, num_heads, head_dim) and the weights"""
     scores = torch.matmul(query, key.mT) * scaling
     if attention_mask is not None:
@@ -304,7 +342,7 @@ def eager_attention(module, query, key, value, attention_mask, *, scaling, **kwa
 class RebasedMLP(nn.Module):
     """SwiGLU feed-forward without biases."""
 
-    def __init__(self, config):
+    def __init__(self, config: RebasedConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -317,7 +355,7 @@ class RebasedMLP(nn.Module):
 class RebasedDecoderLayer(GradientCheckpointingLayer):
     """x + mixer(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: RebasedConfig, layer_idx: int):
         super().__init__()
         self.layer_type = config.layer_types[layer_idx]
         if self.layer_type == "linear_attention":
@@ -330,7 +368,7 @@ class RebasedDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = _make_norm(config)
         self.mlp = RebasedMLP(config) if config.intermediate_size else nn.Identity()
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         normalised = self.input_layernorm(hidden_states)
         if self.layer_type == "linear_attention":
             mixed = self.self_attn(normalised, **kwargs)
@@ -356,7 +394,7 @@ class RebasedPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": RebasedDecoderLayer, "attentions": RebasedSlidingAttention}
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, RebasedCausalConv):
             bound = module.weight.shape[0] ** -0.5
@@ -369,7 +407,7 @@ class RebasedPreTrainedModel(PreTrainedModel):
             if module.beta is not None:
                 init.zeros_(module.beta)
 
-    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """[`~PreTrainedModel.push_to_hub`], with a model card that shows how to use the model if there is none yet."""
         token = kwargs.get("token")
         repo_id = create_repo(repo_id, private=kwargs.get("private"), token=token, exist_ok=True).repo_id
@@ -431,11 +469,11 @@ class RebasedModel(RebasedPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: RebasedCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         r"""
         input_ids: (batch, seq)
@@ -488,8 +526,10 @@ class RebasedModel(RebasedPreTrainedModel):
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
 
-    def _check_past(self, past_key_values, attention_mask, inputs_embeds):
-        """Number of tokens in the cache. Raises `ValueError` for a foreign cache, a wrong mask, too many positions."""
+    def _check_past(
+        self, past_key_values: RebasedCache | None, attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor
+    ) -> int:
+        """Number of tokens in the cache, which must be this model's own, fit the mask and leave positions for the input."""
         if past_key_values is not None and not isinstance(past_key_values, RebasedCache):
             raise ValueError(
                 f"past_key_values must be a RebasedCache, got {type(past_key_values).__name__}; leave it out or make "
@@ -512,7 +552,7 @@ class RebasedModel(RebasedPreTrainedModel):
         return seen_tokens
 
 
-def _segment_ids(position_ids, attention_mask):
+def _segment_ids(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     """position_ids, attention_mask: (batch, seq) -> (batch, seq), or None if no sequence starts after the first token."""
     if position_ids is None or position_ids.shape[1] == 1:
         return None
@@ -525,7 +565,7 @@ def _segment_ids(position_ids, attention_mask):
     return starts.cumsum(-1)
 
 
-def _same_segment(segment_ids, seen_tokens):
+def _same_segment(segment_ids: torch.Tensor | None, seen_tokens: int) -> Callable[..., torch.Tensor] | None:
     """Mask function over absolute positions; what was seen before belongs to the segment of the first token."""
     if segment_ids is None:
         return None
@@ -561,7 +601,7 @@ class RebasedForCausalLM(RebasedPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         r"""
         labels: (batch, seq)
@@ -594,8 +634,13 @@ class RebasedForCausalLM(RebasedPreTrainedModel, GenerationMixin):
         )
 
     def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ):
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
         if generation_config.is_assistant:
             raise ValueError(
                 f"{type(self).__name__} cannot be the assistant of another model: its state cannot take tokens back"
@@ -617,7 +662,7 @@ class RebasedForSequenceClassification(GenericForSequenceClassification, Rebased
         config (`RebasedConfig`): Sizes, kernel and the mixer of each layer; `num_labels` classes.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: RebasedConfig):
         # The mixin would look the base model up among the registered ones, where remote code is not.
         super(GenericForSequenceClassification, self).__init__(config)
         self.num_labels = config.num_labels

@@ -14,6 +14,7 @@ chunk_size, coefficients)`, and one layout of the state, which `rebased_features
 """
 
 import importlib.util
+from collections.abc import Callable
 
 import torch
 
@@ -21,6 +22,7 @@ from .rebased_attention_chunked import rebased_attention_chunked
 from .rebased_features import (
     REBASED,
     TAYLOR,
+    Coefficients,
     accumulation_dtype,
     key_features,
     polynomial,
@@ -82,8 +84,8 @@ def rebased_attention(
         as a second one, in float32 (float64 for float64 inputs). Sums are accumulated in that dtype too.
 
     Raises:
-        `ValueError`: If shapes, dtypes, `segment_ids`, `chunk_size` or `backend` are not as above.
-        `ImportError`: If `backend="triton"` and triton is not installed.
+        ValueError: If shapes, dtypes, `segment_ids`, `chunk_size` or `backend` are not as above.
+        ImportError: If `backend="triton"` and triton is not installed.
     """
     return _attention(
         q,
@@ -136,9 +138,21 @@ def taylor_attention(
 
 
 def _attention(
-    q, k, v, *, scale, eps, initial_state, return_state, attention_mask, segment_ids, chunk_size, backend, coefficients
-):
-    _check_tensors(q, k, v, attention_mask, segment_ids)
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None,
+    eps: float,
+    initial_state: torch.Tensor | None,
+    return_state: bool,
+    attention_mask: torch.Tensor | None,
+    segment_ids: torch.Tensor | None,
+    chunk_size: int | None,
+    backend: str,
+    coefficients: Coefficients,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    _check_tensors(q, k, v, attention_mask=attention_mask, segment_ids=segment_ids)
     _check_state(initial_state, q, v, coefficients)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be a positive number of tokens, got {chunk_size}")
@@ -169,7 +183,14 @@ def _attention(
     return result.masked_fill(padding, 0)
 
 
-def _check_tensors(q, k, v, attention_mask, segment_ids):
+def _check_tensors(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    attention_mask: torch.Tensor | None,
+    segment_ids: torch.Tensor | None,
+) -> None:
     if q.dim() != 4 or q.shape != k.shape:
         raise ValueError(
             "q and k must both have the shape (batch, seq, num_heads, feature_dim), "
@@ -195,7 +216,9 @@ def _check_tensors(q, k, v, attention_mask, segment_ids):
         raise ValueError("segment_ids must never decrease along the sequence; number the segments from left to right")
 
 
-def _check_state(initial_state, q, v, coefficients):
+def _check_state(
+    initial_state: torch.Tensor | None, q: torch.Tensor, v: torch.Tensor, coefficients: Coefficients
+) -> None:
     if initial_state is None:
         return
     batch_size, _, num_heads, feature_dim = q.shape
@@ -212,7 +235,7 @@ def _check_state(initial_state, q, v, coefficients):
         )
 
 
-def _choose_form(q, initial_state, return_state, backend):
+def _choose_form(q: torch.Tensor, initial_state: torch.Tensor | None, return_state: bool, backend: str) -> Callable:
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f'backend must be "auto", "torch" or "triton", got {backend!r}')
     if backend == "triton" and not is_triton_available():
@@ -232,19 +255,19 @@ def _choose_form(q, initial_state, return_state, backend):
 
 
 def rebased_attention_reference(
-    q,
-    k,
-    v,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     *,
-    scale,
-    eps,
-    initial_state=None,
-    return_state=False,
-    attention_mask=None,
-    segment_ids=None,
-    chunk_size=None,
-    coefficients=REBASED,
-):
+    scale: float,
+    eps: float,
+    initial_state: torch.Tensor | None = None,
+    return_state: bool = False,
+    attention_mask: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None,
+    chunk_size: int | None = None,
+    coefficients: Coefficients = REBASED,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The formula of `rebased_attention`, with all seq × seq scores: the specification of the other forms."""
     dtype = accumulation_dtype(q)
     queries, keys, values = q.to(dtype) * scale, k.to(dtype), with_ones(v)
@@ -275,19 +298,19 @@ def rebased_attention_reference(
 
 
 def rebased_attention_step(
-    q,
-    k,
-    v,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     *,
-    scale,
-    eps,
-    initial_state=None,
-    return_state=False,
-    attention_mask=None,
-    segment_ids=None,
-    chunk_size=None,
-    coefficients=REBASED,
-):
+    scale: float,
+    eps: float,
+    initial_state: torch.Tensor | None = None,
+    return_state: bool = False,
+    attention_mask: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None,
+    chunk_size: int | None = None,
+    coefficients: Coefficients = REBASED,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`rebased_attention` of a single token: the recurrent form, whose cost does not depend on what came before."""
     dtype = accumulation_dtype(q)
     queries, keys = (x.reshape(-1, x.shape[-1]).to(dtype) for x in (q, k))
