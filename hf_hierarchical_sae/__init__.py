@@ -6,7 +6,13 @@ from .activation_shards import ActivationShards, save_shards
 from .activations import ActivationSettings, ActivationStream, iterate_activations
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
 from .dashboard import write_dashboard
-from .evaluation import HierarchicalSaeEvaluation, evaluate_budgets, explained_variance, plot_evaluations
+from .evaluation import (
+    HierarchicalSaeEvaluation,
+    evaluate_budgets,
+    evaluate_in_model,
+    explained_variance,
+    plot_evaluations,
+)
 from .hierarchical_topk_loss import hierarchical_topk_loss
 from .interop import load_saelens, load_sparsify, save_saelens, save_sparsify
 from .interventions import ablate, record_statistics, splice, steer
@@ -38,6 +44,7 @@ __all__ = [
     "ablate",
     "detection_scores",
     "evaluate_budgets",
+    "evaluate_in_model",
     "explain_latents",
     "explained_variance",
     "fuzzing_scores",

@@ -18,7 +18,7 @@ from .activation_shards import ActivationShards, save_shards
 from .activations import iterate_activations
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
 from .dashboard import write_dashboard
-from .evaluation import evaluate_budgets, plot_evaluations
+from .evaluation import evaluate_budgets, evaluate_in_model, plot_evaluations
 from .interop import load_saelens, load_sparsify, save_saelens, save_sparsify
 from .interventions import record_statistics
 from .modeling_hierarchical_sae import HierarchicalSaeModel
@@ -138,11 +138,12 @@ def evaluate(args: argparse.Namespace) -> None:
     if (args.harvest is None) == (args.model is None):
         raise ValueError("give either --harvest, or --model with --text or --dataset")
     if args.harvest is not None:
-        activations: Any = ActivationShards(args.harvest, sae.config.layer).batches()
+        shards = ActivationShards(args.harvest, sae.config.layer)
+        evaluation = evaluate_budgets(sae, shards.batches(), args.budgets)
     else:
         model, tokenizer = load_language_model(args)
         sae.to(model.device)
-        activations = iterate_activations(
+        stream = iterate_activations(
             model,
             tokenizer,
             read_texts(args),
@@ -151,7 +152,7 @@ def evaluate(args: argparse.Namespace) -> None:
             context_length=args.context_length,
             max_tokens=args.tokens,
         )
-    evaluation = evaluate_budgets(sae, activations, args.budgets)
+        evaluation = evaluate_in_model(sae, stream, args.budgets)
     if args.plot:
         plot_evaluations({str(args.sae): evaluation}, args.plot)
     print(json.dumps(evaluation.to_dict(), indent=2) if args.json else evaluation)

@@ -1,5 +1,7 @@
 """Configuration of a sparse autoencoder that is trained for every sparsity budget at once."""
 
+from collections.abc import Iterable, Sequence
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -57,7 +59,56 @@ class HierarchicalSaeConfig(PreTrainedConfig):
     hook_point: str | None = None
     dataset_name: str | None = None
 
-    def validate_architecture(self):
+    @property
+    def has_budgets(self) -> bool:
+        """Whether every number of latents up to k can be asked for; `selection="batch_topk"` has one only."""
+        return self.selection == "topk"
+
+    @property
+    def trained_budgets(self) -> tuple[int, ...]:
+        """The budgets that the loss averages over."""
+        return tuple(self.budgets or range(1, self.k + 1))
+
+    @property
+    def default_budgets(self) -> list[int]:
+        """Budgets to measure at: 1, 2, 4, … and k, or k alone where there is no other."""
+        return powers_of_two_and(self.k) if self.has_budgets else [self.k]
+
+    def check_k(self, k: int | None) -> int:
+        """
+        Args:
+            k (`int`, *optional*): latents per input; `config.k` by default.
+
+        Returns:
+            `int`: the number to use.
+
+        Raises:
+            `ValueError`: If it is not a budget of this autoencoder.
+        """
+        k = self.k if k is None else k
+        if not 1 <= k <= self.k:
+            raise ValueError(f"k must be in [1, {self.k}], the trained budget, got {k}")
+        if not self.has_budgets and k != self.k:
+            raise ValueError(f"a batch_topk SAE selects by a threshold and has one budget, k={self.k}, got {k}")
+        return k
+
+    def check_budgets(self, budgets: Iterable[int] | None) -> list[int]:
+        """
+        Args:
+            budgets (`Iterable[int]`, *optional*): numbers of latents per input; `default_budgets` by default.
+
+        Returns:
+            `list[int]`: each once, increasing.
+
+        Raises:
+            `ValueError`: If there are none, or one is not a budget of this autoencoder.
+        """
+        budgets, least = sorted(self.default_budgets if budgets is None else set(budgets)), self.default_budgets[0]
+        if not budgets or budgets[0] < least or budgets[-1] > self.k:
+            raise ValueError(f"budgets must be in [{least}, {self.k}], the trained budget, got {budgets}")
+        return budgets
+
+    def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation."""
         if self.d_in < 1 or self.d_sae < 1:
             raise ValueError(f"d_in and d_sae must be positive, got {self.d_in} and {self.d_sae}")
@@ -65,9 +116,9 @@ class HierarchicalSaeConfig(PreTrainedConfig):
             raise ValueError(f"k must be in [1, d_sae={self.d_sae}], got {self.k}")
         self._check_increasing("budgets", self.budgets, self.k)
         self._check_increasing("matryoshka_prefixes", self.matryoshka_prefixes, self.d_sae)
-        if self.budget_weights is not None and len(self.budget_weights) != len(self.budgets or range(self.k)):
+        if self.budget_weights is not None and len(self.budget_weights) != len(self.trained_budgets):
             raise ValueError(
-                f"budget_weights needs one weight per budget ({len(self.budgets or range(self.k))}), "
+                f"budget_weights needs one weight per budget ({len(self.trained_budgets)}), "
                 f"got {len(self.budget_weights)}"
             )
         weights = list(self.budget_weights or [1.0])
@@ -79,7 +130,7 @@ class HierarchicalSaeConfig(PreTrainedConfig):
             raise ValueError(
                 f"matryoshka_prefixes must end in d_sae={self.d_sae}, got {list(self.matryoshka_prefixes)}"
             )
-        other_objective = self.selection == "batch_topk" or self.matryoshka_prefixes is not None
+        other_objective = not self.has_budgets or self.matryoshka_prefixes is not None
         if other_objective and list(self.budgets or []) != [self.k]:
             raise ValueError(
                 f"selection='batch_topk' and matryoshka_prefixes take budgets=[k] ([{self.k}]), got {self.budgets}"
@@ -92,12 +143,17 @@ class HierarchicalSaeConfig(PreTrainedConfig):
                 f"got {self.aux_loss_coefficient} and {self.aux_k}"
             )
 
-    def _check_increasing(self, name: str, numbers, largest: int):
+    def _check_increasing(self, name: str, numbers: Sequence[int] | None, largest: int) -> None:
         if numbers is None:
             return
         increasing = all(first < second for first, second in zip(numbers, numbers[1:]))
         if not numbers or not increasing or numbers[0] < 1 or numbers[-1] > largest:
             raise ValueError(f"{name} must be strictly increasing and in [1, {largest}], got {list(numbers)}")
+
+
+def powers_of_two_and(k: int) -> list[int]:
+    """1, 2, 4, … and k itself."""
+    return sorted({*(2**power for power in range(k.bit_length())), k})
 
 
 __all__ = ["HierarchicalSaeConfig"]

@@ -121,7 +121,7 @@ def write_dashboard(
             "tokens": activations.tokens,
             "chunk": CHUNK,
             "contexts": contexts_per_latent,
-            "hasBudgets": sae.config.selection == "topk",
+            "hasBudgets": sae.config.has_budgets,
         },
     )
     path.write_text(html, encoding="utf-8")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from .activations import ActivationStream
 from .language_model import edited_output, evaluation_mode
 from .modeling_hierarchical_sae import HierarchicalSaeModel, check_finite
+from .sparse_latents import weighted_rows
 
 
 # A latent that fires on more than this share of all tokens counts as dense.
@@ -32,7 +33,7 @@ TABLE = {
 @dataclass(kw_only=True)
 class HierarchicalSaeEvaluation:
     """
-    What [`evaluate_budgets`] found. Lists hold one number per budget; printing it gives a table.
+    What [`evaluate_budgets`] or [`evaluate_in_model`] found. Lists hold one number per budget; printing it gives a table.
 
     Args:
         budgets (`list[int]`): numbers of latents per token.
@@ -88,21 +89,16 @@ class HierarchicalSaeEvaluation:
 @torch.no_grad()
 def evaluate_budgets(
     sae: HierarchicalSaeModel,
-    activations: torch.Tensor | Iterable[torch.Tensor] | ActivationStream,
+    activations: torch.Tensor | Iterable[torch.Tensor],
     budgets: Sequence[int] | None = None,
     batch_size: int = 4096,
 ) -> HierarchicalSaeEvaluation:
     """
     Quality with the k strongest latents of each input, for each budget k, from one encoding.
 
-    Given a stream from [`iterate_activations`], the language model is at hand: its cross-entropy and KL divergence
-    with the reconstruction in place of the layer's output come on top, at one more forward pass per budget. Positions
-    that the stream leaves out keep the model's own values there. For the numbers of the autoencoder alone, give
-    `(batch for batch in stream)`.
-
     Args:
         sae ([`HierarchicalSaeModel`]): left in evaluation mode or training mode as it came.
-        activations (`torch.Tensor`, iterable of them, or [`ActivationStream`]): (tokens, d_in) each, finite.
+        activations (`torch.Tensor` or iterable of them): (tokens, d_in) each, finite, such as an [`ActivationStream`].
         budgets (`Sequence[int]`, *optional*): by default 1, 2, 4, … and the trained k; for a batch_topk SAE, which
             has no other, k.
         batch_size (`int`, defaults to 4096): tokens at a time.
@@ -111,21 +107,48 @@ def evaluate_budgets(
         [`HierarchicalSaeEvaluation`]
 
     Raises:
-        `ValueError`: budgets out of range, fewer than 2 tokens, integer, NaN or infinite activations, or a language
-            model that the autoencoder was not trained on.
+        `ValueError`: If budgets are out of range, there are fewer than 2 tokens, activations are integers, NaN or
+            infinite, or a stream is of a language model or layer that the autoencoder was not trained on.
     """
-    budgets = _resolve(sae, budgets)
-    sums = _BudgetSums(sae, budgets)
+    if isinstance(activations, ActivationStream):
+        activations.check_reads(sae)
+    sums = _BudgetSums(sae, sae.config.check_budgets(budgets))
     with evaluation_mode(sae):
         sae.normalize_decoder()
-        if isinstance(activations, ActivationStream):
-            activations.check_reads(sae)
-            return sums.result(_language_model_sums(sae, activations, sums))
         for piece in [activations] if isinstance(activations, torch.Tensor) else activations:
             for x in piece.to(sae.W_dec.device).split(batch_size):
                 for _ in sums.reconstructions(x):
                     pass
     return sums.result()
+
+
+@torch.no_grad()
+def evaluate_in_model(
+    sae: HierarchicalSaeModel, stream: ActivationStream, budgets: Sequence[int] | None = None
+) -> HierarchicalSaeEvaluation:
+    """
+    [`evaluate_budgets`], and the cross-entropy and KL divergence of the language model with the reconstruction in place
+    of the layer's output, at one more forward pass per budget. Positions that the stream leaves out keep the model's
+    own values there.
+
+    Args:
+        sae ([`HierarchicalSaeModel`]): left in evaluation mode or training mode as it came.
+        stream ([`ActivationStream`]): from [`iterate_activations`]; read from the start of its text.
+        budgets (`Sequence[int]`, *optional*): as in [`evaluate_budgets`].
+
+    Returns:
+        [`HierarchicalSaeEvaluation`]
+
+    Raises:
+        `ValueError`: If budgets are out of range, no text has 3 tokens, activations are NaN or infinite, or the
+            autoencoder was not trained on this language model or layer.
+    """
+    stream.check_reads(sae)
+    sums = _BudgetSums(sae, sae.config.check_budgets(budgets))
+    with evaluation_mode(sae):
+        sae.normalize_decoder()
+        in_model = _language_model_sums(sae, stream, sums)
+    return sums.result(in_model)
 
 
 def explained_variance(
@@ -184,8 +207,7 @@ class _BudgetSums:
         self.sae._check_input(x, None)
         check_finite(x)
         x = x.float()
-        is_batch_topk = self.sae.config.selection == "batch_topk"
-        top_indices, top_values = self.sae.encode(x, None if is_batch_topk else self.budgets[-1])
+        top_indices, top_values = self.sae.encode(x, self.budgets[-1])
         # In float32, Σx² − n·mean² would lose its digits far from the origin.
         precise = x.double()
         self.total += precise.sum(dim=0)
@@ -193,15 +215,13 @@ class _BudgetSums:
         self.tokens += len(x)
         norms = torch.linalg.vector_norm(x, dim=1).clamp(min=1e-12)
         # The unused places of a batch_topk SAE hold zeros, so its one budget takes all places.
-        ends = [top_indices.shape[1]] if is_batch_topk else self.budgets
+        ends = self.budgets if self.sae.config.has_budgets else [top_indices.shape[1]]
         reconstruction, start = self.center.expand_as(x), 0
         counts = torch.zeros_like(self.fired[0])
         for place, end in enumerate(ends):
             indices, values = top_indices[:, start:end], top_values[:, start:end]
             counts.index_add_(0, indices.flatten(), (values > 0).flatten().double())
-            reconstruction = reconstruction + F.embedding_bag(
-                indices, self.sae.W_dec, per_sample_weights=values.to(self.sae.W_dec.dtype), mode="sum"
-            )
+            reconstruction = reconstruction + weighted_rows(indices, values, self.sae.W_dec)
             lengths = torch.linalg.vector_norm(reconstruction, dim=1)
             self.errors[place] += torch.linalg.vector_norm(x - reconstruction, dim=1).double().square().sum()
             self.ratios[place] += (lengths / norms).double().sum()
@@ -233,18 +253,6 @@ class _BudgetSums:
             density=density.float().cpu(),
             **(language_model or {}),
         )
-
-
-def _resolve(sae, budgets):
-    k = sae.config.k
-    if sae.config.selection == "batch_topk":
-        default, least = {k}, k
-    else:
-        default, least = {*(2**power for power in range(k.bit_length())), k}, 1
-    budgets = sorted(default if budgets is None else set(budgets))
-    if not budgets or budgets[0] < least or budgets[-1] > k:
-        raise ValueError(f"budgets must be in [{least}, {k}], the trained budget, got {budgets}")
-    return budgets
 
 
 def _language_model_sums(sae, stream, sums):

@@ -35,7 +35,7 @@ def save_saelens(sae: HierarchicalSaeModel, folder: str | Path, k: int | None = 
     Raises:
         `ValueError`: `k` out of range, or a batch_topk SAE asked for another budget than its own.
     """
-    k, config, tensors = _budget(sae, k), sae.config, _tensors(sae)
+    k, config, tensors = sae.config.check_k(k), sae.config, _tensors(sae)
     tensors["W_enc"] = tensors.pop("encoder_weight").T.contiguous()
     metadata = {
         "sae_lens_version": SAELENS_VERSION,
@@ -54,7 +54,7 @@ def save_saelens(sae: HierarchicalSaeModel, folder: str | Path, k: int | None = 
         "reshape_activations": "none",
         "metadata": metadata,
     }
-    if config.selection == "batch_topk":
+    if not config.has_budgets:
         tensors["threshold"] = (sae.threshold / sae.input_scale).expand(config.d_sae).contiguous().cpu()
         metadata |= {"training_architecture": "batchtopk", "training_architecture_details": {"k": k}}
         settings |= {"architecture": "jumprelu"}
@@ -153,8 +153,8 @@ def save_sparsify(sae: HierarchicalSaeModel, folder: str | Path, k: int | None =
     Raises:
         `ValueError`: `k` out of range, or a batch_topk SAE, which the format cannot hold.
     """
-    k, config, tensors = _budget(sae, k), sae.config, _tensors(sae)
-    if config.selection == "batch_topk":
+    k, config, tensors = sae.config.check_k(k), sae.config, _tensors(sae)
+    if not config.has_budgets:
         raise ValueError("sparsify holds a fixed number of latents per input, this autoencoder selects by a threshold")
     tensors["encoder.weight"], tensors["encoder.bias"] = tensors.pop("encoder_weight"), tensors.pop("b_enc")
     settings = {
@@ -218,16 +218,6 @@ def load_sparsify(source: str | Path, subfolder: str = "") -> HierarchicalSaeMod
     return _build(
         settings["k"], tensors["encoder.weight"], tensors["W_dec"], tensors["encoder.bias"], tensors["b_dec"], **origin
     )
-
-
-def _budget(sae, k):
-    config = sae.config
-    k = config.k if k is None else k
-    if not 1 <= k <= config.k:
-        raise ValueError(f"k must be in [1, {config.k}], the trained budget, got {k}")
-    if config.selection == "batch_topk" and k != config.k:
-        raise ValueError(f"a batch_topk SAE selects by a threshold and has one budget, k={config.k}, got {k}")
-    return k
 
 
 def _tensors(sae):

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .activations import ActivationSettings, ActivationStream
+from .configuration_hierarchical_sae import powers_of_two_and
 from .language_model import evaluation_mode
 from .modeling_hierarchical_sae import HierarchicalSaeModel
 
@@ -63,6 +64,13 @@ class LatentActivations:
     def position_contexts(self) -> torch.Tensor:
         """(positions,): the context of each token."""
         return torch.repeat_interleave(self.context_starts.diff())
+
+    def check_budgets(self, budgets: Iterable[int] | None) -> list[int]:
+        """Each of `budgets` once, increasing, by default 1, 2, 4, … and `k`; refuses one above the largest rank."""
+        budgets = powers_of_two_and(self.k) if budgets is None else sorted(set(budgets))
+        if not budgets or not 1 <= budgets[0] <= budgets[-1] <= self.k:
+            raise ValueError(f"budgets must be in [1, {self.k}], the largest rank on record, got {budgets}")
+        return budgets
 
     def latent(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Positions, values and ranks of one latent's activations, in the order of the text."""

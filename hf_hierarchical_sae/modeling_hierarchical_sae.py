@@ -13,7 +13,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
-from .hierarchical_topk_loss import budget_errors, normalized_weights, resolve_budgets
+from .hierarchical_topk_loss import budget_errors, normalized_weights
 from .sparse_latents import SparseEncoder, TangentGradient, pre_activations, strongest_latents, weighted_rows
 
 
@@ -232,10 +232,7 @@ class HierarchicalSaeModel(PreTrainedModel):
             `dict[str, float]`: `explained_variance_<budget>` (for a Matryoshka SAE, of each prefix) and
             `dead_fraction`; empty if there was no training batch.
         """
-        if self.config.matryoshka_prefixes is not None:
-            names = list(self.config.matryoshka_prefixes)
-        else:
-            names = list(resolve_budgets(self.config.budgets, self.config.k))
+        names = list(self.config.matryoshka_prefixes or self.config.trained_budgets)
         sums = self._training_sums
         if sums is None:
             sums = torch.zeros(len(names) + self.config.d_in + 2, dtype=torch.float64, device=self.b_dec.device)
@@ -315,16 +312,12 @@ reconstruction = sae.decode(top_indices, top_values)
 
     def _encode_scaled(self, scaled, k):
         """top_indices and top_values, (tokens, k), in units of the scaled input, with gradients."""
-        k = self.config.k if k is None else k
-        if not 1 <= k <= self.config.k:
-            raise ValueError(f"k must be in [1, {self.config.k}], the trained budget, got {k}")
-        if self.config.selection == "batch_topk" and k != self.config.k:
-            raise ValueError(f"a batch_topk SAE has one budget, k={self.config.k}, got {k}")
+        k = self.config.check_k(k)
         with torch.no_grad():
-            if self.config.selection == "batch_topk":
-                values, indices = self._batch_topk(scaled, k)
-            else:
+            if self.config.has_budgets:
                 values, indices = strongest_latents(self._chunks(scaled), k)
+            else:
+                values, indices = self._batch_topk(scaled, k)
         values = values.to(scaled.dtype)
         return indices, SparseEncoder.apply(scaled, self.encoder_weight, self.b_enc, self.b_dec, values, indices)
 
@@ -377,9 +370,8 @@ reconstruction = sae.decode(top_indices, top_values)
 
     def _budgets_up_to(self, width):
         """The trained budgets that `width` latents allow, or `width` itself, and their weights (`None`: equal)."""
-        trained = resolve_budgets(self.config.budgets, self.config.k)
-        budgets = tuple(budget for budget in trained if budget <= width)
-        if self.config.selection == "batch_topk" or not budgets:
+        budgets = tuple(budget for budget in self.config.trained_budgets if budget <= width)
+        if not self.config.has_budgets or not budgets:
             return (width,), None
         weights = (self.config.budget_weights or [])[: len(budgets)]
         return budgets, weights if any(weights) else None
@@ -429,7 +421,7 @@ reconstruction = sae.decode(top_indices, top_values)
         _sum_over_processes(counts)
         tokens, threshold, processes = counts[-3:]
         self.tokens_since_fired.add_(tokens.long()).masked_fill_(counts[:-3] > 0, 0)
-        if self.config.selection == "batch_topk":
+        if not self.config.has_budgets:
             is_first = self.threshold == 0
             # A mean over the last ten batches or so: over a hundred, it lags behind the weights of a short run.
             self.threshold.lerp_(threshold / processes, torch.where(is_first, 1.0, 0.1))

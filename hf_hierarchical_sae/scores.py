@@ -126,7 +126,7 @@ def label_scores(
         `ValueError`: no labels or fewer than two of them in use, labels of another length, budgets out of range.
     """
     names, labels = _check_labels(activations, labels, label_names)
-    budgets = _check_budgets(activations, budgets)
+    budgets = activations.check_budgets(budgets)
     if permutations < 1:
         raise ValueError(f"permutations must be at least 1, got {permutations}")
     is_by_context = len(labels) == len(activations.context_starts) - 1
@@ -258,14 +258,6 @@ def _check_labels(activations, labels, label_names):
     return list(label_names), labels.long().cpu()
 
 
-def _check_budgets(activations, budgets):
-    k = activations.k
-    budgets = sorted({*(2**power for power in range(k.bit_length())), k} if budgets is None else set(budgets))
-    if not budgets or not 1 <= budgets[0] <= budgets[-1] <= k:
-        raise ValueError(f"budgets must be in [1, {k}], the largest rank on record, got {budgets}")
-    return budgets
-
-
 @dataclass(kw_only=True)
 class JudgeScore:
     """
@@ -316,7 +308,7 @@ def explain_latents(
         `dict[int, str]`: first line of the greedy answer, by latent. Latents that do not fire at this budget are left
         out.
     """
-    k = _check_budgets(activations, None if k is None else [k])[-1]
+    k = activations.check_budgets(None if k is None else [k])[-1]
     explanations = {}
     for latent in logging.tqdm(latents, desc="explain", unit="latent", disable=not show_progress):
         shown = _windows(activations, latent, k, window)[::2][:examples]
@@ -417,7 +409,7 @@ def fuzzing_scores(
 
 
 def _judged(activations, explanations, judge, judge_tokenizer, k, question, pairs, seed, show_progress):
-    k = _check_budgets(activations, None if k is None else [k])[-1]
+    k = activations.check_budgets(None if k is None else [k])[-1]
     generator, found = torch.Generator().manual_seed(seed), {}
     for latent, explanation in logging.tqdm(
         explanations.items(), desc="judge", unit="latent", disable=not show_progress

@@ -33,6 +33,7 @@ from hf_hierarchical_sae import (
     HierarchicalSaeConfig,
     HierarchicalSaeModel,
     evaluate_budgets,
+    evaluate_in_model,
     iterate_activations,
     save_shards,
 )
@@ -229,11 +230,13 @@ def run(name, options, settings, data, seed, folder, spliced):
     sae, seconds = train(options, settings, data, seed, folder)
     if PartialState().is_main_process:
         k = options["k"]
-        if sae.config.selection == "batch_topk":
-            budgets = [k]
-        else:
+        sae.save_pretrained(folder)
+        budgets = [k]
+        if sae.config.has_budgets:
             # One dictionary at every budget, those it was not trained for included.
-            sae.config.k, budgets = settings["budgets"][-1], settings["budgets"]
+            budgets = settings["budgets"]
+            wider = {"k": budgets[-1], "budgets": budgets[-1:]}
+            sae = HierarchicalSaeModel.from_pretrained(folder, **wider).to(sae.device)
         evaluation = evaluate_budgets(sae, data[2], budgets)
         print(evaluation)
         dead = evaluation.dead_fraction[budgets.index(k)]
@@ -245,11 +248,9 @@ def run(name, options, settings, data, seed, folder, spliced):
                 settings["layer"],
                 max_tokens=settings["spliced_tokens"],
             )
-            evaluation = evaluate_budgets(sae, stream, budgets)
+            evaluation = evaluate_in_model(sae, stream, budgets)
             print(evaluation)
             found["spliced"] = evaluation.to_dict()
-        sae.config.k = k
-        sae.save_pretrained(folder)
         result.write_text(json.dumps(found, indent=2) + "\n")
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)

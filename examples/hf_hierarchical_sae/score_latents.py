@@ -176,9 +176,9 @@ def judged(activations, tokenizer, judge, judge_tokenizer, arguments, budget):
 
 def score(path, language_model, tokenizer, judge, arguments):
     """All scores of one autoencoder."""
-    sae = HierarchicalSaeModel.from_pretrained(path)
     # One dictionary at every budget, those it was not trained for included.
-    sae.config.k = arguments.budgets[-1]
+    widest = arguments.budgets[-1]
+    sae = HierarchicalSaeModel.from_pretrained(path, k=widest, budgets=[widest])
     found = {}
 
     def read(texts):

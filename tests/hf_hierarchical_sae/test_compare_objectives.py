@@ -99,8 +99,8 @@ def test_every_objective_is_trained_on_the_same_activations_of_a_language_model(
 def test_an_interrupted_comparison_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
     evaluate, train, resumed = tiny.evaluate_budgets, tiny.Trainer.train, []
 
-    def fail_at_the_second(sae, *given):
-        if sae.config.budgets == [2]:
+    def fail_at_the_third(sae, *given):
+        if len(resumed) == 3:
             raise KeyboardInterrupt
         return evaluate(sae, *given)
 
@@ -109,7 +109,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tiny, tmp_path, monk
         return train(self, resume_from_checkpoint=resume_from_checkpoint)
 
     monkeypatch.setattr(tiny.Trainer, "train", record)
-    monkeypatch.setattr(tiny, "evaluate_budgets", fail_at_the_second)
+    monkeypatch.setattr(tiny, "evaluate_budgets", fail_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         tiny.run_tiny()
     assert resumed == [None, None, None]

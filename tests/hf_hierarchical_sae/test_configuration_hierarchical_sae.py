@@ -40,3 +40,27 @@ def test_a_saved_configuration_is_found_by_its_type(tmp_path):
 def test_values_that_do_not_fit_are_refused_in_one_sentence(change, message):
     with pytest.raises(StrictDataclassError, match=message):
         HierarchicalSaeConfig(**{"d_in": 8, "d_sae": 512, "k": 16, **change})
+
+
+def test_budgets_are_asked_of_the_config():
+    config = HierarchicalSaeConfig(d_in=4, d_sae=32, k=12, budgets=[3, 12])
+
+    assert config.has_budgets and config.trained_budgets == (3, 12)
+    assert config.default_budgets == config.check_budgets(None) == [1, 2, 4, 8, 12]
+    assert config.check_k(None) == 12 and config.check_k(5) == 5
+    assert config.check_budgets([7, 2, 7]) == [2, 7]
+    for k in (0, 13):
+        with pytest.raises(ValueError, match=rf"k must be in \[1, 12\], the trained budget, got {k}"):
+            config.check_k(k)
+        with pytest.raises(ValueError, match=rf"budgets must be in \[1, 12\], the trained budget, got \[{k}\]"):
+            config.check_budgets([k])
+
+
+def test_a_batch_topk_config_has_one_budget():
+    config = HierarchicalSaeConfig(d_in=4, d_sae=32, k=12, budgets=[12], selection="batch_topk")
+
+    assert not config.has_budgets and config.default_budgets == config.check_budgets(None) == [12]
+    with pytest.raises(ValueError, match="selects by a threshold and has one budget, k=12, got 3"):
+        config.check_k(3)
+    with pytest.raises(ValueError, match=r"budgets must be in \[12, 12\], the trained budget, got \[3\]"):
+        config.check_budgets([3])

@@ -11,6 +11,7 @@ from hf_hierarchical_sae import (
     HierarchicalSaeConfig,
     HierarchicalSaeModel,
     evaluate_budgets,
+    evaluate_in_model,
     explained_variance,
     iterate_activations,
     plot_evaluations,
@@ -178,7 +179,7 @@ def gpt2():
 def test_a_perfect_reconstruction_recovers_the_loss(build, model, tokenizer):
     language_model = model if build is None else build()
 
-    evaluation = evaluate_budgets(identity_sae(32), read(language_model, tokenizer), [1, 32])
+    evaluation = evaluate_in_model(identity_sae(32), read(language_model, tokenizer), [1, 32])
 
     assert evaluation.loss_recovered[1] == pytest.approx(1, abs=1e-4)
     assert evaluation.kl_divergence[1] == pytest.approx(0, abs=1e-4)
@@ -189,7 +190,7 @@ def test_a_perfect_reconstruction_recovers_the_loss(build, model, tokenizer):
 
 
 def test_a_reconstruction_of_zeros_recovers_nothing(model, tokenizer):
-    evaluation = evaluate_budgets(identity_sae(32, scale=0.0), read(model, tokenizer), [32])
+    evaluation = evaluate_in_model(identity_sae(32, scale=0.0), read(model, tokenizer), [32])
 
     assert evaluation.cross_entropy[0] == pytest.approx(evaluation.zeros_cross_entropy, rel=1e-5)
     assert evaluation.loss_recovered[0] == pytest.approx(0, abs=1e-5)
@@ -221,7 +222,7 @@ def test_losses_are_what_a_loop_over_texts_gives(model, tokenizer):
         divergence += float((own.exp() * (own - changed)).sum())
         count += len(targets)
 
-    evaluation = evaluate_budgets(sae, read(model, tokenizer, max_norm_ratio=None), [32])
+    evaluation = evaluate_in_model(sae, read(model, tokenizer, max_norm_ratio=None), [32])
 
     assert evaluation.cross_entropy[0] == pytest.approx(loss / count, rel=1e-4)
     assert evaluation.clean_cross_entropy == pytest.approx(clean / count, rel=1e-4)
@@ -233,8 +234,8 @@ def test_losses_are_what_a_loop_over_texts_gives(model, tokenizer):
 
 def test_the_language_model_gives_the_same_numbers_as_its_activations(model, tokenizer):
     sae = make_sae(d_in=32)
-    inside = evaluate_budgets(sae, read(model, tokenizer))
-    alone = evaluate_budgets(sae, (batch for batch in read(model, tokenizer)))
+    inside = evaluate_in_model(sae, read(model, tokenizer))
+    alone = evaluate_budgets(sae, read(model, tokenizer))
 
     assert inside.tokens == alone.tokens and alone.cross_entropy is None
     assert inside.explained_variance == pytest.approx(alone.explained_variance, abs=1e-5)
@@ -242,7 +243,7 @@ def test_the_language_model_gives_the_same_numbers_as_its_activations(model, tok
 
 
 def test_a_language_model_evaluation_reads_exactly_max_tokens_and_leaves_no_hook(model, tokenizer):
-    evaluation = evaluate_budgets(
+    evaluation = evaluate_in_model(
         make_sae(d_in=32), read(model, tokenizer, TEXTS * 50, batch_tokens=64, max_tokens=90)
     )
 
@@ -252,21 +253,21 @@ def test_a_language_model_evaluation_reads_exactly_max_tokens_and_leaves_no_hook
 
 def test_a_language_model_of_another_size_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match=r"takes activations of size 6 .*hidden_size 32: give the model that it was"):
-        evaluate_budgets(make_sae(), read(model, tokenizer))
+        evaluate_in_model(make_sae(), read(model, tokenizer))
 
 
 def test_another_layer_than_the_trained_one_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match=r"was trained on layer 1, the stream gives \[0\]: read that layer alone"):
-        evaluate_budgets(make_sae(d_in=32, layer=1), read(model, tokenizer))
+        evaluate_in_model(make_sae(d_in=32, layer=1), read(model, tokenizer))
     with pytest.raises(ValueError, match=r"was trained on layer 0, the stream gives \[0, 1\]"):
-        evaluate_budgets(make_sae(d_in=32), read(model, tokenizer, layer=[0, 1]))
+        evaluate_in_model(make_sae(d_in=32), read(model, tokenizer, layer=[0, 1]))
 
 
 def test_a_language_model_of_another_name_is_mentioned(model, tokenizer, caplog):
     from transformers import logging
 
     logging.enable_propagation()
-    evaluate_budgets(make_sae(d_in=32, model_name="another/model"), read(model, tokenizer), [5])
+    evaluate_in_model(make_sae(d_in=32, model_name="another/model"), read(model, tokenizer), [5])
     logging.disable_propagation()
 
     assert "the autoencoder was trained on another/model, the language model is" in caplog.text
@@ -293,4 +294,4 @@ def test_what_cannot_be_evaluated_is_refused(x, budgets, message):
 
 def test_texts_without_a_next_token_are_refused(model, tokenizer):
     with pytest.raises(ValueError, match="at least 3 tokens"):
-        evaluate_budgets(make_sae(d_in=32), read(model, tokenizer, ["ab", "cd"]))
+        evaluate_in_model(make_sae(d_in=32), read(model, tokenizer, ["ab", "cd"]))

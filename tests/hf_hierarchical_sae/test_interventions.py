@@ -10,7 +10,7 @@ from hf_hierarchical_sae import (
     HierarchicalSaeConfig,
     HierarchicalSaeModel,
     ablate,
-    evaluate_budgets,
+    evaluate_in_model,
     iterate_activations,
     record_statistics,
     splice,
@@ -301,7 +301,7 @@ def test_spliced_loss_is_that_of_the_evaluation(model, tiny_language_model):
     stream = iterate_activations(
         model, tokenizer, [text], 0, skip_first_position=False, max_norm_ratio=None, show_progress=False
     )
-    evaluation = evaluate_budgets(sae, stream, [2, 8])
+    evaluation = evaluate_in_model(sae, stream, [2, 8])
 
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     for budget, expected in zip(evaluation.budgets, evaluation.cross_entropy):
