@@ -16,9 +16,10 @@ from .evaluation import (
 from .hierarchical_topk_loss import hierarchical_topk_loss
 from .interop import load_saelens, load_sparsify, save_saelens, save_sparsify
 from .interventions import ablate, record_statistics, splice, steer
-from .latent_activations import LatentActivations, latent_activations
+from .judge_scores import JudgeScore, detection_scores, explain_latents, fuzzing_scores
+from .label_scores import LabelScores, score_labels
+from .latent_activations import LatentActivations, read_latents
 from .modeling_hierarchical_sae import HierarchicalSaeModel, HierarchicalSaeOutput
-from .scores import JudgeScore, LabelScores, detection_scores, explain_latents, fuzzing_scores, label_scores
 from .training_callback import HierarchicalSaeCallback
 
 
@@ -52,13 +53,13 @@ __all__ = [
     "iterate_activations",
     "load_saelens",
     "load_sparsify",
-    "label_scores",
-    "latent_activations",
     "plot_evaluations",
+    "read_latents",
     "record_statistics",
     "save_saelens",
     "save_shards",
     "save_sparsify",
+    "score_labels",
     "splice",
     "steer",
     "write_dashboard",

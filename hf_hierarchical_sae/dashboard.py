@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .latent_activations import LatentActivations, decoded, latent_activations
+from .latent_activations import LatentActivations, decoded, read_latents
 from .modeling_hierarchical_sae import HierarchicalSaeModel
 
 
@@ -88,7 +88,7 @@ def write_dashboard(
     path.parent.mkdir(parents=True, exist_ok=True)
     # A path that cannot be written should fail before the work, not after it.
     path.touch()
-    activations = latent_activations(
+    activations = read_latents(
         sae,
         model,
         tokenizer,

@@ -16,7 +16,7 @@ from .modeling_hierarchical_sae import HierarchicalSaeModel
 @dataclass(kw_only=True)
 class LatentActivations:
     """
-    Every activation over a text, sorted by latent, on the CPU. Made by [`latent_activations`].
+    Every activation over a text, sorted by latent, on the CPU. Made by [`read_latents`].
 
     A latent counts at budget k where its rank is at most k, so one encoding serves every budget. Latent i owns the
     entries `latent_starts[i]` up to `latent_starts[i + 1]`, in the order of the text.
@@ -84,7 +84,7 @@ class LatentActivations:
 
 
 @torch.no_grad()
-def latent_activations(
+def read_latents(
     sae: HierarchicalSaeModel,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -34,8 +34,8 @@ from hf_hierarchical_sae import (
     detection_scores,
     explain_latents,
     fuzzing_scores,
-    label_scores,
-    latent_activations,
+    read_latents,
+    score_labels,
 )
 
 
@@ -183,10 +183,10 @@ def score(path, language_model, tokenizer, judge, arguments):
 
     def read(texts):
         share = -(-arguments.tokens // len(texts))
-        return latent_activations(sae, language_model, tokenizer, texts, max_tokens=share, batch_tokens=1024)
+        return read_latents(sae, language_model, tokenizer, texts, max_tokens=share, batch_tokens=1024)
 
     def add(name, activations, *labels):
-        scores = label_scores(
+        scores = score_labels(
             activations, *labels, budgets=arguments.budgets, permutations=arguments.permutations, seed=arguments.seed
         )
         print(f"\n{name}\n{scores}\n", flush=True)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, latent_activations, write_dashboard
+from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, read_latents, write_dashboard
 
 
 K = 16
@@ -64,7 +64,7 @@ def page(model, tokenizer, tmp_path_factory):
     path = tmp_path_factory.mktemp("dashboard") / "folder" / "page.html"
     sae = make_sae()
     found = write(path, sae, model, tokenizer)
-    return path, found, latent_activations(sae, model, tokenizer, TEXTS, context_length=128, show_progress=False)
+    return path, found, read_latents(sae, model, tokenizer, TEXTS, context_length=128, show_progress=False)
 
 
 def strongest(activations, latent, k, count=10):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, latent_activations
+from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, read_latents
 
 
 TEXTS = ["To be, or not to be, that is the question.", "Whether 'tis nobler in the mind", "to suffer"]
@@ -27,7 +27,7 @@ def make_sae(**options):
 
 
 def read(sae, model, tokenizer, texts=TEXTS, **options):
-    return latent_activations(sae, model, tokenizer, texts, show_progress=False, **options)
+    return read_latents(sae, model, tokenizer, texts, show_progress=False, **options)
 
 
 @torch.no_grad()

@@ -1,22 +1,12 @@
-"""Scores of latents against labels, each against a loop; and the mechanics of a language model as judge."""
+"""Scores of latents against labels, each against a loop."""
 
 import json
 import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_hierarchical_sae import (
-    HierarchicalSaeConfig,
-    HierarchicalSaeModel,
-    LatentActivations,
-    detection_scores,
-    explain_latents,
-    fuzzing_scores,
-    label_scores,
-    latent_activations,
-)
+from hf_hierarchical_sae import LatentActivations, score_labels
 
 
 def recorded(dense: torch.Tensor, k: int, context_length: int = 5) -> LatentActivations:
@@ -46,7 +36,7 @@ def random_activations(tokens=300, d_sae=12, k=6, **options):
 
 
 def score(activations, labels, names="abc", **options):
-    return label_scores(activations, labels, list(names), show_progress=False, **{"min_fires": 1, **options})
+    return score_labels(activations, labels, list(names), show_progress=False, **{"min_fires": 1, **options})
 
 
 def pairwise_auroc(values, is_positive):
@@ -192,118 +182,3 @@ def test_the_same_seed_gives_the_same_permutations():
 def test_what_cannot_be_scored_is_refused(labels, options, message):
     with pytest.raises(ValueError, match=message):
         score(random_activations(), labels, **options)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_language_model):
-    return AutoTokenizer.from_pretrained(tiny_language_model)
-
-
-@pytest.fixture(scope="module")
-def judge(tiny_language_model):
-    return AutoModelForCausalLM.from_pretrained(tiny_language_model)
-
-
-@pytest.fixture(scope="module")
-def activations(judge, tokenizer):
-    torch.manual_seed(0)
-    sae = HierarchicalSaeModel(HierarchicalSaeConfig(d_in=32, d_sae=64, k=4, layer=0)).eval()
-    texts = [f"the {number} slings and arrows of outrageous fortune {number}" for number in range(120)]
-    return latent_activations(sae, judge, tokenizer, texts, show_progress=False)
-
-
-class Oracle(torch.nn.Module):
-    """A judge that says yes where the prompt holds a word, and remembers what it was asked."""
-
-    def __init__(self, judge, tokenizer, word):
-        super().__init__()
-        self.judge, self.tokenizer, self.word, self.prompts = judge, tokenizer, word, []
-        self.device = judge.device
-
-    def forward(self, input_ids, logits_to_keep):
-        text = self.tokenizer.decode(input_ids[0])
-        self.prompts.append(text)
-        output = self.judge(input_ids=input_ids, logits_to_keep=logits_to_keep)
-        asked = text.partition("Text: ")[2].partition("\n\n")[0]
-        sign = 1 if self.word in asked else -1
-        ids = self.tokenizer("YN")["input_ids"][-2:]
-        output.logits[..., ids[0]] += 50 * sign
-        output.logits[..., ids[1]] -= 50 * sign
-        return output
-
-
-@pytest.fixture(scope="module")
-def planted(activations, tokenizer):
-    """Latent 0 fires on the digit 7 and nothing else, the others never."""
-    seven = tokenizer("7")["input_ids"][-1]
-    positions = (activations.token_ids == seven).nonzero().flatten()
-    of_latent = {
-        "latent_starts": torch.tensor([0] + [len(positions)] * 64),
-        "positions": positions.int(),
-        "values": torch.linspace(1, 2, len(positions)),
-        "ranks": torch.ones(len(positions), dtype=torch.int16),
-    }
-    return LatentActivations(**{**vars(activations), **of_latent})
-
-
-def test_a_judge_that_knows_where_a_latent_fires_scores_one(planted, tokenizer, judge):
-    knows, knows_marks = Oracle(judge, tokenizer, "7"), Oracle(judge, tokenizer, "<<7>>")
-    given = {"window": 12, "show_progress": False}
-
-    detection = detection_scores(planted, tokenizer, {0: "the digit 7"}, knows, tokenizer, **given)
-    fuzzing = fuzzing_scores(planted, tokenizer, {0: "the digit 7"}, knows_marks, tokenizer, **given)
-
-    assert detection[0].auroc == detection[0].balanced_accuracy == 1 and detection[0].examples > 1
-    assert fuzzing[0].auroc == fuzzing[0].balanced_accuracy == 1 and fuzzing[0].examples > 1
-    assert all(
-        "Description: the digit 7\n" in prompt and "<|im_start|>assistant" in prompt for prompt in knows.prompts
-    )
-    assert all(prompt.count("<<") == 2 for prompt in knows_marks.prompts if "<<7>>" not in prompt)
-    ignorant = detection_scores(planted, tokenizer, {0: "a"}, Oracle(judge, tokenizer, "@"), tokenizer, **given)
-    assert ignorant[0].balanced_accuracy == 0.5
-
-
-def test_what_explains_is_not_what_is_scored(planted, tokenizer, judge, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        type(judge),
-        "generate",
-        lambda self, **given: (
-            asked.append(tokenizer.decode(given["input_ids"][0]))
-            or torch.cat([given["input_ids"], torch.tensor([tokenizer(" words\nmore")["input_ids"]])], dim=1)
-        ),
-    )
-    oracle, given = Oracle(judge, tokenizer, "7"), {"window": 12, "show_progress": False}
-    explanations = explain_latents(planted, tokenizer, [0], judge, tokenizer, **given)
-    detection_scores(planted, tokenizer, explanations, oracle, tokenizer, **given)
-
-    assert explanations[0].strip() == "words"
-    shown = {line.partition(". ")[2] for line in asked[0].splitlines() if line[:1].isdigit()}
-    texts = {prompt.partition("Text: ")[2].partition("\n\n")[0] for prompt in oracle.prompts}
-    firing = {text for text in texts if "7" in text}
-    assert len(shown) == 8 and all("<<7" in text for text in shown)
-    assert len(firing) > 3 and len(texts) > len(firing)
-    assert not firing & {text.replace("<<", "").replace(">>", "") for text in shown}
-
-
-def test_a_judge_without_a_chat_template_is_asked_plainly(activations, tokenizer, judge, tiny_language_model):
-    plain = AutoTokenizer.from_pretrained(tiny_language_model)
-    plain.chat_template = None
-    latent = int(activations.latent_starts.diff().argmax())
-
-    explanations = explain_latents(
-        activations, tokenizer, [latent], judge, plain, examples=2, max_new_tokens=3, show_progress=False
-    )
-    found = detection_scores(activations, tokenizer, explanations, judge, plain, k=2, examples=3, show_progress=False)
-
-    assert set(found) <= {latent} and all(0 <= value.auroc <= 1 for value in found.values())
-
-
-def test_a_latent_that_does_not_fire_at_the_budget_is_left_out(activations, tokenizer, judge):
-    never_first = next(
-        latent for latent in activations.live_latents.tolist() if activations.latent(latent)[2].min() > 1
-    )
-
-    assert explain_latents(activations, tokenizer, [never_first], judge, tokenizer, 1, show_progress=False) == {}
-    assert detection_scores(activations, tokenizer, {never_first: "x"}, judge, tokenizer, 1, show_progress=False) == {}
-    assert fuzzing_scores(activations, tokenizer, {never_first: "x"}, judge, tokenizer, 1, show_progress=False) == {}
