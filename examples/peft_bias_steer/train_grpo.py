@@ -1,7 +1,5 @@
 # /// script
-# dependencies = [
-#     "peft_bias_steer", "accelerate", "trl", "datasets", "math-verify", "matplotlib", "reasoning-gym", "tensorboard"
-# ]
+# dependencies = ["peft_bias_steer", "accelerate", "trl", "datasets", "matplotlib", "reasoning-gym", "tensorboard"]
 # ///
 """
 Train one bias vector per decoder layer with GRPO on questions whose answers can be checked:
@@ -9,309 +7,122 @@ Train one bias vector per decoder layer with GRPO on questions whose answers can
     accelerate launch examples/peft_bias_steer/train_grpo.py --output_dir outputs/steer
 
 Several processes: `--config_file examples/peft_bias_steer/configs/ddp.yaml` (or `fsdp2.yaml`, `deepspeed.yaml`) after
-`accelerate launch`. The same script trains LoRA, BEFT or the whole model on the same questions (`--method`).
+`accelerate launch`. With `--use_vllm` vLLM samples, and receives the vectors alone.
 
-Questions come from reasoning-gym (`--task chain_sum --task_options '{"max_terms": 3}'`), from a dataset with a column of
-questions and one of answers, checked by math-verify (`--task user/dataset --question_column problem`), or from a preset
-(gsm8k, math, deepscaler: the prompt of arXiv 2505.18706). The reward is 1 if a completion's answer is right, otherwise
-0. Held-out questions are answered before, during and after training; everything lands in one result.json.
+Questions come from any task of reasoning-gym whose answers are integers (`--task chain_sum`); the reward is 1 if the
+last integer of a completion is the answer, otherwise 0. Held-out questions are answered before and after training.
+Datasets, other rewards and other methods: examples/studies/train_methods.py.
 """
 
 import argparse
 import importlib.util
 import json
-import math
 import re
-import resource
 import signal
-import statistics
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import reasoning_gym
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset, load_dataset
-from math_verify import parse, verify
-from peft import BeftConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
-from reasoning_gym.factory import DATASETS
-from reasoning_gym.utils import SYSTEM_PROMPTS, extract_answer
-from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, TrainerCallback, set_seed
+from datasets import Dataset
+from matplotlib.figure import Figure
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
-from trl.models import unwrap_model_for_generation
 
 from peft_bias_steer import BiasSteerConfig
-from peft_bias_steer.merging import merge_sites
+from peft_bias_steer.serving.trl import check_vllm_sync, prepare_for_vllm, sync_vectors_only
 
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+# no division: those of this task carry the answer of another expression
+ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "allow_parentheses": False}
+EASY_ARITHMETIC = {**ONE_DIGIT, "operators": ["+", "-", "*"]}
+# ChatML without the system message that many models' own templates put in front
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
-DEMO_MODEL = "outputs/SmolLM2-135M-Instruct"
-# constant, for AdamW; compare_methods.py --preset sweep sets them beside their neighbours
-LEARNING_RATES = {"bias": 1e-2, "lora": 1e-3, "full": 3e-5, "beft": 1e-2}
-BOXED_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
-# its divisions carry the answer of another expression
-ONE_DIGIT = {
-    "min_terms": 2,
-    "max_terms": 2,
-    "min_digits": 1,
-    "max_digits": 1,
-    "allow_parentheses": False,
-    "operators": ["+", "-", "*"],
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    "basic_arithmetic": {"task_options": ONE_DIGIT},
-    # what a small model cannot do: the negative control
-    "four_digit_products": {
-        "task": "basic_arithmetic",
-        "task_options": {**ONE_DIGIT, "min_digits": 4, "max_digits": 4, "operators": ["*"]},
-    },
-    # what it is right about now and then
-    "two_digit_sums": {"task": "chain_sum", "task_options": {"max_terms": 3, "max_digits": 2}},
-    "two_digit_products": {"task": "products", "task_options": {"max_digits": 2}},
-    "gsm8k": {"task": "openai/gsm8k", "dataset_config": "main", "eval_split": "test"},
-    "math": {
-        "task": "DigitalLearningGmbH/MATH-lighteval",
-        "question_column": "problem",
-        "answer_column": "solution",
-        "eval_split": "test",
-    },
-    "deepscaler": {"task": "agentica-org/DeepScaleR-Preview-Dataset", "question_column": "problem"},
-}
-CHAT_TEMPLATES = {
-    # ChatML without the system message that many models' own templates put in front
-    "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    "plain": "{% for m in messages %}{{ m.content }}\n\n{% endfor %}",
-}
-# an equation, a sentence that names a result, or nothing but the number
-STATES_A_RESULT = re.compile(r"(=|\b(is|are|equals|makes|gives|get))\s*:?\s*-?\d+|^\W*\d+\W*$")
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id or folder of the base (%(default)s)")
+    add("--output_dir", type=Path, default=Path("outputs/steer"), help="for all artefacts (%(default)s)")
+    add("--task", default="basic_arithmetic", help="of reasoning-gym, with integers as answers (%(default)s)")
+    add("--task_options", type=json.loads, help="of the task, as JSON (default: easy ones for basic_arithmetic)")
+    add("--layers", type=int, nargs="+", help="layers to steer (default: all)")
+    add("--eval_size", type=int, default=64, help="questions held out (%(default)s)")
+    add("--max_steps", type=int, default=20, help="optimizer steps (%(default)s)")
+    add("--learning_rate", type=float, default=1e-2, help="constant, for AdamW (%(default)s)")
+    add("--prompts_per_step", type=int, default=4, help="questions in one step (%(default)s)")
+    add("--num_generations", type=int, default=8, help="samples for each question (%(default)s)")
+    add("--max_completion_length", type=int, default=12, help="tokens of an answer (%(default)s)")
+    add("--use_vllm", action="store_true", help="sample with vLLM")
+    add("--seed", type=int, default=0, help="of sampling and training order (%(default)s)")
+    add("--report_to", default="none", help="tensorboard, trackio, ... (%(default)s)")
+    add("--resume_from_checkpoint", nargs="?", const=True, help="go on from this folder, by default the last one")
+    return parser.parse_args()
 
 
-@dataclass
-class AnswerForm:
-    """How an answer is read from a completion, and whether the completion has the form that was asked for."""
-
-    read: Callable[[str], str | None]
-    is_formatted: Callable[[str], bool]
-
-
-def last_integer(text: str) -> str | None:
-    integers = re.findall(r"-?\d+", text)
-    return integers[-1] if integers else None
-
-
-def last_boxed(text: str) -> str | None:
-    """What stands in the last `\\boxed{...}`, braces inside it included."""
-    start = text.rfind("\\boxed{")
-    depth = 0
-    for position in range(start + 6, len(text)) if start >= 0 else ():
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return text[start + 7 : position]
-    return None
-
-
-ANSWER_FORMS = {
-    "integer": AnswerForm(last_integer, lambda text: bool(STATES_A_RESULT.search(text))),
-    "boxed": AnswerForm(last_boxed, lambda text: last_boxed(text) is not None),
-    "tag": AnswerForm(extract_answer, lambda text: extract_answer(text) is not None),
-}
-
-
-@dataclass
-class Task:
-    """
-    Questions and the check of their answers.
-
-    Args:
-        train (`list[dict]`): Each with at least `question` and `answer`.
-        held_out (`list[dict]`): The same; no question is in both.
-        form (`AnswerForm`): How answers are read.
-        check (`Callable[[str, dict], bool]`): Whether an answer that was read is right.
-        system_prompt (`str`): Empty for none.
-    """
-
-    train: list[dict]
-    held_out: list[dict]
-    form: AnswerForm
-    check: Callable[[str, dict], bool]
-    system_prompt: str
-
-    def grade(self, completion: str, row: dict) -> dict[str, bool]:
-        answer = self.form.read(completion)
-        return {
-            "right": answer is not None and self.check(answer, row),
-            "formatted": self.form.is_formatted(completion),
-            "unparsable": answer is None,
-            "exact_string": completion.strip() == row["answer"],
-        }
-
-
-def split(rows: list[dict], args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """The first `eval_size` distinct questions are held out."""
-    distinct = list({row["question"]: row for row in rows}.values())
-    if not 0 < args.eval_size < len(distinct) - args.few_shot:
-        raise SystemExit(
-            f"--eval_size must be in [1, {max(1, len(distinct) - args.few_shot - 1)}] so that questions are left to "
-            f"train on, got {args.eval_size}"
-        )
-    return distinct[args.eval_size :], distinct[: args.eval_size]
-
-
-def reasoning_gym_task(args: argparse.Namespace) -> Task:
+def make_questions(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """Questions to train on, and the first `eval_size` distinct ones, which are held out."""
+    options = args.task_options or (EASY_ARITHMETIC if args.task == "basic_arithmetic" else {})
     try:
-        source = reasoning_gym.create_dataset(
-            args.task, size=args.num_questions, seed=args.split_seed, **args.task_options
-        )
-        entries = [source[index] for index in range(len(source))]
+        source = reasoning_gym.create_dataset(args.task, size=2000, seed=0, **options)
+        rows = list({row["question"]: row for row in (source[index] for index in range(len(source)))}.values())
     except (TypeError, ValueError, AssertionError) as error:
-        raise SystemExit(f"--task_options do not fit the task {args.task}: {error}") from None
-    train, held_out = split([{**entry["metadata"], **entry} for entry in entries], args)
-    integers = all(re.fullmatch(r"-?\d+", entry["answer"]) for entry in entries)
-    form = args.answer_form or ("integer" if integers else "tag")
-
-    def check(answer: str, row: dict) -> bool:
-        # score_answer gives part of a point for "18" where "8" is right
-        return source.score_answer(answer, row) == 1.0
-
-    system_prompt = SYSTEM_PROMPTS["default"] if form == "tag" else ""
-    return Task(train, held_out, ANSWER_FORMS[form], check, system_prompt)
+        raise SystemExit(f"--task and --task_options must name a task of reasoning-gym: {error}") from None
+    if not all(re.fullmatch(r"-?\d+", row["answer"]) for row in rows):
+        raise SystemExit(f"--task must be one whose answers are integers, got {args.task}")
+    if not 0 < args.eval_size < len(rows):
+        raise SystemExit(f"--eval_size must be in [1, {len(rows) - 1}] so that some are left, got {args.eval_size}")
+    return rows[args.eval_size :], rows[: args.eval_size]
 
 
-def gold_answer(text: str) -> str:
-    """The answer in a solution as GSM8K (after ####) or MATH (in a box) writes it, otherwise all of it."""
-    if "####" in text:
-        return text.rsplit("####", 1)[1].strip().replace(",", "")
-    return last_boxed(text) or text.strip()
+def is_right(completion: str, answer: str) -> bool:
+    return re.findall(r"-?\d+", completion)[-1:] == [answer]
 
 
-def dataset_task(args: argparse.Namespace) -> Task:
-    def rows(split_name: str) -> list[dict]:
-        try:
-            data = load_dataset(args.task, args.dataset_config, split=split_name)
-        except (OSError, ValueError) as error:
-            raise SystemExit(
-                "--task must be a reasoning-gym task, a preset, or a dataset on the hub or in a folder with questions in "
-                f"split {split_name!r}, got {args.task!r}: {str(error).splitlines()[0]}"
-            ) from None
-        columns = [args.question_column, args.answer_column]
-        if missing := [column for column in columns if column not in data.column_names]:
-            raise SystemExit(
-                f"{args.task} has no column {' or '.join(missing)}, but {', '.join(data.column_names)}: name them in "
-                "--question_column and --answer_column"
-            )
-        data = data.shuffle(seed=args.split_seed)
-        return [{"question": q, "answer": gold_answer(str(a))} for q, a in zip(data[columns[0]], data[columns[1]])]
-
-    def check(answer: str, row: dict) -> bool:
-        return verify(parse(f"${row['answer']}$"), parse(f"${answer}$"))
-
-    if args.eval_split is None:
-        train, held_out = split(rows(args.train_split), args)
-    else:
-        train, held_out = rows(args.train_split), rows(args.eval_split)[: args.eval_size]
-    form = args.answer_form or "boxed"
-    return Task(train, held_out, ANSWER_FORMS[form], check, BOXED_PROMPT if form == "boxed" else "")
+def load(name: str | Path) -> tuple[Any, Any]:
+    """Model and tokenizer of a checkpoint."""
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, padding_side="left")
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(PartialState().device)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise SystemExit(f"--model must be a folder with a checkpoint or a hub id, got {name!r}: {reason}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
 
 
-def load_task(args: argparse.Namespace) -> Task:
-    return reasoning_gym_task(args) if args.task in DATASETS else dataset_task(args)
-
-
-def prompt_maker(tokenizer: Any, task: Task, args: argparse.Namespace) -> Callable[[dict], str]:
-    """Puts a question into the chat template, after the system prompt and the solved examples."""
-    system_prompt = task.system_prompt if args.system_prompt is None else args.system_prompt
-    template = args.chat_template
-    if template is None and not system_prompt and "<|im_start|>" in tokenizer.get_vocab():
-        template = "chatml"
-    if template is None and tokenizer.chat_template is None:
-        raise SystemExit(
-            f"the tokenizer of {args.model} has no chat template: choose --chat_template plain, chatml or a file with one"
-        )
-    if template is not None and template not in CHAT_TEMPLATES and not Path(template).is_file():
-        raise SystemExit(f"--chat_template must be {', '.join(CHAT_TEMPLATES)} or a Jinja file, got {template!r}")
-    jinja = template and (CHAT_TEMPLATES.get(template) or Path(template).read_text())
-    opening = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    for row in task.train[: args.few_shot]:
-        shot = args.few_shot_answer.format_map(row)
-        opening += [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": shot}]
+def make_prompt(tokenizer: Any, row: dict) -> str:
+    template = CHATML if "<|im_start|>" in tokenizer.get_vocab() else None
+    messages = [{"role": "user", "content": row["question"]}]
+    text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
     adds_bos = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
-
-    def prompt(row: dict) -> str:
-        messages = [*opening, {"role": "user", "content": row["question"]}]
-        text = tokenizer.apply_chat_template(messages, chat_template=jinja, tokenize=False, add_generation_prompt=True)
-        return text.removeprefix(tokenizer.bos_token) if adds_bos else text
-
-    return prompt
+    return text.removeprefix(tokenizer.bos_token) if adds_bos else text
 
 
-def wilson_interval(right: int, total: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927)."""
-    z = statistics.NormalDist().inv_cdf(0.975)
-    share = right / total
-    centre = share + z**2 / (2 * total)
-    half = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
-    return (centre - half) / (1 + z**2 / total), (centre + half) / (1 + z**2 / total)
-
-
-@torch.no_grad()
-def complete(
-    model: Any, tokenizer: Any, prompts: list[str], *, max_new_tokens: int, sample: bool = False, bf16: bool = False
-) -> list[dict]:
-    """One completion per prompt, in order, the prompts shared out among the processes: its text, length and end."""
-    model.eval()
-    state = PartialState()
-    done: list[dict] = []
-    batch_size = 32 if state.device.type == "cpu" else 128
-    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
-    # a checkpoint's own generation config may penalise repetition or stop at other tokens too
-    length = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id, "repetition_penalty": 1.0}
-    stops = model.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, tokenizer.pad_token_id, *(stops if isinstance(stops, list) else [stops])}
+def answer(model: Any, tokenizer: Any, rows: list[dict], max_new_tokens: int) -> list[str]:
+    """One greedy completion per question, in order, the questions shared out among the processes."""
+    done: list[tuple[int, str]] = []
+    # a checkpoint's own generation config may sample, or penalise repetition
+    plain = {"do_sample": False, "repetition_penalty": 1.0, "pad_token_id": tokenizer.pad_token_id}
     # padded, so that sharded models generate equally often in every process
-    with (
-        state.split_between_processes(list(range(len(prompts))), apply_padding=True) as share,
-        torch.autocast(state.device.type, torch.bfloat16, enabled=bf16),
-    ):
-        for start in range(0, len(share), batch_size):
-            indices = share[start : start + batch_size]
-            batch = tokenizer([prompts[i] for i in indices], return_tensors="pt", padding=True).to(model.device)
-            output = model.generate(**batch, **length, **sampling)[:, batch["input_ids"].shape[1] :]
-            for index, tokens in zip(indices, output.tolist()):
-                end = next((position for position, token in enumerate(tokens) if token in stops), len(tokens))
-                text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
-                done.append({"index": index, "text": text, "tokens": end, "finished": end < len(tokens)})
-    # `index` again, since padding repeats prompts
-    return list({entry["index"]: entry for entry in sorted(gather_object(done), key=lambda e: e["index"])}.values())
-
-
-def score(completions: list[dict], rows: list[dict], task: Task) -> dict:
-    """Rates of one evaluation. Unparsable completions are wrong, and counted apart."""
-    grades = [task.grade(entry["text"], row) for entry, row in zip(completions, rows)]
-    total = len(grades)
-    count = {key: sum(grade[key] for grade in grades) for key in grades[0]}
-    both = sum(grade["right"] and grade["formatted"] for grade in grades)
-    return {
-        "questions": total,
-        "right": count["right"],
-        "accuracy": count["right"] / total,
-        "interval": wilson_interval(count["right"], total),
-        "format_rate": count["formatted"] / total,
-        "accuracy_when_formatted": both / count["formatted"] if count["formatted"] else None,
-        "unparsable": count["unparsable"],
-        "exact_string": count["exact_string"] / total,
-        "finished": sum(entry["finished"] for entry in completions) / total,
-        "mean_tokens": statistics.mean(entry["tokens"] for entry in completions),
-    }
+    with PartialState().split_between_processes(list(range(len(rows))), apply_padding=True) as share:
+        for start in range(0, len(share), 32):
+            indices = share[start : start + 32]
+            prompts = [make_prompt(tokenizer, rows[index]) for index in indices]
+            batch = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
+            output = model.eval().generate(**batch, **plain, max_new_tokens=max_new_tokens)
+            texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            done += zip(indices, texts)
+    return [text for _, text in sorted(dict(gather_object(done)).items())]
 
 
 class SaveOnInterrupt(TrainerCallback):
@@ -319,410 +130,118 @@ class SaveOnInterrupt(TrainerCallback):
 
     interrupted = False
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.previous_handler = signal.signal(signal.SIGINT, self.handle)
 
-    def handle(self, signal_number, frame):
+    def handle(self, *signal_and_frame: Any) -> None:
         self.interrupted = True
         signal.signal(signal.SIGINT, self.previous_handler)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_save |= self.interrupted
         control.should_training_stop |= self.interrupted
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         signal.signal(signal.SIGINT, self.previous_handler)
 
 
-class RewardBar(ProgressCallback):
-    """Trainer's progress bar, with the reward beside it instead of a line of metrics under it."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and logs and "reward" in logs:
-            self.training_bar.set_postfix(reward=f"{logs['reward']:.2f}")
-
-
-class StepClock(TrainerCallback):
-    """Seconds of each step, of the clock and of the CPU."""
-
-    def __init__(self):
-        self.wall, self.cpu = [], []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter(), time.process_time()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.wall.append(time.perf_counter() - self.start[0])
-        self.cpu.append(time.process_time() - self.start[1])
-
-
-class SignalWatch(TrainerCallback):
-    """Warns, and stops if told to, once the samples of every question have had equal rewards for some steps."""
-
-    def __init__(self, patience: int, stop: bool):
-        self.patience, self.stop = patience, stop
-        self.flat_steps = self.flat_in_a_row = 0
-        self.warning: str | None = None
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not logs or "frac_reward_zero_std" not in logs:
-            return
-        flat = logs["frac_reward_zero_std"] == 1.0
-        self.flat_steps += flat
-        self.flat_in_a_row = self.flat_in_a_row + 1 if flat else 0
-        if self.flat_in_a_row < self.patience:
-            return
-        if self.warning is None:
-            self.warning = (
-                f"No signal: up to step {state.global_step}, all samples of each question had the same reward for "
-                f"{self.patience} steps (mean {logs['reward']:.2f}), so nothing is learned from them. Take questions "
-                "that the model answers rightly now and then, or more samples of each."
-            )
-            if state.is_world_process_zero:
-                print(f"\n{self.warning}", file=sys.stderr, flush=True)
-        control.should_training_stop |= self.stop
-
-
-class EvaluateDuringTraining(TrainerCallback):
-    """Answers the held-out questions greedily every few steps, and logs the accuracy."""
-
-    def __init__(self, every: int, evaluate: Callable[[Any], dict]):
-        self.every, self.evaluate = every, evaluate
-        self.trainer: Any = None
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.every or state.global_step >= state.max_steps:
-            return
-        trainer = self.trainer
-        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
-            result = self.evaluate(model)
-        trainer.model_wrapped.train()
-        trainer.log({f"held_out/{key}": result[key] for key in ("accuracy", "format_rate")})
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default_model = DEMO_MODEL if Path(DEMO_MODEL).is_dir() else "HuggingFaceTB/SmolLM2-135M-Instruct"
-    add = parser.add_argument
-    add("--model", default=default_model, help="hub id or folder of the base model (%(default)s)")
-    add("--method", choices=LEARNING_RATES, default="bias", help="what is trained (%(default)s)")
-    add("--layers", type=int, nargs="+", help="layers to train, for bias, LoRA and BEFT (default: all)")
-    add("--lora_rank", type=int, default=4, help="of LoRA on down_proj, with alpha twice as large (%(default)s)")
-    add("--output_dir", type=Path, default=Path("outputs/steer"), help="for all artefacts (%(default)s)")
-    questions = parser.add_argument_group("questions").add_argument
-    questions("--task", default="basic_arithmetic", help=f"{', '.join(PRESETS)}, any of reasoning-gym, or a dataset")
-    questions("--task_options", type=json.loads, help="of a reasoning-gym task, as JSON (default: the preset's)")
-    questions("--num_questions", type=int, default=2000, help="to draw from reasoning-gym, before duplicates go")
-    questions("--dataset_config", help="name of the dataset's configuration")
-    questions("--question_column", help="of a dataset (question)")
-    questions("--answer_column", help="of a dataset (answer)")
-    questions("--train_split", default="train", help="of a dataset (%(default)s)")
-    questions("--eval_split", help="of a dataset; by default questions are held out from --train_split")
-    questions("--answer_form", choices=ANSWER_FORMS, help="last integer, \\boxed{} or <answer> tag (default: by task)")
-    questions("--system_prompt", help="in front of each question (default: by task)")
-    questions(
-        "--chat_template", help="chatml, plain or a Jinja file (default: the tokenizer's; ChatML without system)"
-    )
-    questions("--few_shot", type=int, default=0, help="solved examples in front of each question (%(default)s)")
-    questions("--few_shot_answer", default="{answer}", help="how they are solved, e.g. '{expression} = {answer}'")
-    questions("--split_seed", type=int, default=0, help="of the questions and of what is held out (%(default)s)")
-    training = parser.add_argument_group("training").add_argument
-    training("--max_steps", type=int, default=20, help="optimizer steps; 0 only evaluates the base (%(default)s)")
-    training("--learning_rate", type=float, help=f"constant, for AdamW (default: {LEARNING_RATES})")
-    training("--warmup_ratio", type=float, default=0.0, help="share of the steps with a rising rate (%(default)s)")
-    training("--prompts_per_step", type=int, default=4, help="questions in one step (%(default)s)")
-    training("--reward", choices=["right", "formatted"], default="right", help="formatted: for any answer in the form")
-    training("--num_generations", type=int, default=8, help="samples for each question (%(default)s)")
-    training("--gradient_accumulation_steps", type=int, default=1, help="batches per step (%(default)s)")
-    training("--gradient_checkpointing", action="store_true", help="trade time for memory")
-    training("--max_completion_length", type=int, default=12, help="tokens of an answer (%(default)s)")
-    training("--bf16", action="store_true", help="compute in bfloat16 (autocast) on a CPU too, where it is faster")
-    training("--use_vllm", action="store_true", help="sample with vLLM; --method bias needs a bias-ready base")
-    training("--seed", type=int, default=0, help="of sampling and training order (%(default)s)")
-    training("--signal_patience", type=int, default=5, help="steps without any difference in reward before a warning")
-    training("--stop_without_signal", action="store_true", help="stop at that warning")
-    training("--save_steps", type=int, default=10, help="steps between checkpoints (%(default)s)")
-    training("--report_to", nargs="+", default=["none"], help="tensorboard, trackio, ... (%(default)s)")
-    training(
-        "--resume_from_checkpoint",
-        nargs="?",
-        const=True,
-        help="go on from this checkpoint folder; without a value, from the last one in --output_dir",
-    )
-    evaluation = parser.add_argument_group("evaluation").add_argument
-    evaluation("--eval_size", type=int, default=64, help="questions held out (%(default)s)")
-    evaluation("--eval_samples", type=int, default=0, help="samples at temperature 1 of each, beside the greedy one")
-    evaluation("--eval_steps", type=int, default=0, help="steps between greedy evaluations, 0 for none (%(default)s)")
-    evaluation("--skip_eval_before", action="store_true", help="the base model's accuracy is known already")
-    args = parser.parse_args(arguments)
-    fill_defaults(args)
-    return args
-
-
-def fill_defaults(args: argparse.Namespace) -> None:
-    """What the preset of the task says, where the command line does not; then what every dataset takes."""
-    args.preset = args.task
-    for name, value in PRESETS.get(args.task, {}).items():
-        if name == "task" or getattr(args, name) is None:
-            setattr(args, name, value)
-    args.task_options = args.task_options or {}
-    args.question_column = args.question_column or "question"
-    args.answer_column = args.answer_column or "answer"
-    if args.learning_rate is None:
-        args.learning_rate = LEARNING_RATES[args.method]
-    if args.layers is not None and args.method == "full":
-        raise SystemExit("--layers is for bias, LoRA and BEFT: --method full trains every layer")
-
-
-def load_tokenizer(name: str) -> Any:
-    """Raises `SystemExit` with one sentence if there is no checkpoint of that name."""
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, padding_side="left")
-    except (OSError, ValueError) as error:
-        raise SystemExit(
-            f"--model must be a folder with a transformers checkpoint or a reachable hub id, got {name!r}: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_base(name: str) -> Any:
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(PartialState().device)
-
-
-def adapter_config(args: argparse.Namespace) -> PeftConfig | None:
-    common: Any = {"task_type": "CAUSAL_LM"}
-    if args.layers is not None:
-        common["layers_to_transform"] = args.layers
-    if args.method == "bias":
-        return BiasSteerConfig(**common)
-    if args.method == "lora":
-        return LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=["down_proj"], **common)
-    if args.method == "beft":
-        return BeftConfig(target_modules=["down_proj"], **common)
-    return None
-
-
-def check_vllm(model: Any, args: argparse.Namespace) -> None:
-    if importlib.util.find_spec("vllm") is None:
-        raise SystemExit("--use_vllm needs vLLM, which is not installed: pip install 'trl[vllm]', or leave it out")
-    if args.method == "beft":
-        raise SystemExit("--use_vllm cannot sample with BEFT, whose biases do not merge: choose --method bias")
-    layers = model.base_model.steering_layers.values() if args.method == "bias" else ()
-    if any(site.bias is None for layer in layers for site in merge_sites(layer.get_base_layer())):
-        raise SystemExit(
-            "--use_vllm with --method bias needs a base with zero biases for vLLM to receive the vectors: write it with "
-            f"peft_bias_steer.bias_ready_checkpoint({args.model!r}, FOLDER) and give --model FOLDER"
-        )
-
-
 def training_config(args: argparse.Namespace) -> GRPOConfig:
-    world = PartialState().num_processes
-    samples = args.prompts_per_step * args.num_generations
-    if samples % (world * args.gradient_accumulation_steps):
-        raise SystemExit(
-            f"prompts_per_step × num_generations = {samples} must be a multiple of {world} processes × "
-            f"{args.gradient_accumulation_steps} gradient_accumulation_steps"
-        )
+    world, samples = PartialState().num_processes, args.prompts_per_step * args.num_generations
+    if samples % world:
+        raise SystemExit(f"prompts_per_step × num_generations = {samples} must be a multiple of {world} processes")
     return GRPOConfig(
         output_dir=str(args.output_dir),
         max_steps=args.max_steps,
         learning_rate=args.learning_rate,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=math.ceil(args.warmup_ratio * args.max_steps),
+        lr_scheduler_type="constant",
         max_grad_norm=2.0,
-        per_device_train_batch_size=samples // (world * args.gradient_accumulation_steps),
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        per_device_train_batch_size=samples // world,
         num_generations=args.num_generations,
         max_completion_length=args.max_completion_length,
         scale_rewards="none",
         loss_type="dapo",
         beta=0.0,
-        gradient_checkpointing=args.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if args.gradient_checkpointing else None,
+        gradient_checkpointing=False,
         use_vllm=args.use_vllm,
-        bf16=args.bf16 or torch.cuda.is_available(),
-        use_cpu=args.bf16 and not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available(),
         logging_steps=1,
-        save_steps=args.save_steps,
-        save_total_limit=2,
+        save_steps=10,
         report_to=args.report_to,
         seed=args.seed,
     )
 
 
-def peak_memory() -> int:
-    """Bytes: the highest allocation on the GPU, or the highest resident size of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def optimizer_bytes(optimizer: Any) -> int:
-    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
-    return sum(tensor.nbytes for tensor in tensors)
-
-
-def write_completions(completions: list[dict], task: Task, path: Path) -> None:
-    with path.open("w") as file:
-        for entry, row in zip(completions, task.held_out):
-            line = {"question": row["question"], "answer": row["answer"], "completion": entry["text"]}
-            file.write(json.dumps(line | task.grade(entry["text"], row)) + "\n")
-
-
-def plot(result: dict, path: Path) -> None:
-    figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
-    axes.plot(range(1, len(result["rewards"]) + 1), result["rewards"], label="mean reward of the samples")
-    for name, color in (("before", "grey"), ("after", "black")):
-        if result[name]:
-            share = result[name]["greedy"]["accuracy"]
-            axes.axhline(share, color=color, linestyle="--", label=f"held-out accuracy {name} ({share:.1%})")
-    if result["during"]:
-        steps, shares = zip(*[(entry["step"], entry["accuracy"]) for entry in result["during"]])
-        axes.plot(steps, shares, "o", color="black", label="held-out accuracy during training")
-    axes.set(xlabel="step", ylim=(0, 1), title=f"GRPO, {result['method']}: {result['task']}")
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def describe(evaluation: dict | None) -> str:
-    if evaluation is None:
-        return "not measured"
-    greedy = evaluation["greedy"]
-    low, high = greedy["interval"]
-    return f"{greedy['accuracy']:.1%} [{low:.1%}, {high:.1%}], format {greedy['format_rate']:.1%}"
-
-
 def main() -> None:
     args = parse_arguments()
-    started = time.perf_counter()
-    state = PartialState()
-    config = training_config(args) if args.max_steps else None
+    state, config = PartialState(), training_config(args)
+    if args.use_vllm and importlib.util.find_spec("vllm") is None:
+        raise SystemExit("--use_vllm needs vLLM, which is not installed: pip install 'trl[vllm]', or leave it out")
     set_seed(args.seed)
-    task = load_task(args)
-    tokenizer = load_tokenizer(args.model)
-    prompt_of = prompt_maker(tokenizer, task, args)
-    model = load_base(args.model)
-
-    def answer(model: Any, samples: int = 0) -> tuple[list[dict], dict]:
-        """Answers the held-out questions: once greedily, `samples` times at temperature 1."""
-        prompts = [prompt_of(row) for row in task.held_out]
-        options: dict[str, Any] = {"max_new_tokens": args.max_completion_length, "bf16": args.bf16}
-        completions = complete(model, tokenizer, prompts, **options)
-        scores = {"greedy": score(completions, task.held_out, task)}
-        if samples:
-            sampled = complete(model, tokenizer, prompts * samples, sample=True, **options)
-            scores["sampled"] = score(sampled, task.held_out * samples, task)
-        return completions, scores
-
-    def say(text: str) -> None:
-        if state.is_main_process:
-            print(text, flush=True)
-
-    before, completions_before = None, []
-    if not args.skip_eval_before:
-        say(f"Answering {len(task.held_out)} held-out questions with the base model ...")
-        completions_before, before = answer(model, args.eval_samples)
-    result: dict[str, Any] = {
-        "model": args.model,
-        "method": args.method,
-        "task": args.preset,
-        "before": before,
-        "arguments": {name: value if value is None else str(value) for name, value in vars(args).items()},
-    }
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    if state.is_main_process and completions_before:
-        write_completions(completions_before, task, args.output_dir / "completions_before.jsonl")
-    if config is None:
-        (args.output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-        return say(f"Held out:   {describe(before)} ({args.eval_size} questions, greedy, {args.few_shot} examples)")
-
-    peft_config = adapter_config(args)
-    if peft_config is not None:
-        model = get_peft_model(model, peft_config)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    say(f"Training {trainable:,} of {total:,} parameters ...")
+    questions, held_out = make_questions(args)
+    base, tokenizer = load(args.model)
+    state.print(f"Answering {len(held_out)} held-out questions with the base model ...", flush=True)
+    before = answer(base, tokenizer, held_out, args.max_completion_length)
     if args.use_vllm:
-        check_vllm(model, args)
+        # the same model, in a form whose copy in vLLM has room for the vectors
+        folder = args.output_dir / "base"
+        with state.main_process_first():
+            base = load(folder)[0] if folder.exists() else prepare_for_vllm(base, folder, tokenizer=tokenizer)
+    model = get_peft_model(base, BiasSteerConfig(task_type="CAUSAL_LM", layers_to_transform=args.layers))
+    model.peft_config["default"].base_model_name_or_path = args.model
+    trainable, total = model.get_nb_trainable_parameters()
+    state.print(f"Training {trainable:,} of {total:,} parameters ...", flush=True)
 
-    def reward(completions: list[str], index: list[int], **kwargs) -> list[float | None]:
-        return [float(task.grade(text, task.train[i])[args.reward]) for text, i in zip(completions, index)]
+    def reward(completions: list[str], answer: list[str], **kwargs: Any) -> list[float | None]:
+        return [float(is_right(text, right)) for text, right in zip(completions, answer)]
 
-    save_on_interrupt, clock = SaveOnInterrupt(), StepClock()
-    watch = SignalWatch(args.signal_patience, args.stop_without_signal)
-    during_training = EvaluateDuringTraining(args.eval_steps, lambda model: answer(model)[1]["greedy"])
-    indices = list(range(args.few_shot, len(task.train)))
+    rows = [{"prompt": make_prompt(tokenizer, row), "answer": row["answer"]} for row in questions]
+    save_on_interrupt = SaveOnInterrupt()
     trainer = GRPOTrainer(
         model=model,
         processing_class=tokenizer,
         reward_funcs=reward,
-        train_dataset=Dataset.from_dict({"prompt": [prompt_of(task.train[i]) for i in indices], "index": indices}),
-        callbacks=[save_on_interrupt, clock, watch, *([during_training] if args.eval_steps else [])],
+        train_dataset=Dataset.from_list(rows),
+        callbacks=[save_on_interrupt],
         args=config,
     )
-    during_training.trainer = trainer
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(RewardBar)
+    if args.use_vllm:
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            sync_vectors_only(trainer)
+        check_vllm_sync(trainer)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     step = trainer.state.global_step
     if save_on_interrupt.interrupted:
-        return say(
-            f"Stopped after step {step}. Go on with: --resume_from_checkpoint {args.output_dir}/checkpoint-{step}"
-        )
+        folder = args.output_dir / f"checkpoint-{step}"
+        return state.print(f"Stopped after step {step}. Go on with: --resume_from_checkpoint {folder}")
 
-    memory = peak_memory()
-    trained_dir = args.output_dir / ("adapter" if peft_config else "model")
-    trainer.save_model(str(trained_dir))
+    adapter = args.output_dir / "adapter"
+    trainer.save_model(str(adapter))
     state.wait_for_everyone()
-    model = load_base(args.model if peft_config else str(trained_dir))
-    if peft_config:
-        model = PeftModel.from_pretrained(model, trained_dir).to(state.device)
-    say(f"Answering {len(task.held_out)} held-out questions with the weights from {trained_dir} ...")
-    completions_after, after = answer(model, args.eval_samples)
-
-    history = trainer.state.log_history
-    during = [entry for entry in history if "held_out/accuracy" in entry]
-    result |= {
-        "steps": step,
-        "after": after,
-        "during": [
-            {"step": e["step"], "accuracy": e["held_out/accuracy"], "format_rate": e["held_out/format_rate"]}
-            for e in during
-        ],
-        "rewards": [entry["reward"] for entry in history if "reward" in entry],
-        "steps_without_signal": watch.flat_steps,
-        "no_signal_warning": watch.warning,
-        "trainable_parameters": trainable,
-        "total_parameters": total,
-        "optimizer_bytes": optimizer_bytes(trainer.optimizer),
-        "peak_memory_bytes": memory,
-        "file_bytes": sum(file.stat().st_size for file in trained_dir.glob("*.safetensors")),
-        "seconds_per_step": statistics.median(clock.wall),
-        "cpu_seconds_per_step": statistics.median(clock.cpu),
-        "seconds": round(time.perf_counter() - started, 1),
-    }
+    model = PeftModel.from_pretrained(load(args.model)[0], adapter).to(state.device)
+    state.print(f"Answering {len(held_out)} held-out questions with the vectors from {adapter} ...", flush=True)
+    after = answer(model, tokenizer, held_out, args.max_completion_length)
     if not state.is_main_process:
         return
-    (args.output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    write_completions(completions_after, task, args.output_dir / "completions_after.jsonl")
-    plot(result, args.output_dir / "reward.png")
 
-    print()
-    for row, old, new in list(zip(task.held_out, completions_before, completions_after))[:4]:
-        print(f"{row['question']}   right: {row['answer']}\n  before: {old['text']!r}\n  after:  {new['text']!r}")
-    shares = [f"{scores['greedy']['accuracy']:.1%}" if scores else "not measured" for scores in (before, after)]
+    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    grades = [[is_right(text, row["answer"]) for text, row in zip(texts, held_out)] for texts in (before, after)]
+    accuracies = [sum(right) / len(held_out) for right in grades]
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    axes.plot(range(1, step + 1), rewards, label="mean reward of the samples of each step")
+    for when, share, style in zip(("before", "after"), accuracies, ("k:", "k--")):
+        axes.plot([1, step], [share, share], style, label=f"held-out accuracy {when} ({share:.1%})")
+    axes.legend()
+    figure.savefig(args.output_dir / "reward.png")
+    result = {"model": args.model, "steps": step, "before": accuracies[0], "after": accuracies[1], "rewards": rewards}
+    (args.output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    for row, old, new in list(zip(held_out, before, after))[:4]:
+        print(f"{row['question']}   right: {row['answer']}\n  before: {old!r}\n  after:  {new!r}")
     summary = (
-        f"Trained:    {trainable:,} of {total:,} parameters of {args.model}, {step} steps, {result['seconds']:.0f} s"
-        f"\nHeld out:   {shares[0]} right before, {shares[1]} after ({len(task.held_out)} questions, greedy)"
-        f"\nArtefacts:  {trained_dir}/  {args.output_dir}/result.json  {args.output_dir}/reward.png"
+        f"Trained:    {trainable:,} of {total:,} parameters of {args.model}, {step} steps"
+        f"\nHeld out:   {accuracies[0]:.1%} right before, {accuracies[1]:.1%} after ({len(held_out)} questions, greedy)"
+        f"\nArtefacts:  {adapter}/  {args.output_dir}/result.json  {args.output_dir}/reward.png"
     )
-    if watch.warning:
-        summary += f"\n{watch.warning}"
     (args.output_dir / "summary.txt").write_text(summary + "\n")
     print(f"\n{summary}")
 

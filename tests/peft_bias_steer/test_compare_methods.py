@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "peft_bias_steer" / "compare_methods.py"
-# stands in for train_grpo.py where only the handling of processes is tested
+EXAMPLE = Path(__file__).parents[2] / "examples" / "studies" / "compare_methods.py"
+# stands in for train_methods.py where only the handling of processes is tested
 RECORDER = """
 import json, pathlib, sys
 folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])

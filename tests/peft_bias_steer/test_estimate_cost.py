@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "peft_bias_steer" / "estimate_cost.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "studies" / "estimate_cost.py"
 
 
 @pytest.fixture(scope="module")

@@ -13,18 +13,18 @@ from transformers import AutoModelForCausalLM
 from peft_bias_steer import BiasSteerConfig
 
 
-EXAMPLES = Path(__file__).parents[2] / "examples" / "peft_bias_steer"
+STUDIES = Path(__file__).parents[2] / "examples" / "studies"
 
 
 @pytest.fixture(scope="module")
 def example():
     """The example as a module; it imports the training script beside it."""
-    sys.path.insert(0, str(EXAMPLES))
-    spec = importlib.util.spec_from_file_location("read_vectors", EXAMPLES / "read_vectors.py")
+    sys.path.insert(0, str(STUDIES))
+    spec = importlib.util.spec_from_file_location("read_vectors", STUDIES / "read_vectors.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
-    sys.path.remove(str(EXAMPLES))
+    sys.path.remove(str(STUDIES))
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def read(example, monkeypatch, tmp_path):
 
 def test_every_part_is_measured_once_and_written_down(example, read, save_adapter, tmp_path, monkeypatch, capsys):
     # questions are right by chance, so that every number below is known
-    monkeypatch.setattr(example.train_grpo.Task, "grade", grade_by_first_letter)
+    monkeypatch.setattr(example.train_methods.Task, "grade", grade_by_first_letter)
     small = ["--eval_size", 5, "--max_completion_length", 3, "--scales", 0, 1, "--group_size", 1, "--transfer"]
     tasks = ["basic_arithmetic", "gcd"]
     arguments = [save_adapter(), "--output_dir", tmp_path / "reading", *small, *tasks]

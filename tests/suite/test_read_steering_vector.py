@@ -14,7 +14,7 @@ from hf_based_kernel import RebasedConfig, RebasedForCausalLM
 from peft_bias_steer import BiasSteerConfig
 
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "suite" / "read_steering_vector.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "studies" / "read_steering_vector.py"
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 # ///
 """Read what reinforcement learning did to a model: its steering vectors in the dictionaries of sparse autoencoders.
 
-    python examples/suite/read_steering_vector.py --adapter outputs/steer/adapter --rebased outputs/rebased
+    python examples/studies/read_steering_vector.py --adapter outputs/steer/adapter --rebased outputs/rebased
 
 The adapter is what examples/peft_bias_steer/train_grpo.py writes: one vector per layer. For some of the layers an
 autoencoder is trained, each vector is written as a sum of a few of its latents, and the model is steered with these
@@ -34,10 +34,11 @@ from hf_hierarchical_sae import (
     ActivationShards,
     HierarchicalSaeConfig,
     HierarchicalSaeModel,
-    evaluate_budgets,
+    evaluate_in_model,
     iterate_activations,
-    latent_activations,
+    read_latents,
     record_statistics,
+    save_shards,
     steer,
 )
 from peft_bias_steer import set_steering_vectors, steering_vectors
@@ -134,7 +135,7 @@ def train_autoencoders(args, model, tokenizer, name, layers, texts, folder: Path
     missing = [layer for layer in layers if not (folder / f"layer_{layer}" / "config.json").exists()]
     if missing:
         stream = iterate_activations(model, tokenizer, texts, layers, max_tokens=args.tokens)
-        stream.save_shards(folder / "states", shard_tokens=8192)
+        save_shards(stream, folder / "states", shard_tokens=8192)
     for layer in missing:
         states = ActivationShards(folder / "states", layer)
         hidden_size = states.description["hidden_size"]
@@ -313,7 +314,7 @@ def main():
     lines += ["", "Latents that the training pushed most", ""]
     lines += ["| layer | latent | coefficient | typical | promotes | fires on |", "|---|---|---|---|---|---|"]
     for layer, sae in saes.items():
-        activations = latent_activations(sae, base, tokenizer, texts, max_tokens=4_000)
+        activations = read_latents(sae, base, tokenizer, texts, max_tokens=4_000)
         indices, coefficients, _ = steps[layer][min(16, budgets[-1]) - 1]
         for place in coefficients.abs().argsort(descending=True)[: args.shown].tolist():
             promoted, contexts = describe(indices[place], sae, base, tokenizer, activations)
@@ -329,7 +330,7 @@ def main():
         folder = args.output_dir / "rebased"
         sae = train_autoencoders(args, rebased, rebased_tokenizer, args.rebased, [layer], passages, folder)[layer]
         stream = iterate_activations(rebased, rebased_tokenizer, passages[::-1], layer, max_tokens=8192)
-        found = evaluate_budgets(sae, stream)
+        found = evaluate_in_model(sae, stream)
         lines += ["", f"An autoencoder on layer {layer} of a ReBased model ({type(rebased).__name__})", "", "```"]
         lines += [str(found), "```"]
 

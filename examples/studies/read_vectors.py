@@ -6,9 +6,9 @@
 """
 What trained vectors are and do: tokens they promote, their norms, the part of each layer, other tasks, other scales.
 
-    python examples/peft_bias_steer/read_vectors.py outputs/steer/adapter --output_dir outputs/steer/reading
+    python examples/studies/read_vectors.py outputs/steer/adapter --output_dir outputs/steer/reading
 
-Options that are not listed below are those of train_grpo.py, and say on which held-out questions accuracy is measured
+Options that are not listed below are those of train_methods.py, and say on which held-out questions accuracy is measured
 (`--task`, `--eval_size`, `--max_completion_length`, `--bf16`, ...). Writes reading.md with every table, reading.json,
 vectors.png and behaviour.png. Parts that reading.json holds already are not measured again.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import train_grpo  # ty: ignore[import-not-found]  # the script beside this one
+import train_methods  # ty: ignore[import-not-found]  # the script beside this one
 from peft import PeftConfig, PeftModel
 from tqdm import tqdm
 from transformers import set_seed
@@ -46,7 +46,7 @@ TRANSFER = ["chain_sum", "products", "gcd", "letter_counting"]
 
 
 def parse_arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
-    """Own options, and those of train_grpo.py."""
+    """Own options, and those of train_methods.py."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", help="folder or hub id of a BiasSteer adapter")
     parser.add_argument("--model", help="its base model (default: the one that the adapter names)")
@@ -58,7 +58,7 @@ def parse_arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     args, rest = parser.parse_known_args()
     if args.group_size < 1:
         raise SystemExit(f"--group_size must be at least 1, got {args.group_size}")
-    return args, train_grpo.parse_arguments(rest)
+    return args, train_methods.parse_arguments(rest)
 
 
 def load_adapter(args: argparse.Namespace) -> Any:
@@ -69,7 +69,7 @@ def load_adapter(args: argparse.Namespace) -> Any:
     if not isinstance(config, BiasSteerConfig):
         raise SystemExit(f"expected a BiasSteer adapter, got a {config.peft_type} adapter in {args.adapter}")
     args.model = args.model or config.base_model_name_or_path
-    return PeftModel.from_pretrained(train_grpo.load_base(args.model), args.adapter).eval()
+    return PeftModel.from_pretrained(train_methods.load_base(args.model), args.adapter).eval()
 
 
 class Reader:
@@ -82,24 +82,24 @@ class Reader:
         """Greedy scores of the model as it is now, on the held-out questions of the task or of another one."""
         options = self.questions
         if task_name is not None:
-            options = train_grpo.parse_arguments(["--task", task_name])
+            options = train_methods.parse_arguments(["--task", task_name])
             for name in ("model", "eval_size", "bf16", "max_completion_length", "chat_template", "split_seed"):
                 setattr(options, name, getattr(self.questions, name))
-        task = train_grpo.load_task(options)
-        prompt_of = train_grpo.prompt_maker(self.tokenizer, task, options)
+        task = train_methods.load_task(options)
+        prompt_of = train_methods.prompt_maker(self.tokenizer, task, options)
         prompts = [prompt_of(row) for row in task.held_out]
         length = options.max_completion_length
-        completions = train_grpo.complete(
+        completions = train_methods.complete(
             self.model, self.tokenizer, prompts, max_new_tokens=length, bf16=options.bf16
         )
-        return train_grpo.score(completions, task.held_out, task)
+        return train_methods.score(completions, task.held_out, task)
 
     def lens(self) -> list[dict]:
         return [asdict(lens) for lens in logit_lens(self.model, self.tokenizer, top_k=self.args.shown)]
 
     def vectors(self) -> dict:
-        task = train_grpo.load_task(self.questions)
-        prompt_of = train_grpo.prompt_maker(self.tokenizer, task, self.questions)
+        task = train_methods.load_task(self.questions)
+        prompt_of = train_methods.prompt_maker(self.tokenizer, task, self.questions)
         ratios = residual_ratios(self.model, self.tokenizer, [prompt_of(row) for row in task.held_out[:16]])
         return asdict(vector_statistics(steering_vectors(self.model))) | {"ratios": list(ratios.values())}
 
@@ -202,7 +202,7 @@ def main() -> None:
     set_seed(0)
     model = load_adapter(args)
     questions.model = args.model
-    reader = Reader(model, train_grpo.load_tokenizer(args.model), args, questions)
+    reader = Reader(model, train_methods.load_tokenizer(args.model), args, questions)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     path = args.output_dir / "reading.json"
     reading: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}

@@ -4,7 +4,7 @@
 """
 What one bias vector per layer costs, beside LoRA, IA3, BEFT and full fine-tuning, on one CPU thread:
 
-    python examples/peft_bias_steer/benchmark_overhead.py --output docs/bias_steer_overhead.md
+    python examples/benchmarks/bias_steer_cpu.py --output docs/bias_steer_overhead.md
 
 All methods run in turn, several rounds over, so that a busy machine slows all of them alike. Times are CPU times of
 the process; each ratio is the median over the rounds of (method / base model) in the same round. A training step is

@@ -6,18 +6,18 @@
 """
 Bias vectors, LoRA and full fine-tuning with GRPO: the same questions, the same number of steps, several seeds.
 
-    python examples/peft_bias_steer/compare_methods.py --preset minutes
+    python examples/studies/compare_methods.py --preset minutes
 
-Each run is a process of train_grpo.py with a folder of its own; a folder that holds a result.json is not run again, so
+Each run is a process of train_methods.py with a folder of its own; a folder that holds a result.json is not run again, so
 an interrupted comparison goes on where it was. Writes a table (.md), the numbers (.json) and reward curves (.png).
 
 Presets: sweep (three or four learning rates per method), minutes (three seeds per method at the best rate, and the base model
 with and without solved examples), format_reward (bias vectors, rewarded for the form of the answer alone), out_of_reach
 (bias vectors on a task beyond the model), gpu (eight times as many samples a step, three times as many steps, and two
 harder tasks; `--jobs 4` shares one card), paper (the recipe of arXiv 2505.18706, for a GPU node; not run yet). What
-stands after `--` goes to train_grpo.py. To see whether a new seed lands where the others say it should:
+stands after `--` goes to train_methods.py. To see whether a new seed lands where the others say it should:
 
-    python examples/peft_bias_steer/compare_methods.py --preset minutes --methods bias --seeds 3 \\
+    python examples/studies/compare_methods.py --preset minutes --methods bias --seeds 3 \\
         --reference docs/results_bias_steer.json
 """
 
@@ -41,8 +41,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 
-TRAIN = Path(__file__).with_name("train_grpo.py")
-CONFIGS = Path(__file__).with_name("configs")
+TRAIN = Path(__file__).with_name("train_methods.py")
+CONFIGS = Path(__file__).parents[1] / "peft_bias_steer" / "configs"
 # .975 quantiles of Student's t with 1, 2, ... degrees of freedom
 T_QUANTILES = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 NAMES = {"bias": "bias vectors", "lora": "LoRA", "full": "full fine-tuning", "beft": "BEFT"}
@@ -121,7 +121,7 @@ PRESETS = {
 
 @dataclass
 class Run:
-    """One process of train_grpo.py; done once its folder holds a result.json."""
+    """One process of train_methods.py; done once its folder holds a result.json."""
 
     label: str
     task: str
@@ -349,7 +349,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--model", help="another model than the preset's")
     parser.add_argument("--methods", nargs="+", choices=NAMES, help="only these of the preset")
     parser.add_argument("--seeds", nargs="+", type=int, help="these instead of the preset's")
-    parser.add_argument("--tasks", nargs="+", help="these instead of the preset's (see train_grpo.py --task)")
+    parser.add_argument("--tasks", nargs="+", help="these instead of the preset's (see train_methods.py --task)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
     parser.add_argument("--only_finished", action="store_true", help="run nothing, put together what is there")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"), help="(%(default)s)")

@@ -4,7 +4,7 @@
 """
 What a step of reinforcement learning has to hold and to send, from a model's config alone:
 
-    python examples/peft_bias_steer/estimate_cost.py --models Llama-3.1-8B Qwen2.5-14B Llama-3.1-405B
+    python examples/studies/estimate_cost.py --models Llama-3.1-8B Qwen2.5-14B Llama-3.1-405B
 
 The model and its adapter are built on the meta device, so nothing is downloaded or allocated for the named models; any
 other hub id or folder gives its config. Counted, for each method:
