@@ -66,7 +66,7 @@ def save_shards(
     writer, limit = _Writer(stream, folder, dtype), stream.settings.max_tokens
     batches, most = stream.forward_batches(), 0
     with writer.progress:
-        while shard := _next_shard(stream, batches, shard_tokens, limit, most):
+        while shard := _next_shard(stream, batches, shard_tokens, limit, given=most):
             if writer.shards % num_processes == process_index:
                 writer.write(shard)
             writer.shards += 1
@@ -77,7 +77,7 @@ def save_shards(
         if tokens is None:
             return None
         # Which tokens have an outlying norm is known only now.
-        while shard := _next_shard(stream, batches, shard_tokens, limit, tokens):
+        while shard := _next_shard(stream, batches, shard_tokens, limit, given=tokens):
             tokens += writer.write(shard)["tokens"]
             writer.shards += 1
     tokens = tokens if limit is None else min(tokens, limit)
@@ -221,7 +221,7 @@ def _most_kept(stream: ActivationStream, mask: torch.Tensor) -> int:
 
 
 def _next_shard(
-    stream: ActivationStream, batches: Iterator[Batch], shard_tokens: int, limit: int | None, given: int
+    stream: ActivationStream, batches: Iterator[Batch], shard_tokens: int, limit: int | None, *, given: int
 ) -> list[Batch]:
     """Forward passes of `shard_tokens` tokens of text, fewer at its end or where `given` + these can be the limit."""
     shard, tokens = [], 0
@@ -268,8 +268,8 @@ def _write_shard(path: Path, tensors: dict[str, torch.Tensor], record: dict) -> 
     # Processes that complete a harvest at the same time write the same shard.
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     # One entry: safetensors writes several in random order, and equal harvests should be equal files.
-    record = json.dumps({**record, "sha256": _checksum(tensors)})
-    save_file(tensors, unfinished, metadata={"harvest": record})
+    harvest = json.dumps({**record, "sha256": _checksum(tensors)})
+    save_file(tensors, unfinished, metadata={"harvest": harvest})
     with open(unfinished, "rb+") as file:
         os.fsync(file.fileno())
     unfinished.replace(path)

@@ -193,7 +193,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         Returns:
             [`Pass`]
         """
-        vocabulary = self.model.get_input_embeddings().num_embeddings
+        vocabulary: Any = self.model.get_input_embeddings().num_embeddings
         if int(ids.max()) >= vocabulary:
             raise ValueError(
                 f"the tokenizer gave the token {int(ids.max())}, the language model has a vocabulary of {vocabulary}: "

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -166,8 +167,8 @@ def dashboard(args: argparse.Namespace) -> None:
         model,
         tokenizer,
         read_texts(args),
-        args.output,
-        trained_layer(args, sae),
+        path=args.output,
+        layer=trained_layer(args, sae),
         text_column=args.text_column,
         context_length=args.context_length,
         max_tokens=args.tokens,
@@ -239,7 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hierarchical-sae", description=__doc__, **form)
     commands = parser.add_subparsers(required=True, metavar="harvest | train | evaluate | dashboard | convert")
 
-    def command(function, summary):
+    def command(function: FunctionType, summary: str) -> argparse.ArgumentParser:
         subparser = commands.add_parser(function.__name__, help=summary, description=summary, **form)
         subparser.set_defaults(run=function)
         return subparser
@@ -304,12 +305,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _option(parser, name, **settings):
+def _option(parser: argparse.ArgumentParser, name: str, **settings: Any) -> None:
     """`--two_words` and `--two-words`, as transformers' own scripts have it."""
     parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), **settings)
 
 
-def _text_options(parser, *, required, tokens, context_length=256):
+def _text_options(
+    parser: argparse.ArgumentParser, *, required: bool, tokens: int | None, context_length: int = 256
+) -> None:
     _option(parser, "model", required=required, help="folder or Hub id of the language model")
     _option(parser, "text", type=Path, nargs="+", metavar="FILE", help="text files")
     _option(parser, "dataset", help="Hub id of a dataset, read as a stream, instead of --text")

@@ -3,7 +3,7 @@
 import base64
 import gzip
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,9 @@ def write_dashboard(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str | dict],
+    *,
     path: str | Path,
     layer: int | None = None,
-    *,
     text_column: str = "text",
     max_tokens: int | None = 100_000,
     context_length: int = 128,
@@ -78,8 +78,8 @@ def write_dashboard(
         `dict[str, int]`: `tokens` read, `live_latents` that fire on them, `latents` on the page, and its size in `bytes`.
 
     Raises:
-        `ImportError`: without the extra `dashboard` (jinja2, vl-convert-python).
-        `ValueError`: a language model, layer or tokenizer that does not fit, a model without an unembedding, no latent
+        `ImportError`: If the extra `dashboard` (jinja2, vl-convert-python) is not installed.
+        `ValueError`: If the language model, layer or tokenizer does not fit, it has no unembedding, there is no latent
             that fires, or too little room for any latent.
     """
     template = _template()
@@ -93,7 +93,7 @@ def write_dashboard(
         model,
         tokenizer,
         texts,
-        layer,
+        layer=layer,
         text_column=text_column,
         context_length=context_length,
         max_tokens=max_tokens,
@@ -104,7 +104,7 @@ def write_dashboard(
     if not len(wanted):
         raise ValueError(f"none of the latents {list(latents or [])} fires on the {activations.tokens} tokens")
     wanted = wanted[torch.randperm(len(wanted), generator=torch.Generator().manual_seed(seed))]
-    page = _Page(sae, model, tokenizer, activations, contexts_per_latent)
+    page = _Page(sae, model, tokenizer, activations, contexts_per_latent=contexts_per_latent)
     blobs, shown = page.blobs(wanted, int(max_megabytes * 1e6), show_progress)
     html = template.render(
         config=sae.config,
@@ -139,6 +139,7 @@ class _Page:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         activations: LatentActivations,
+        *,
         contexts_per_latent: int,
     ):
         self.activations, self.contexts_per_latent = activations, contexts_per_latent
@@ -209,7 +210,7 @@ class _Page:
         usual = np.argsort(-np.bincount(inverse, weights=values), kind="stable")[:LABELS_SHOWN]
         contexts, places = self.context_of[positions], self.place_of[positions]
         shown = []
-        for context in _strongest(contexts, values, ranks, k, self.contexts_per_latent).tolist():
+        for context in _strongest(contexts, values, ranks, k, count=self.contexts_per_latent).tolist():
             here = slice(*np.searchsorted(contexts, [context, context + 1]))
             shown.append([context, *_by_piece(places[here], values[here], ranks[here])])
         return {
@@ -220,7 +221,7 @@ class _Page:
         }
 
 
-def _strongest(contexts, values, ranks, k, count):
+def _strongest(contexts: np.ndarray, values: np.ndarray, ranks: np.ndarray, k: int, *, count: int) -> np.ndarray:
     """The contexts, (n,), that are among the `count` with the largest activation at any budget up to k."""
     names, inverse = np.unique(contexts, return_inverse=True)
     best = np.zeros((len(names), k), dtype=np.float32)
@@ -232,14 +233,16 @@ def _strongest(contexts, values, ranks, k, count):
     return names[kept]
 
 
-def _by_piece(places, values, ranks):
+def _by_piece(places: np.ndarray, values: np.ndarray, ranks: np.ndarray) -> tuple[list[int], list[float], list[int]]:
     """Places in the context, activations and ranks; the strongest of several tokens that are shown as one."""
     places, starts = np.unique(places, return_index=True)
     values, ranks = np.maximum.reduceat(values, starts), np.minimum.reduceat(ranks, starts)
     return places.tolist(), [_short(value) for value in values], ranks.tolist()
 
 
-def _readable(activations, tokenizer, token_text):
+def _readable(
+    activations: LatentActivations, tokenizer: PreTrainedTokenizerBase, token_text: Callable[[int], str]
+) -> tuple[list[str], list[list[int]], np.ndarray, np.ndarray]:
     """
     The text as it is shown. Tokens that are parts of one character make one piece.
 
@@ -263,7 +266,7 @@ def _readable(activations, tokenizer, token_text):
     return list(numbers), contexts, piece_of, place_of
 
 
-def _character(tokenizer, ids):
+def _character(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, int]:
     """Text and number of the first tokens that together are whole characters; of one token if there are none."""
     for length in range(1, len(ids) + 1):
         text = decoded(tokenizer, *ids[:length])
@@ -272,7 +275,7 @@ def _character(tokenizer, ids):
     return decoded(tokenizer, ids[0]), 1
 
 
-def _through_final_norm(model, directions):
+def _through_final_norm(model: PreTrainedModel, directions: torch.Tensor) -> torch.Tensor:
     """(n, hidden_size) directions times the gain of the norm before the unembedding, centred if it centres."""
     norms = [module for module in model.get_decoder().children() if "norm" in type(module).__name__.lower()]
     if not norms:
@@ -288,7 +291,9 @@ def _through_final_norm(model, directions):
     return directions * gain
 
 
-def _check_arguments(sae, model, contexts_per_latent, latents):
+def _check_arguments(
+    sae: HierarchicalSaeModel, model: PreTrainedModel, contexts_per_latent: int, latents: Sequence[int] | None
+) -> None:
     if contexts_per_latent < 1:
         raise ValueError(f"contexts_per_latent must be positive, got {contexts_per_latent}")
     if latents is not None and not all(0 <= latent < sae.config.d_sae for latent in latents):
@@ -300,11 +305,11 @@ def _check_arguments(sae, model, contexts_per_latent, latents):
         )
 
 
-def _pairs(top, row):
+def _pairs(top: Any, row: int) -> list[list]:
     return [[index, _short(value)] for index, value in zip(top.indices[row].tolist(), top.values[row].tolist())]
 
 
-def _short(value):
+def _short(value: float) -> float:
     return float(f"{value:.4g}")
 
 
@@ -327,7 +332,7 @@ def _source() -> str:
     return Path(__file__).with_name("dashboard.html").read_text(encoding="utf-8")
 
 
-def _template():
+def _template() -> Any:
     try:
         import jinja2
         import vl_convert  # noqa: F401

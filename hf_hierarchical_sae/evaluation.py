@@ -1,14 +1,15 @@
 """Quality of a sparse autoencoder at every sparsity budget, alone and inside its language model."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 
-from .activations import ActivationStream
+from .activations import ActivationStream, Pass
 from .language_model import edited_output, evaluation_mode
 from .modeling_hierarchical_sae import HierarchicalSaeModel, check_finite
 from .sparse_latents import weighted_rows
@@ -33,7 +34,8 @@ TABLE = {
 @dataclass(kw_only=True)
 class HierarchicalSaeEvaluation:
     """
-    What [`evaluate_budgets`] or [`evaluate_in_model`] found. Lists hold one number per budget; printing it gives a table.
+    What [`evaluate_budgets`] or [`evaluate_in_model`] found. Lists hold one number per budget; printing it gives a
+    table.
 
     Args:
         budgets (`list[int]`): numbers of latents per token.
@@ -162,7 +164,7 @@ def explained_variance(
     return dict(zip(evaluation.budgets, evaluation.explained_variance))
 
 
-def plot_evaluations(evaluations: Mapping[str, HierarchicalSaeEvaluation], path: str | Path):
+def plot_evaluations(evaluations: Mapping[str, HierarchicalSaeEvaluation], path: str | Path) -> None:
     """
     Draw explained variance against budget, and the histogram of latent densities at the largest budget, and save it.
 
@@ -193,7 +195,7 @@ def plot_evaluations(evaluations: Mapping[str, HierarchicalSaeEvaluation], path:
 class _BudgetSums:
     """Running sums over tokens, on the autoencoder's device, that every number of the evaluation comes from."""
 
-    def __init__(self, sae, budgets):
+    def __init__(self, sae: HierarchicalSaeModel, budgets: list[int]):
         self.sae, self.budgets = sae, budgets
         self.center = sae.b_dec / sae.input_scale
         zeros = partial(torch.zeros, dtype=torch.float64, device=sae.W_dec.device)
@@ -202,7 +204,7 @@ class _BudgetSums:
         self.fired = zeros(len(budgets), sae.config.d_sae)
         self.tokens = 0
 
-    def reconstructions(self, x):
+    def reconstructions(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the reconstruction of x, (tokens, d_in), at each budget, each from the one before, and add them up."""
         self.sae._check_input(x, None)
         check_finite(x)
@@ -231,7 +233,7 @@ class _BudgetSums:
             yield reconstruction
             start = end
 
-    def result(self, language_model=None):
+    def result(self, language_model: dict | None = None) -> HierarchicalSaeEvaluation:
         tokens = self.tokens
         if tokens < 2:
             raise ValueError(f"the evaluation needs at least 2 tokens, got {tokens}")
@@ -255,7 +257,7 @@ class _BudgetSums:
         )
 
 
-def _language_model_sums(sae, stream, sums):
+def _language_model_sums(sae: HierarchicalSaeModel, stream: ActivationStream, sums: _BudgetSums) -> dict:
     """Cross-entropy and KL at each budget, over the positions that are replaced and have a next token."""
     model, layer = stream.model, stream.layers[0]
     clean, zeros, predicted = 0.0, 0.0, 0
@@ -263,15 +265,12 @@ def _language_model_sums(sae, stream, sums):
     for read in stream.passes():
         ids, mask, keep = read.ids, read.mask, read.kept
         states = read.states[keep][:, 0]
-        expected = _logits(model, layer, ids, mask, lambda output: None)
+        expected = _logits(model, layer, read, lambda output: None)
         places = (keep.cpu() & F.pad(mask[:, 1:], (0, 1)).bool()).to(expected.device)
         targets = ids.roll(-1, dims=1).to(expected.device)[places]
         expected = expected[places]
 
-        def losses(replacement, ids=ids, mask=mask, keep=keep, places=places, targets=targets, expected=expected):
-            logits = _logits(model, layer, ids, mask, lambda output: _replaced(output, keep, replacement))
-            return _cross_entropy_and_divergence(logits[places], targets, expected)
-
+        losses = partial(_losses, model, layer, read, places=places, targets=targets, expected=expected)
         clean += _cross_entropy_and_divergence(expected, targets, expected)[0]
         zeros += losses(torch.zeros_like(states))[0]
         for place, reconstruction in enumerate(sums.reconstructions(states.to(sae.W_dec.device))):
@@ -290,20 +289,39 @@ def _language_model_sums(sae, stream, sums):
     }
 
 
-def _logits(model, layer, ids, mask, edit):
+def _logits(
+    model: PreTrainedModel, layer: int, read: Pass, edit: Callable[[torch.Tensor], torch.Tensor | None]
+) -> torch.Tensor:
     """Logits, (contexts, positions, vocabulary), with `edit(output)` in place of the layer's output unless None."""
     with edited_output(model, layer, edit), evaluation_mode(model):
-        ids, mask = ids.to(model.device), mask.to(model.device)
+        ids, mask = read.ids.to(model.device), read.mask.to(model.device)
         return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
 
-def _replaced(output, keep, replacement):
+def _losses(
+    model: PreTrainedModel,
+    layer: int,
+    read: Pass,
+    replacement: torch.Tensor,
+    *,
+    places: torch.Tensor,
+    targets: torch.Tensor,
+    expected: torch.Tensor,
+) -> tuple[float, float]:
+    """Sums of cross-entropy and KL divergence at `places` with `replacement` where positions were kept."""
+    logits = _logits(model, layer, read, lambda output: _replaced(output, read.kept, replacement))
+    return _cross_entropy_and_divergence(logits[places], targets, expected)
+
+
+def _replaced(output: torch.Tensor, keep: torch.Tensor, replacement: torch.Tensor) -> torch.Tensor:
     output = output.clone()
     output[keep] = replacement.to(output)
     return output
 
 
-def _cross_entropy_and_divergence(logits, targets, expected):
+def _cross_entropy_and_divergence(
+    logits: torch.Tensor, targets: torch.Tensor, expected: torch.Tensor
+) -> tuple[float, float]:
     """Sums over (n, vocabulary) logits, a few rows at a time: a float32 copy of all would double the memory."""
     loss = divergence = 0.0
     for rows, ids, clean in zip(logits.split(256), targets.split(256), expected.split(256)):

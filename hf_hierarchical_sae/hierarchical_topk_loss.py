@@ -5,6 +5,7 @@ Source: "Train One Sparse Autoencoder Across Multiple Sparsity Budgets", arXiv 2
 
 import importlib.util
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -48,11 +49,11 @@ def hierarchical_topk_loss(
         `torch.Tensor`: the loss, a float32 scalar (float64 for float64 inputs).
 
     Raises:
-        `ValueError`: shapes, budgets or weights that do not fit together, or an unknown or unsuitable backend.
-        `ImportError`: `backend="triton"` without triton, or `backend="numba"` without numba.
-        `IndexError`: with numba, indices outside [0, d_sae).
+        `ValueError`: If shapes, budgets or weights do not fit together, or the backend is unknown or unsuitable.
+        `ImportError`: If triton or numba is asked for and not installed.
+        `IndexError`: If, with numba, indices are outside [0, d_sae).
     """
-    _check_shapes(top_indices, top_values, W_dec, b_dec, target)
+    _check_shapes(top_indices, top_values, W_dec, b_dec, target=target)
     budgets = resolve_budgets(budgets, top_indices.shape[1])
     errors, _ = budget_errors(top_indices, top_values, W_dec, b_dec, target, budgets=budgets, backend=backend)
     return (errors * normalized_weights(budget_weights, budgets, like=errors)).sum()
@@ -156,7 +157,14 @@ def normalized_weights(
     return (weights / weights.sum()).to(like, non_blocking=True)
 
 
-def _check_shapes(top_indices, top_values, W_dec, b_dec, target):
+def _check_shapes(
+    top_indices: torch.Tensor,
+    top_values: torch.Tensor,
+    W_dec: torch.Tensor,
+    b_dec: torch.Tensor,
+    *,
+    target: torch.Tensor,
+) -> None:
     batch, d_in = target.shape if target.ndim == 2 else (None, None)
     if target.ndim != 2 or W_dec.ndim != 2 or W_dec.shape[1] != d_in or b_dec.shape != (d_in,):
         raise ValueError(
@@ -172,7 +180,7 @@ def _check_shapes(top_indices, top_values, W_dec, b_dec, target):
         raise ValueError(f"the batch and k must not be empty, got top_indices of shape {tuple(top_indices.shape)}")
 
 
-def _blocks(residual):
+def _blocks(residual: torch.Tensor) -> list[slice]:
     """Slices of the batch: on CPU a few hundred inputs, whose residuals stay in the cache, elsewhere all of it."""
     size = 512 if residual.device.type == "cpu" else len(residual)
     return [slice(start, start + size) for start in range(0, len(residual), size)]
@@ -182,7 +190,15 @@ class _HierarchicalTopK(torch.autograd.Function):
     """Keeps one residual: updated latent by latent going forward, undone latent by latent going backward."""
 
     @staticmethod
-    def forward(ctx, top_indices, top_values, W_dec, b_dec, target, budgets):
+    def forward(
+        ctx: Any,
+        top_indices: torch.Tensor,
+        top_values: torch.Tensor,
+        W_dec: torch.Tensor,
+        b_dec: torch.Tensor,
+        target: torch.Tensor,
+        budgets: tuple[int, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = torch.promote_types(W_dec.dtype, torch.float32)
         # One latent of every input at a time: its indices and values have to be contiguous.
         indices, values = top_indices.t().contiguous(), top_values.t().to(dtype).contiguous()
@@ -207,7 +223,9 @@ class _HierarchicalTopK(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_errors, grad_reconstruction):
+    def backward(
+        ctx: Any, grad_errors: torch.Tensor | None, grad_reconstruction: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         indices, values, W_dec, last_residual = ctx.saved_tensors
         dtype = last_residual.dtype
         scales = None if grad_errors is None else (grad_errors * (2 / last_residual.numel())).tolist()

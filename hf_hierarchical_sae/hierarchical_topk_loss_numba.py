@@ -7,7 +7,9 @@ torch forms go latent by latent over the whole batch instead. Threads share the 
 import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import numpy
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -30,7 +32,18 @@ def compiled(function: Callable) -> Callable:
 
 
 @compiled
-def _forward(start, stop, indices, values, W_dec, b_dec, target, place, residual, squares):
+def _forward(
+    start: int,
+    stop: int,
+    indices: numpy.ndarray,
+    values: numpy.ndarray,
+    W_dec: numpy.ndarray,
+    b_dec: numpy.ndarray,
+    target: numpy.ndarray,
+    place: numpy.ndarray,
+    residual: numpy.ndarray,
+    squares: numpy.ndarray,
+) -> None:
     # indices, values (B, K), W_dec (F, D), b_dec (D), target, residual (B, D); place (K): which budget ends at latent
     # j, or -1; squares (budgets) float64.
     bias = b_dec[start:stop]
@@ -50,7 +63,18 @@ def _forward(start, stop, indices, values, W_dec, b_dec, target, place, residual
 
 
 @compiled
-def _backward(start, stop, indices, values, W_dec, scales, residual, grad, grad_W_dec, grad_values):
+def _backward(
+    start: int,
+    stop: int,
+    indices: numpy.ndarray,
+    values: numpy.ndarray,
+    W_dec: numpy.ndarray,
+    scales: numpy.ndarray,
+    residual: numpy.ndarray,
+    grad: numpy.ndarray,
+    grad_W_dec: numpy.ndarray,
+    grad_values: numpy.ndarray,
+) -> None:
     # scales (K): gradient of the loss by the residual's square after latent j, times 2, or 0; residual and grad (B, D)
     # are used up: grad comes as the reconstruction's gradient and ends as that of b_dec; grad_values (B, K).
     for b in range(indices.shape[0]):
@@ -69,7 +93,9 @@ def _backward(start, stop, indices, values, W_dec, scales, residual, grad, grad_
 
 
 @compiled
-def _add_rows(start, stop, indices, values, rows, total):
+def _add_rows(
+    start: int, stop: int, indices: numpy.ndarray, values: numpy.ndarray, rows: numpy.ndarray, total: numpy.ndarray
+) -> None:
     # total[indices[b, j]] += values[b, j] · rows[b]; indices, values (B, K), rows (B, D), total (F, D)
     for b in range(indices.shape[0]):
         row = rows[b, start:stop]
@@ -82,7 +108,15 @@ def _add_rows(start, stop, indices, values, rows, total):
 
 class _HierarchicalTopKNumba(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, top_indices, top_values, W_dec, b_dec, target, budgets):
+    def forward(
+        ctx: Any,
+        top_indices: torch.Tensor,
+        top_values: torch.Tensor,
+        W_dec: torch.Tensor,
+        b_dec: torch.Tensor,
+        target: torch.Tensor,
+        budgets: tuple[int, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         batch, k = top_indices.shape
         place = torch.full((k,), -1)
         place[torch.tensor(budgets) - 1] = torch.arange(len(budgets))
@@ -96,7 +130,9 @@ class _HierarchicalTopKNumba(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_errors, grad_reconstruction):
+    def backward(
+        ctx: Any, grad_errors: torch.Tensor | None, grad_reconstruction: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         top_indices, top_values, W_dec, last_residual, place = ctx.saved_tensors
         scales = torch.zeros(len(place))
         if grad_errors is not None:
@@ -137,16 +173,16 @@ def budget_errors_numba(
         reconstruction with all k latents, (batch, d_in).
 
     Raises:
-        `ImportError`: numba is not installed.
-        `ValueError`: tensors that are not float32 on CPU.
-        `IndexError`: indices outside [0, d_sae).
+        `ImportError`: If numba is not installed.
+        `ValueError`: If tensors are not float32 on CPU.
+        `IndexError`: If indices are outside [0, d_sae).
     """
     _check(top_indices, len(W_dec), (top_values, W_dec, b_dec, target))
     contiguous = [tensor.contiguous() for tensor in (top_indices.long(), top_values, W_dec, b_dec, target)]
     return _HierarchicalTopKNumba.apply(*contiguous, tuple(budgets))
 
 
-def add_rows_numba(indices: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, total: torch.Tensor):
+def add_rows_numba(indices: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, total: torch.Tensor) -> None:
     """
     total[indices[b, j]] += values[b, j] · rows[b], in place, without autograd.
 
@@ -161,7 +197,7 @@ def add_rows_numba(indices: torch.Tensor, values: torch.Tensor, rows: torch.Tens
     _over_columns(_add_rows, rows.shape[1], tensors, [()] * torch.get_num_threads())
 
 
-def _check(indices, d_sae, tensors):
+def _check(indices: torch.Tensor, d_sae: int, tensors: Sequence[torch.Tensor]) -> None:
     if njit is None:
         raise ImportError("backend='numba' needs the package numba: `pip install numba`, or use backend='torch'")
     if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
@@ -173,7 +209,9 @@ def _check(indices, d_sae, tensors):
         raise IndexError(f"top_indices must be in [0, d_sae={d_sae}), got {low} to {high}")
 
 
-def _over_columns(kernel, width, tensors, private):
+def _over_columns(
+    kernel: Callable, width: int, tensors: Sequence[torch.Tensor], private: Sequence[tuple[torch.Tensor, ...]]
+) -> None:
     """Run `kernel` on one slice of the columns per thread, each with the tensors that only it writes to."""
     threads = len(private)
     bounds = [width * thread // threads for thread in range(threads + 1)]
@@ -189,7 +227,7 @@ def _over_columns(kernel, width, tensors, private):
         list(pool.map(lambda job: kernel(*job), jobs))
 
 
-def _as_array(tensor):
+def _as_array(tensor: torch.Tensor) -> Any:
     """The tensor's memory as a numpy array. Not `tensor.numpy()`: that fixes the storage, which FSDP wants to free."""
     kind = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double, torch.int64: ctypes.c_int64}[tensor.dtype]
     return as_array((kind * tensor.numel()).from_address(tensor.data_ptr())).reshape(tensor.shape)

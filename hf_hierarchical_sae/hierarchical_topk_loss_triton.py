@@ -23,6 +23,7 @@ device memory, once forward and once for dv, has 3.0 / 5.4 / 10.3 GB. Times on a
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -176,7 +177,7 @@ def _power_of_2_below(n: int) -> int:
     return 1 << (n.bit_length() - 1) if n > 0 else 0
 
 
-def launch(kernel, programs: int, *arguments, **constants):
+def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
     """Every program is one warp: its sums need no shared memory and no barrier."""
     with torch.cuda.device_of(arguments[0]):
         kernel[(programs,)](*arguments, **constants, num_warps=1)
@@ -198,7 +199,9 @@ def _forward(
 
 
 @_forward.register_fake
-def _(top_indices, top_values, W_dec, b_dec, target):
+def _(
+    top_indices: torch.Tensor, top_values: torch.Tensor, W_dec: torch.Tensor, b_dec: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     return (
         target.new_empty(top_indices.shape[1], dtype=torch.float32),
         target.new_empty(target.shape, dtype=torch.float32),
@@ -242,7 +245,16 @@ def _backward(
 
 
 @_backward.register_fake
-def _(top_indices, top_values, W_dec, residual, scales, grad_reconstruction, needs_values, needs_W_dec):
+def _(
+    top_indices: torch.Tensor,
+    top_values: torch.Tensor,
+    W_dec: torch.Tensor,
+    residual: torch.Tensor,
+    scales: torch.Tensor,
+    grad_reconstruction: torch.Tensor | None,
+    needs_values: bool,
+    needs_W_dec: bool,
+) -> tuple[torch.Tensor, ...]:
     return (
         residual.new_empty(top_values.shape if needs_values else 0),
         torch.empty_like(W_dec) if needs_W_dec else W_dec.new_empty(0),
@@ -259,7 +271,14 @@ def group_by_latent(top_indices: torch.Tensor, d_sae: int) -> tuple[torch.Tensor
 
 class _HierarchicalTopKTriton(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, top_indices, top_values, W_dec, b_dec, target):
+    def forward(
+        ctx: Any,
+        top_indices: torch.Tensor,
+        top_values: torch.Tensor,
+        W_dec: torch.Tensor,
+        b_dec: torch.Tensor,
+        target: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         errors, residual = _forward(top_indices, top_values, W_dec, b_dec, target)
         ctx.save_for_backward(top_indices, top_values, W_dec, residual)
         ctx.b_dec_dtype, ctx.target_dtype = b_dec.dtype, target.dtype
@@ -268,7 +287,9 @@ class _HierarchicalTopKTriton(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_errors, grad_reconstruction):
+    def backward(
+        ctx: Any, grad_errors: torch.Tensor | None, grad_reconstruction: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         top_indices, top_values, W_dec, residual = ctx.saved_tensors
         _, needs_values, needs_W_dec, needs_b_dec, needs_target = ctx.needs_input_grad
         scales = residual.new_zeros(top_indices.shape[1])
@@ -314,7 +335,7 @@ def budget_errors_triton(
         reconstruction with all k latents, (batch, d_in); both float32.
 
     Raises:
-        `ValueError`: tensors that are not on a GPU, or a decoder in float64.
+        `ValueError`: If tensors are not on a GPU, or the decoder is in float64.
     """
     if W_dec.dtype not in DTYPES:
         raise ValueError(

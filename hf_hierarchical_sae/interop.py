@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ SAELENS_VERSION = "6.54.0"
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 
 
-def save_saelens(sae: HierarchicalSaeModel, folder: str | Path, k: int | None = None):
+def save_saelens(sae: HierarchicalSaeModel, folder: str | Path, k: int | None = None) -> None:
     """
     Write an autoencoder for SAELens 6 (`SAE.load_from_disk`) and what takes its objects, such as SAEBench, with one
     budget: as a TopK SAE, or as a JumpReLU SAE if it selects by a threshold (`selection="batch_topk"`), which is what
@@ -33,7 +34,7 @@ def save_saelens(sae: HierarchicalSaeModel, folder: str | Path, k: int | None = 
         k (`int`, *optional*): latents per input, at most `sae.config.k`, which is the default.
 
     Raises:
-        `ValueError`: `k` out of range, or a batch_topk SAE asked for another budget than its own.
+        `ValueError`: If `k` is out of range, or a batch_topk SAE is asked for another budget than its own.
     """
     k, config, tensors = sae.config.check_k(k), sae.config, _tensors(sae)
     tensors["W_enc"] = tensors.pop("encoder_weight").T.contiguous()
@@ -76,8 +77,8 @@ def load_saelens(source: str | Path, subfolder: str = "") -> HierarchicalSaeMode
             file and at smaller ones.
 
     Raises:
-        `ValueError`: another architecture, missing or unknown keys, transposed weights, a setting that cannot be
-            represented, or a pickle, which is never loaded.
+        `ValueError`: If it is of another architecture, has missing or unknown keys, transposed weights, a setting that
+            cannot be represented, or a pickle, which is never loaded.
     """
     settings, tensors = _read(source, subfolder, SAELENS_WEIGHTS)
     metadata = settings.get("metadata") or {}
@@ -137,10 +138,10 @@ def load_saelens(source: str | Path, subfolder: str = "") -> HierarchicalSaeMode
                 "SAE with one threshold and its k in metadata.training_architecture_details"
             )
         origin["selection"] = "batch_topk"
-    return _build(int(k), W_enc.T, W_dec, b_enc, tensors["b_dec"], threshold, **origin)
+    return _build(int(k), W_enc.T, W_dec, b_enc, b_dec=tensors["b_dec"], threshold=threshold, **origin)
 
 
-def save_sparsify(sae: HierarchicalSaeModel, folder: str | Path, k: int | None = None):
+def save_sparsify(sae: HierarchicalSaeModel, folder: str | Path, k: int | None = None) -> None:
     """
     Write an autoencoder for EleutherAI's sparsify (`SparseCoder.load_from_disk`), with one budget.
 
@@ -151,7 +152,7 @@ def save_sparsify(sae: HierarchicalSaeModel, folder: str | Path, k: int | None =
         k (`int`, *optional*): latents per input, at most `sae.config.k`, which is the default.
 
     Raises:
-        `ValueError`: `k` out of range, or a batch_topk SAE, which the format cannot hold.
+        `ValueError`: If `k` is out of range, or for a batch_topk SAE, which the format cannot hold.
     """
     k, config, tensors = sae.config.check_k(k), sae.config, _tensors(sae)
     if not config.has_budgets:
@@ -185,8 +186,8 @@ def load_sparsify(source: str | Path, subfolder: str = "") -> HierarchicalSaeMod
             file and at smaller ones.
 
     Raises:
-        `ValueError`: a transcoder, another activation function, missing or unknown keys, transposed weights, or a
-            pickle, which is never loaded.
+        `ValueError`: If it is a transcoder, has another activation function, missing or unknown keys, transposed weights,
+            or a pickle, which is never loaded.
     """
     settings, tensors = _read(source, subfolder, SPARSIFY_WEIGHTS)
     defaults: dict[str, Any] = {
@@ -214,13 +215,18 @@ def load_sparsify(source: str | Path, subfolder: str = "") -> HierarchicalSaeMod
     )
     name = Path(subfolder or source).name
     match = re.fullmatch(r"(?:.*\.)?layers\.(\d+)", name)
-    origin = {"layer": int(match[1]), "hook_point": "output"} if match else {"hook_point": name}
+    origin: dict[str, Any] = {"layer": int(match[1]), "hook_point": "output"} if match else {"hook_point": name}
     return _build(
-        settings["k"], tensors["encoder.weight"], tensors["W_dec"], tensors["encoder.bias"], tensors["b_dec"], **origin
+        settings["k"],
+        tensors["encoder.weight"],
+        tensors["W_dec"],
+        tensors["encoder.bias"],
+        b_dec=tensors["b_dec"],
+        **origin,
     )
 
 
-def _tensors(sae):
+def _tensors(sae: HierarchicalSaeModel) -> dict[str, torch.Tensor]:
     """Copies of the weights on the CPU, in units of x: what [`~HierarchicalSaeModel.fold_input_scale`] leads to."""
     sae.normalize_decoder()
     weights = {name: parameter.detach().cpu().clone() for name, parameter in sae.named_parameters()}
@@ -229,7 +235,16 @@ def _tensors(sae):
     return weights
 
 
-def _build(k, encoder_weight, W_dec, b_enc, b_dec, threshold=None, **origin):
+def _build(
+    k: int,
+    encoder_weight: torch.Tensor,
+    W_dec: torch.Tensor,
+    b_enc: torch.Tensor,
+    *,
+    b_dec: torch.Tensor,
+    threshold: torch.Tensor | None = None,
+    **origin: Any,
+) -> HierarchicalSaeModel:
     d_sae, d_in = W_dec.shape
     is_unit = bool(((torch.linalg.vector_norm(W_dec, dim=1) - 1).abs() <= 1e-6).all())
     sae = HierarchicalSaeModel(
@@ -245,7 +260,7 @@ def _build(k, encoder_weight, W_dec, b_enc, b_dec, threshold=None, **origin):
     return sae
 
 
-def _place(hook_name):
+def _place(hook_name: str | None) -> tuple[int | None, str | None]:
     """Layer and hook point of a name of TransformerLens; the input of a layer is the output of the one before."""
     match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook_name or "")
     if match is None or (match[1], match[2]) == ("0", "pre"):
@@ -253,14 +268,14 @@ def _place(hook_name):
     return int(match[1]) - (match[2] == "pre"), "output"
 
 
-def _write(folder, settings, weights_name, tensors):
+def _write(folder: str | Path, settings: dict, weights_name: str, tensors: dict[str, torch.Tensor]) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / weights_name)
     (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _read(source, subfolder, weights_name):
+def _read(source: str | Path, subfolder: str, weights_name: str) -> tuple[dict, dict[str, torch.Tensor]]:
     folder = Path(source, subfolder)
     if folder.is_dir() and not (folder / weights_name).exists():
         pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
@@ -279,7 +294,7 @@ def _read(source, subfolder, weights_name):
         raise ValueError(f"expected JSON in {CONFIG} and safetensors in {weights_name}, got {error}") from error
 
 
-def _check_keys(where, found, needed, optional=()):
+def _check_keys(where: str, found: dict, needed: set[str], optional: Iterable[str] = ()) -> None:
     missing, unknown = sorted(needed - found.keys()), sorted(found.keys() - needed - {*optional})
     if missing or unknown:
         raise ValueError(
@@ -288,7 +303,7 @@ def _check_keys(where, found, needed, optional=()):
         )
 
 
-def _checked(tensors, shapes):
+def _checked(tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """The tensors in float32, if they are those of `shapes`."""
     _check_keys("the weights", tensors, set(shapes))
     for name, shape in shapes.items():

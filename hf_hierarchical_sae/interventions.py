@@ -52,13 +52,13 @@ def splice(
             [`record_statistics`]), or no limit if there is none.
 
     Raises:
-        `ValueError`: no such layer, another hidden size than `sae.config.d_in`, an autoencoder of something other than
-            layer outputs, or `k` out of range (in the forward pass).
+        `ValueError`: If there is no such layer, another hidden size than `sae.config.d_in`, an autoencoder of something
+            other than layer outputs, or `k` out of range (in the forward pass).
     """
     if max_norm is None:
         max_norm = MAX_NORM_RATIO * sae.median_norm.item() or torch.inf
 
-    def replace(hidden_states):
+    def replace(hidden_states: torch.Tensor) -> torch.Tensor:
         x = hidden_states.to(sae.W_dec.device, torch.promote_types(hidden_states.dtype, torch.float32))
         top_indices, top_values = sae.encode(x, k)
         replacement = sae.decode(top_indices, top_values if edit is None else edit(top_indices, top_values))
@@ -94,12 +94,12 @@ def ablate(
         max_norm (`float`, *optional*): as in [`splice`].
 
     Raises:
-        `ValueError`: as [`splice`], or a latent out of range.
+        `ValueError`: If [`splice`] raises it, or a latent is out of range.
     """
     is_ablated = torch.zeros(sae.config.d_sae, dtype=torch.bool, device=sae.W_dec.device)
     is_ablated[_indices(sae, latents)] = True
 
-    def drop(top_indices, top_values):
+    def drop(top_indices: torch.Tensor, top_values: torch.Tensor) -> torch.Tensor:
         return top_values.masked_fill(is_ablated[top_indices], 0.0)
 
     with splice(model, sae, layer, k=k, keep_error=True, edit=drop, max_norm=max_norm):
@@ -112,8 +112,8 @@ def steer(
     sae: HierarchicalSaeModel,
     layer: int,
     latent: int | Sequence[int],
-    strength: float | Sequence[float],
     *,
+    strength: float | Sequence[float],
     typical_activation: float | Sequence[float] | None = None,
 ) -> Generator[None, None, None]:
     """
@@ -132,8 +132,8 @@ def steer(
             (see [`record_statistics`]); 1.0 makes `strength` a coefficient.
 
     Raises:
-        `ValueError`: no such layer or latent, another hidden size than `sae.config.d_in`, or a typical activation
-            that is neither given nor on record.
+        `ValueError`: If there is no such layer or latent, another hidden size than `sae.config.d_in`, or a typical
+            activation that is neither given nor on record.
     """
     indices = _indices(sae, latent)
     if typical_activation is None:
@@ -154,7 +154,7 @@ def steer(
         )
     vector = coefficients.expand(len(indices)) @ sae.W_dec[indices].float()
 
-    def add(hidden_states):
+    def add(hidden_states: torch.Tensor) -> torch.Tensor:
         x = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         return (x + vector.to(x)).to(hidden_states.dtype)
 
@@ -165,7 +165,7 @@ def steer(
 @torch.no_grad()
 def record_statistics(
     sae: HierarchicalSaeModel, activations: torch.Tensor | Iterable[torch.Tensor], batch_size: int = 4096
-):
+) -> None:
     """
     Measure what interventions need to know, and keep it in the autoencoder, which saves it with its weights: the mean
     activation of each latent over the inputs that it fires on (`mean_activation`, 0 if on none), and the median norm
@@ -177,7 +177,7 @@ def record_statistics(
         batch_size (`int`, defaults to 4096): tokens at a time.
 
     Raises:
-        `ValueError`: no tokens, or NaN or infinite activations.
+        `ValueError`: If there are no tokens, or NaN or infinite activations.
     """
     total = torch.zeros(sae.config.d_sae, dtype=torch.float64, device=sae.W_dec.device)
     fired, norms = torch.zeros_like(total), []
@@ -196,14 +196,14 @@ def record_statistics(
 
 
 def _index(model: PreTrainedModel, sae: HierarchicalSaeModel, layer: int) -> int:
-    """The decoder layer to change, counted from 0, if the autoencoder can read it; another than the trained is logged."""
+    """The decoder layer to change, counted from 0; one that the autoencoder was not trained on is logged."""
     index = check_fits(sae, model, layer)
     if sae.config.layer not in (None, index):
         logger.warning(f"the autoencoder was trained on layer {sae.config.layer}, it is used on {index}")
     return index
 
 
-def _indices(sae, latents):
+def _indices(sae: HierarchicalSaeModel, latents: int | Sequence[int]) -> torch.Tensor:
     indices = torch.as_tensor(latents, dtype=torch.int64, device=sae.W_dec.device).reshape(-1)
     wrong = indices[(indices < 0) | (indices >= sae.config.d_sae)].tolist()
     if wrong or not len(indices):

@@ -1,6 +1,6 @@
-"""How well single latents can be understood, in the judgement of a language model: explanations, and what they are worth."""
+"""How well single latents can be understood in the judgement of a language model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,9 +33,9 @@ def explain_latents(
     tokenizer: PreTrainedTokenizerBase,
     latents: Sequence[int],
     judge: PreTrainedModel,
+    *,
     judge_tokenizer: PreTrainedTokenizerBase,
     k: int | None = None,
-    *,
     examples: int = 8,
     window: int = 24,
     max_new_tokens: int = 24,
@@ -90,9 +90,9 @@ def detection_scores(
     tokenizer: PreTrainedTokenizerBase,
     explanations: Mapping[int, str],
     judge: PreTrainedModel,
+    *,
     judge_tokenizer: PreTrainedTokenizerBase,
     k: int | None = None,
-    *,
     examples: int = 10,
     window: int = 24,
     seed: int = 0,
@@ -120,12 +120,22 @@ def detection_scores(
     """
     question = "Text: {text}\n\nIs there anything in this text that fits the description?"
 
-    def pairs(latent, k, generator):
+    def pairs(latent: int, k: int, generator: torch.Generator) -> list[list[str]]:
         firing = _spread(_windows(activations, latent, k, window)[1::2], examples)
-        silent = _silent_windows(activations, latent, k, window, len(firing), generator)
+        silent = _silent_windows(activations, latent, k, window, count=len(firing), generator=generator)
         return [[decoded(tokenizer, *example[0]) for example in kind] for kind in (firing[: len(silent)], silent)]
 
-    return _judged(activations, explanations, judge, judge_tokenizer, k, question, pairs, seed, show_progress)
+    return _judged(
+        activations,
+        explanations,
+        judge,
+        judge_tokenizer,
+        k=k,
+        question=question,
+        pairs=pairs,
+        seed=seed,
+        show_progress=show_progress,
+    )
 
 
 def fuzzing_scores(
@@ -133,9 +143,9 @@ def fuzzing_scores(
     tokenizer: PreTrainedTokenizerBase,
     explanations: Mapping[int, str],
     judge: PreTrainedModel,
+    *,
     judge_tokenizer: PreTrainedTokenizerBase,
     k: int | None = None,
-    *,
     examples: int = 10,
     window: int = 24,
     seed: int = 0,
@@ -148,7 +158,7 @@ def fuzzing_scores(
     """
     question = "Text: {text}\n\nDo the words between << and >> fit the description?"
 
-    def pairs(latent, k, generator):
+    def pairs(latent: int, k: int, generator: torch.Generator) -> list[list[str]]:
         firing = _spread(_windows(activations, latent, k, window)[1::2], examples)
         firing = [(ids, fires) for ids, fires in firing if 2 * int(fires.sum()) <= len(ids)]
         moved = []
@@ -158,10 +168,31 @@ def fuzzing_scores(
             moved.append((ids, torch.zeros_like(fires).index_fill(0, chosen, True)))
         return [[_marked(tokenizer, *example) for example in kind] for kind in (firing, moved)]
 
-    return _judged(activations, explanations, judge, judge_tokenizer, k, question, pairs, seed, show_progress)
+    return _judged(
+        activations,
+        explanations,
+        judge,
+        judge_tokenizer,
+        k=k,
+        question=question,
+        pairs=pairs,
+        seed=seed,
+        show_progress=show_progress,
+    )
 
 
-def _judged(activations, explanations, judge, judge_tokenizer, k, question, pairs, seed, show_progress):
+def _judged(
+    activations: LatentActivations,
+    explanations: Mapping[int, str],
+    judge: PreTrainedModel,
+    judge_tokenizer: PreTrainedTokenizerBase,
+    *,
+    k: int | None,
+    question: str,
+    pairs: Callable[[int, int, torch.Generator], list[list[str]]],
+    seed: int,
+    show_progress: bool,
+) -> dict[int, JudgeScore]:
     k = activations.check_budgets(None if k is None else [k])[-1]
     generator, found = torch.Generator().manual_seed(seed), {}
     for latent, explanation in logging.tqdm(
@@ -188,7 +219,7 @@ def _judged(activations, explanations, judge, judge_tokenizer, k, question, pair
 
 
 @torch.no_grad()
-def _margin(judge, tokenizer, prompt):
+def _margin(judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> float:
     """log p(Yes) − log p(No) after the prompt, in nats, at the first token in which the answers differ."""
     yes, no = (tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in ("Yes", "No"))
     place = next(place for place, (one, other) in enumerate(zip(yes, no)) if one != other)
@@ -199,14 +230,14 @@ def _margin(judge, tokenizer, prompt):
     return (logits[yes[place]] - logits[no[place]]).item()
 
 
-def _as_chat(tokenizer, prompt):
+def _as_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     if tokenizer.chat_template is None:
         return f"{prompt}\n\nAnswer: "
     message = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
 
 
-def _windows(activations, latent, k, size):
+def _windows(activations: LatentActivations, latent: int, k: int, size: int) -> list[tuple[list[int], torch.Tensor]]:
     """Token ids and which of them fire, (n,) each, around the peak of each context that fires, the strongest first."""
     positions, values, ranks = activations.latent(latent)
     positions, values = positions[ranks <= k].long(), values[ranks <= k]
@@ -222,7 +253,9 @@ def _windows(activations, latent, k, size):
     return found
 
 
-def _silent_windows(activations, latent, k, size, count, generator):
+def _silent_windows(
+    activations: LatentActivations, latent: int, k: int, size: int, *, count: int, generator: torch.Generator
+) -> list[tuple[list[int], torch.Tensor]]:
     """The same from contexts in which the latent does not fire at this budget, at random places."""
     positions, _, ranks = activations.latent(latent)
     # A text that is shorter than the others would give itself away.
@@ -238,20 +271,20 @@ def _silent_windows(activations, latent, k, size, count, generator):
     return found
 
 
-def _around(activations, context, middle, size):
+def _around(activations: LatentActivations, context: int, middle: int, size: int) -> slice:
     start, end = activations.context_starts[context : context + 2].tolist()
     first = max(start, min(middle - size // 2, end - size))
     return slice(first, min(end, first + size))
 
 
-def _spread(examples, count):
+def _spread(examples: list, count: int) -> list:
     """`count` of them at equal distances, all if there are fewer."""
     if len(examples) <= count:
         return examples
     return [examples[place * len(examples) // count] for place in range(count)]
 
 
-def _marked(tokenizer, ids, fires):
+def _marked(tokenizer: PreTrainedTokenizerBase, ids: list[int], fires: torch.Tensor) -> str:
     """The text with << and >> around the tokens that fire."""
     runs, start = [], 0
     for end in range(1, len(ids) + 1):

@@ -121,7 +121,8 @@ def score_labels(
         [`LabelScores`]
 
     Raises:
-        `ValueError`: no labels or fewer than two of them in use, labels of another length, budgets out of range.
+        `ValueError`: If there are no labels or fewer than two in use, they have another length, or budgets are out of
+            range.
     """
     names, labels = _check_labels(activations, labels, label_names)
     budgets = activations.check_budgets(budgets)
@@ -199,21 +200,21 @@ class _Firing:
         self.silent = (self.tokens - self.fires).double()
         self.ranks = self.silent[self.latents] + (firsts + (sizes - 1) / 2)[group].double() - start + 1
 
-    def counts(self, labels, number, weights=None):
+    def counts(self, labels: torch.Tensor, number: int, weights: torch.Tensor | None = None) -> torch.Tensor:
         """(d_sae, labels): tokens of each label that a latent fires on, or the sums of their weights."""
         cells = self.latents * number + labels[self.places]
         return torch.bincount(cells, weights, minlength=self.d_sae * number).view(-1, number).double()
 
-    def best_label(self, labels, number):
+    def best_label(self, labels: torch.Tensor, number: int) -> torch.Tensor:
         return self.counts(labels, number).argmax(dim=1)
 
-    def auroc(self, labels, number):
+    def auroc(self, labels: torch.Tensor, number: int) -> torch.Tensor:
         """(d_sae, labels): of the activation, for a label against all others; NaN for a label without tokens."""
         counts, of_label = self.counts(labels, number), torch.bincount(labels, minlength=number).double()
         ranks = self.counts(labels, number, self.ranks) + (of_label - counts) * (self.silent.unsqueeze(1) + 1) / 2
         return (ranks - of_label * (of_label + 1) / 2) / (of_label * (self.tokens - of_label))
 
-    def scores(self, labels, number):
+    def scores(self, labels: torch.Tensor, number: int) -> dict[str, torch.Tensor]:
         counts, of_label = self.counts(labels, number), torch.bincount(labels, minlength=number).double()
         fires = self.fires.double()
         cells = torch.stack([counts, of_label - counts]) / self.tokens
@@ -227,7 +228,7 @@ class _Firing:
         }
 
 
-def _permuted(per_token, contexts, generator):
+def _permuted(per_token: torch.Tensor, contexts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Labels of tokens in `contexts`, (n,) each, dealt anew in a random order of the contexts: as often as before."""
     present, inverse = contexts.unique(return_inverse=True)
     places = torch.randperm(len(present), generator=generator)[inverse]
@@ -236,7 +237,9 @@ def _permuted(per_token, contexts, generator):
     return dealt
 
 
-def _check_labels(activations, labels, label_names):
+def _check_labels(
+    activations: LatentActivations, labels: torch.Tensor | None, label_names: Sequence[str] | None
+) -> tuple[list[str], torch.Tensor]:
     if labels is None:
         labels, label_names = activations.context_labels, activations.label_names
     if labels is None or label_names is None:

@@ -89,8 +89,8 @@ def read_latents(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str | dict] | Mapping[str, Iterable[str | dict]],
-    layer: int | None = None,
     *,
+    layer: int | None = None,
     text_column: str = "text",
     context_length: int = 128,
     batch_tokens: int = 2048,
@@ -117,8 +117,8 @@ def read_latents(
         [`LatentActivations`]
 
     Raises:
-        `ValueError`: a language model, layer or tokenizer that does not fit, texts without a token, or no latent that
-            fires.
+        `ValueError`: If the language model, layer or tokenizer does not fit, texts have no token, or there is no latent
+            that fires.
     """
     layer = sae.config.layer if layer is None else layer
     if layer is None:
@@ -181,7 +181,7 @@ def decoded(tokenizer: PreTrainedTokenizerBase, *ids: int) -> str:
     return text[len(prefix) :] if text.startswith(prefix) else str(tokenizer.decode(list(ids)))
 
 
-def _entries(indices, values, positions):
+def _entries(indices: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Latent, position, value and rank of each positive activation of (tokens, k) `indices` and `values`."""
     fires = values > 0
     ranks = torch.arange(1, indices.shape[1] + 1, dtype=torch.int16).expand_as(indices)

@@ -1,7 +1,9 @@
 """A sparse autoencoder that is trained for every sparsity budget at once."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed
@@ -77,7 +79,7 @@ class HierarchicalSaeModel(PreTrainedModel):
         self.add_model_tags(["sparse-autoencoder", "hf_hierarchical_sae"])
         self.post_init()
 
-    def _init_weights(self, module):
+    def _init_weights(self, module: Any) -> None:
         init.normal_(module.W_dec)
         init.copy_(module.W_dec, F.normalize(module.W_dec.detach(), dim=1))
         init.copy_(module.encoder_weight, module.W_dec.detach())
@@ -95,7 +97,7 @@ class HierarchicalSaeModel(PreTrainedModel):
         """Share of latents that have not fired for `config.dead_after_tokens` training tokens."""
         return self._dead_latents().float().mean().item()
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> HierarchicalSaeOutput:
         # Before FSDP's own hooks, so that the rows it shards and the optimizer holds are the ones normalised.
         if self.training:
             self.normalize_decoder()
@@ -120,7 +122,8 @@ class HierarchicalSaeModel(PreTrainedModel):
             [`HierarchicalSaeOutput`]
 
         Raises:
-            `ValueError`: wrong shape or dtype, `k` out of range or, in training mode, NaN or infinite activations.
+            `ValueError`: If shape or dtype are wrong, `k` is out of range or, in training mode, activations are NaN or
+                infinite.
         """
         self._check_input(hidden_states, attention_mask)
         flat = hidden_states.reshape(-1, self.config.d_in)
@@ -188,7 +191,7 @@ class HierarchicalSaeModel(PreTrainedModel):
         return _restore(rows + self.b_dec / self.input_scale, None, top_indices.shape[:-1])
 
     @torch.no_grad()
-    def initialize_from_activations(self, activations: torch.Tensor):
+    def initialize_from_activations(self, activations: torch.Tensor) -> None:
         """
         Set `input_scale` so that centred activations have about unit mean square, and `b_dec` to their geometric
         median. The scale is a power of two: folding it into the weights later rounds nothing.
@@ -207,14 +210,14 @@ class HierarchicalSaeModel(PreTrainedModel):
         self.b_dec.copy_(center * self.input_scale)
 
     @torch.no_grad()
-    def fold_input_scale(self):
+    def fold_input_scale(self) -> None:
         """Move `input_scale` into the biases and the threshold, in place; outputs stay equal to the last bit."""
         for tensor in (self.b_enc, self.b_dec, self.threshold):
             tensor.div_(self.input_scale)
         self.input_scale.fill_(1.0)
 
     @torch.no_grad()
-    def normalize_decoder(self):
+    def normalize_decoder(self) -> None:
         """Scale the rows of `W_dec` to unit norm, in place; does nothing if `config.normalize_decoder` is off."""
         if not self.config.normalize_decoder:
             return
@@ -246,16 +249,16 @@ class HierarchicalSaeModel(PreTrainedModel):
         metrics = {f"explained_variance_{name}": value for name, value in zip(names, values.tolist()) if name in shown}
         return {**metrics, "dead_fraction": self.dead_fraction}
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "HierarchicalSaeModel":
         if not mode and self.W_dec.device.type != "meta":
             self.normalize_decoder()
         return super().train(mode)
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         self.normalize_decoder()
         return super().save_pretrained(save_directory, *args, **kwargs)
 
-    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """[`~PreTrainedModel.push_to_hub`], with a model card that shows how to use the model if there is none yet."""
         token = kwargs.get("token")
         repo_id = create_repo(repo_id, private=kwargs.get("private"), token=token, exist_ok=True).repo_id
@@ -300,7 +303,7 @@ reconstruction = sae.decode(top_indices, top_values)
 ```
 """)
 
-    def _check_input(self, x, attention_mask):
+    def _check_input(self, x: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         if not x.is_floating_point():
             raise ValueError(f"activations must be floating point, got {x.dtype}")
         if x.ndim < 1 or x.shape[-1] != self.config.d_in:
@@ -310,7 +313,7 @@ reconstruction = sae.decode(top_indices, top_values)
                 f"attention_mask must have shape {tuple(x.shape[:-1])}, got {tuple(attention_mask.shape)}"
             )
 
-    def _encode_scaled(self, scaled, k):
+    def _encode_scaled(self, scaled: torch.Tensor, k: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """top_indices and top_values, (tokens, k), in units of the scaled input, with gradients."""
         k = self.config.check_k(k)
         with torch.no_grad():
@@ -325,7 +328,7 @@ reconstruction = sae.decode(top_indices, top_values)
         chunk_size = self.config.encoder_chunk_size or self.config.d_sae
         return pre_activations(scaled - self.b_dec, self.encoder_weight, self.b_enc, chunk_size)
 
-    def _batch_topk(self, scaled, k):
+    def _batch_topk(self, scaled: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Training: the tokens × k strongest of the batch. Inference: those above the learned threshold."""
         whole = None if self.config.encoder_chunk_size else list(self._chunks(scaled))
         width = min(2 * k, self.config.d_sae)
@@ -344,16 +347,18 @@ reconstruction = sae.decode(top_indices, top_values)
         used = int((values > 0).sum(dim=1).max()) if len(values) else 0
         return values[:, : max(1, used)], indices[:, : max(1, used)]
 
-    def _selection_threshold(self, values, k):
+    def _selection_threshold(self, values: torch.Tensor, k: int) -> torch.Tensor:
         if self.training and len(values):
             return values.flatten().topk(len(values) * k).values[-1].clamp(min=0)
         return self.threshold
 
-    def _loss(self, scaled, top_indices, top_values):
+    def _loss(
+        self, scaled: torch.Tensor, top_indices: torch.Tensor, top_values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Loss, the error at each budget, and the reconstruction, all in units of the scaled input."""
         if len(scaled) == 0:
             # A batch of padding only: a zero that keeps every parameter in the graph, as DDP needs.
-            nothing = sum(parameter.sum() for parameter in self.parameters()) * 0.0
+            nothing: Any = sum(parameter.sum() for parameter in self.parameters()) * 0.0
             return nothing, None, scaled + nothing
         W_dec = TangentGradient.apply(self.W_dec) if self.config.normalize_decoder else self.W_dec
         if self.config.matryoshka_prefixes is not None:
@@ -368,7 +373,7 @@ reconstruction = sae.decode(top_indices, top_values)
             loss = loss + self.config.aux_loss_coefficient * self._auxiliary_loss(scaled, residual, W_dec)
         return loss, errors, reconstruction
 
-    def _budgets_up_to(self, width):
+    def _budgets_up_to(self, width: int) -> tuple[tuple[int, ...], Sequence[float] | None]:
         """The trained budgets that `width` latents allow, or `width` itself, and their weights (`None`: equal)."""
         budgets = tuple(budget for budget in self.config.trained_budgets if budget <= width)
         if not self.config.has_budgets or not budgets:
@@ -376,7 +381,9 @@ reconstruction = sae.decode(top_indices, top_values)
         weights = (self.config.budget_weights or [])[: len(budgets)]
         return budgets, weights if any(weights) else None
 
-    def _prefix_errors(self, scaled, top_indices, top_values, W_dec):
+    def _prefix_errors(
+        self, scaled: torch.Tensor, top_indices: torch.Tensor, top_values: torch.Tensor, W_dec: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         errors, start = [], 0
         reconstruction = self.b_dec.expand_as(scaled)
         for end in self.config.matryoshka_prefixes:
@@ -386,7 +393,7 @@ reconstruction = sae.decode(top_indices, top_values)
             start = end
         return torch.stack(errors), reconstruction
 
-    def _auxiliary_loss(self, scaled, residual, W_dec):
+    def _auxiliary_loss(self, scaled: torch.Tensor, residual: torch.Tensor, W_dec: torch.Tensor) -> torch.Tensor:
         """Error of the dead latents' reconstruction of the residual, arXiv 2406.04093, section 2.4."""
         dead = self._dead_latents().nonzero().squeeze(1)
         if len(dead) == 0:
@@ -398,18 +405,18 @@ reconstruction = sae.decode(top_indices, top_values)
         return (reconstruction - residual).square().mean()
 
     @torch.no_grad()
-    def _add_training_sums(self, scaled, errors):
+    def _add_training_sums(self, scaled: torch.Tensor, errors: torch.Tensor) -> None:
         # float64: far from the origin, Σx² − n·mean² loses its digits.
         x = scaled.double()
         tokens = x.new_full((1,), len(x))
         sums = torch.cat([errors.double() * x.numel(), x.sum(dim=0), x.square().sum().reshape(1), tokens])
         self._training_sums = sums if self._training_sums is None else self._training_sums + sums
 
-    def _dead_latents(self):
+    def _dead_latents(self) -> torch.Tensor:
         return self.tokens_since_fired >= self.config.dead_after_tokens
 
     @torch.no_grad()
-    def _count_firing(self, top_indices, top_values):
+    def _count_firing(self, top_indices: torch.Tensor, top_values: torch.Tensor) -> None:
         """Every process counts the latents that fired in any of them, and learns one threshold."""
         fired = top_values > 0
         smallest = self.threshold
@@ -427,7 +434,7 @@ reconstruction = sae.decode(top_indices, top_values)
             self.threshold.lerp_(threshold / processes, torch.where(is_first, 1.0, 0.1))
 
 
-def _sum_over_processes(tensor):
+def _sum_over_processes(tensor: torch.Tensor) -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(tensor)
 
@@ -455,7 +462,7 @@ def geometric_median(points: torch.Tensor, iterations: int = 50) -> torch.Tensor
     return center
 
 
-def _restore(flat, keep, shape):
+def _restore(flat: torch.Tensor, keep: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
     """(kept, n) back to (*shape, n), with zeros where `keep` is False."""
     if keep is not None:
         full = flat.new_zeros(len(keep), flat.shape[1])
@@ -464,7 +471,7 @@ def _restore(flat, keep, shape):
     return flat.reshape(*shape, flat.shape[1])
 
 
-def check_finite(x: torch.Tensor):
+def check_finite(x: torch.Tensor) -> None:
     """Raise a `ValueError` that counts NaN and infinite entries of (tokens, d_in) activations, if there are any."""
     # One pass and no copy in the usual case: a sum is finite unless an entry is not, or it overflows.
     if torch.isfinite(x.sum(dtype=torch.float64)):
@@ -477,7 +484,7 @@ def check_finite(x: torch.Tensor):
         )
 
 
-def _begin_finite_check(x):
+def _begin_finite_check(x: torch.Tensor) -> Callable[[], None]:
     """`check_finite` in two parts: on a GPU, what is called in between is queued while the host waits for its result."""
     if not x.is_cuda or torch.compiler.is_compiling():
         check_finite(x)
@@ -486,7 +493,7 @@ def _begin_finite_check(x):
     arrived = torch.cuda.Event()
     arrived.record(torch.cuda.current_stream(x.device))
 
-    def finish():
+    def finish() -> None:
         arrived.synchronize()
         if not is_finite:
             check_finite(x)

@@ -119,7 +119,13 @@ def encoder_gradient_triton(
 
 
 @encoder_gradient_triton.register_fake
-def _(top_indices, grad_values, scaled, b_dec, encoder_weight):
+def _(
+    top_indices: torch.Tensor,
+    grad_values: torch.Tensor,
+    scaled: torch.Tensor,
+    b_dec: torch.Tensor,
+    encoder_weight: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
     grad_weight = torch.empty_like(encoder_weight, memory_format=torch.contiguous_format)
     return grad_weight, scaled.new_empty(len(encoder_weight), dtype=torch.float32)
 

@@ -1,6 +1,8 @@
 """What a model cannot do for itself under stock `Trainer`: put its own numbers into the logs."""
 
-from transformers import TrainerCallback
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class HierarchicalSaeCallback(TrainerCallback):
@@ -12,7 +14,15 @@ class HierarchicalSaeCallback(TrainerCallback):
     with `report_to="none"`. `trainer.state.log_history` and the progress bar show them in any case.
     """
 
-    def on_log(self, args, state, control, model=None, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        logs: Any = None,
+        **kwargs: Any,
+    ) -> None:
         metrics = model.pop_training_metrics()
         logs.update(metrics)
         state.log_history[-1].update(metrics)

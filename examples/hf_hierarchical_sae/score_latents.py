@@ -161,13 +161,17 @@ def judged(activations, tokenizer, judge, judge_tokenizer, arguments, budget):
     usual = ((uses >= 30) & (uses <= activations.tokens // 20)).nonzero().flatten()
     generator = torch.Generator().manual_seed(arguments.seed)
     latents = usual[torch.randperm(len(usual), generator=generator)[: arguments.judge_latents]].tolist()
-    explanations = explain_latents(activations, tokenizer, latents, judge, judge_tokenizer, budget)
-    given = (activations, tokenizer, explanations, judge, judge_tokenizer, budget)
-    found = {"detection": detection_scores(*given), "fuzzing": fuzzing_scores(*given)}
+    asked = {"judge_tokenizer": judge_tokenizer, "k": budget}
+    explanations = explain_latents(activations, tokenizer, latents, judge, **asked)
+    given = (activations, tokenizer, explanations, judge)
+    found = {"detection": detection_scores(*given, **asked), "fuzzing": fuzzing_scores(*given, **asked)}
     # What the explanations add: the same questions with another latent's explanation.
     others = dict(zip(explanations, [*list(explanations.values())[1:], *list(explanations.values())[:1]]))
-    control = (activations, tokenizer, others, judge, judge_tokenizer, budget)
-    found |= {"detection, swapped": detection_scores(*control), "fuzzing, swapped": fuzzing_scores(*control)}
+    control = (activations, tokenizer, others, judge)
+    found |= {
+        "detection, swapped": detection_scores(*control, **asked),
+        "fuzzing, swapped": fuzzing_scores(*control, **asked),
+    }
     means = {
         name: sum(score.auroc for score in scores.values()) / len(scores) for name, scores in found.items() if scores
     }

@@ -47,7 +47,7 @@ def make_sae(**options):
 
 
 def write(path, sae, model, tokenizer, texts=TEXTS, **options):
-    return write_dashboard(sae, model, tokenizer, texts, path, show_progress=False, **options)
+    return write_dashboard(sae, model, tokenizer, texts, path=path, show_progress=False, **options)
 
 
 def data_of(path):

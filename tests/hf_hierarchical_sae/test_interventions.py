@@ -119,11 +119,11 @@ def test_steering_adds_directions_in_units_of_the_recorded_typical_activation(mo
     record_statistics(sae, x)
     clean = states(model, 0)
 
-    with steer(model, sae, 0, 7, -2.0):
+    with steer(model, sae, 0, 7, strength=-2.0):
         one = states(model, 0)
-    with steer(model, sae, 0, [7, 9], [1.5, 3.0]):
+    with steer(model, sae, 0, [7, 9], strength=[1.5, 3.0]):
         two = states(model, 0)
-    with steer(model, sae, 0, [7, 9], [1.5, 3.0], typical_activation=1.0):
+    with steer(model, sae, 0, [7, 9], strength=[1.5, 3.0], typical_activation=1.0):
         plain = states(model, 0)
 
     torch.testing.assert_close(one - clean, (-2 * sae.mean_activation[7] * sae.W_dec[7]).expand_as(clean))
@@ -164,7 +164,7 @@ def test_generation_with_a_cache_a_batch_and_padding_gives_what_a_loop_without_t
     contexts = {
         "splice": lambda: splice(model, sae, 0, k=4),
         "ablate": lambda: ablate(model, sae, 0, half),
-        "steer": lambda: steer(model, sae, 0, latent, 4.0),
+        "steer": lambda: steer(model, sae, 0, latent, strength=4.0),
     }
     prompts = [IDS[0, :7], IDS[1, :3]]
     plain, expected = [], []
@@ -232,9 +232,9 @@ def test_on_one_layer_they_act_in_the_order_of_entry(model):
     def reconstructed(x):
         return sae(x, k=2).reconstruction.detach()
 
-    with steer(model, sae, 0, 3, 5.0, typical_activation=1.0), splice(model, sae, 0, k=2):
+    with steer(model, sae, 0, 3, strength=5.0, typical_activation=1.0), splice(model, sae, 0, k=2):
         first = logits(model)
-    with splice(model, sae, 0, k=2), steer(model, sae, 0, 3, 5.0, typical_activation=1.0):
+    with splice(model, sae, 0, k=2), steer(model, sae, 0, 3, strength=5.0, typical_activation=1.0):
         last = logits(model)
 
     torch.testing.assert_close(first, with_layer_output(model, 0, lambda x: reconstructed(steered(x))))
@@ -245,7 +245,7 @@ def test_on_one_layer_they_act_in_the_order_of_entry(model):
 def test_reported_hidden_states_are_those_after_the_change(model):
     sae, clean = make_sae(), states(model, 0)
 
-    with steer(model, sae, 0, 3, 5.0, typical_activation=1.0):
+    with steer(model, sae, 0, 3, strength=5.0, typical_activation=1.0):
         found = states(model, 0)
 
     torch.testing.assert_close(found, clean + 5 * sae.W_dec[3].detach())
@@ -271,7 +271,7 @@ def test_every_form_of_layer_output_is_handled(model_type, options):
 
     with splice(model, sae, 1, keep_error=True):
         assert torch.equal(logits(model), clean)
-    with steer(model, sae, -2, 3, 5.0, typical_activation=1.0):
+    with steer(model, sae, -2, 3, strength=5.0, typical_activation=1.0):
         steered = logits(model)
     assert not torch.allclose(steered[0], clean[0], atol=1e-3) and not torch.allclose(steered[1], clean[1], atol=1e-3)
 
@@ -353,13 +353,13 @@ def test_gradients_reach_the_inputs_through_a_splice(model):
         ),
         (lambda model, sae: ablate(model, sae, 0, [3, 96]), r"latents must be in \[0, d_sae=96\), got \[96\]"),
         (lambda model, sae: ablate(model, sae, 0, []), r"latents must be in \[0, d_sae=96\), got none"),
-        (lambda model, sae: steer(model, sae, 0, -1, 1.0), r"latents must be in \[0, d_sae=96\), got \[-1\]"),
+        (lambda model, sae: steer(model, sae, 0, -1, strength=1.0), r"latents must be in \[0, d_sae=96\), got \[-1\]"),
         (
-            lambda model, sae: steer(model, sae, 0, [5, 6], 1.0),
+            lambda model, sae: steer(model, sae, 0, [5, 6], strength=1.0),
             r"typical activation of latents \[5, 6\] is not on record: call record_statistics",
         ),
         (
-            lambda model, sae: steer(model, sae, 0, [5, 6], [1.0, 2.0, 3.0], typical_activation=1.0),
+            lambda model, sae: steer(model, sae, 0, [5, 6], strength=[1.0, 2.0, 3.0], typical_activation=1.0),
             r"one for each of the 2 latents, got shape \(3,\)",
         ),
         (lambda model, sae: record_statistics(sae, []), "got no tokens"),

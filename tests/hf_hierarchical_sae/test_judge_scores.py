@@ -71,8 +71,8 @@ def test_a_judge_that_knows_where_a_latent_fires_scores_one(planted, tokenizer, 
     knows, knows_marks = Oracle(judge, tokenizer, "7"), Oracle(judge, tokenizer, "<<7>>")
     given = {"window": 12, "show_progress": False}
 
-    detection = detection_scores(planted, tokenizer, {0: "the digit 7"}, knows, tokenizer, **given)
-    fuzzing = fuzzing_scores(planted, tokenizer, {0: "the digit 7"}, knows_marks, tokenizer, **given)
+    detection = detection_scores(planted, tokenizer, {0: "the digit 7"}, knows, judge_tokenizer=tokenizer, **given)
+    fuzzing = fuzzing_scores(planted, tokenizer, {0: "the digit 7"}, knows_marks, judge_tokenizer=tokenizer, **given)
 
     assert detection[0].auroc == detection[0].balanced_accuracy == 1 and detection[0].examples > 1
     assert fuzzing[0].auroc == fuzzing[0].balanced_accuracy == 1 and fuzzing[0].examples > 1
@@ -80,7 +80,9 @@ def test_a_judge_that_knows_where_a_latent_fires_scores_one(planted, tokenizer, 
         "Description: the digit 7\n" in prompt and "<|im_start|>assistant" in prompt for prompt in knows.prompts
     )
     assert all(prompt.count("<<") == 2 for prompt in knows_marks.prompts if "<<7>>" not in prompt)
-    ignorant = detection_scores(planted, tokenizer, {0: "a"}, Oracle(judge, tokenizer, "@"), tokenizer, **given)
+    ignorant = detection_scores(
+        planted, tokenizer, {0: "a"}, Oracle(judge, tokenizer, "@"), judge_tokenizer=tokenizer, **given
+    )
     assert ignorant[0].balanced_accuracy == 0.5
 
 
@@ -95,8 +97,8 @@ def test_what_explains_is_not_what_is_scored(planted, tokenizer, judge, monkeypa
         ),
     )
     oracle, given = Oracle(judge, tokenizer, "7"), {"window": 12, "show_progress": False}
-    explanations = explain_latents(planted, tokenizer, [0], judge, tokenizer, **given)
-    detection_scores(planted, tokenizer, explanations, oracle, tokenizer, **given)
+    explanations = explain_latents(planted, tokenizer, [0], judge, judge_tokenizer=tokenizer, **given)
+    detection_scores(planted, tokenizer, explanations, oracle, judge_tokenizer=tokenizer, **given)
 
     assert explanations[0].strip() == "words"
     shown = {line.partition(". ")[2] for line in asked[0].splitlines() if line[:1].isdigit()}
@@ -113,9 +115,18 @@ def test_a_judge_without_a_chat_template_is_asked_plainly(activations, tokenizer
     latent = int(activations.latent_starts.diff().argmax())
 
     explanations = explain_latents(
-        activations, tokenizer, [latent], judge, plain, examples=2, max_new_tokens=3, show_progress=False
+        activations,
+        tokenizer,
+        [latent],
+        judge,
+        judge_tokenizer=plain,
+        examples=2,
+        max_new_tokens=3,
+        show_progress=False,
     )
-    found = detection_scores(activations, tokenizer, explanations, judge, plain, k=2, examples=3, show_progress=False)
+    found = detection_scores(
+        activations, tokenizer, explanations, judge, judge_tokenizer=plain, k=2, examples=3, show_progress=False
+    )
 
     assert set(found) <= {latent} and all(0 <= value.auroc <= 1 for value in found.values())
 
@@ -125,6 +136,21 @@ def test_a_latent_that_does_not_fire_at_the_budget_is_left_out(activations, toke
         latent for latent in activations.live_latents.tolist() if activations.latent(latent)[2].min() > 1
     )
 
-    assert explain_latents(activations, tokenizer, [never_first], judge, tokenizer, 1, show_progress=False) == {}
-    assert detection_scores(activations, tokenizer, {never_first: "x"}, judge, tokenizer, 1, show_progress=False) == {}
-    assert fuzzing_scores(activations, tokenizer, {never_first: "x"}, judge, tokenizer, 1, show_progress=False) == {}
+    assert (
+        explain_latents(
+            activations, tokenizer, [never_first], judge, judge_tokenizer=tokenizer, k=1, show_progress=False
+        )
+        == {}
+    )
+    assert (
+        detection_scores(
+            activations, tokenizer, {never_first: "x"}, judge, judge_tokenizer=tokenizer, k=1, show_progress=False
+        )
+        == {}
+    )
+    assert (
+        fuzzing_scores(
+            activations, tokenizer, {never_first: "x"}, judge, judge_tokenizer=tokenizer, k=1, show_progress=False
+        )
+        == {}
+    )
