@@ -1,3 +1,5 @@
+from typing import Any
+
 import torch
 from transformers import TrainerCallback
 
@@ -12,7 +14,7 @@ class BiasSteerFloat32Callback(TrainerCallback):
     Pass it as `callbacks=[BiasSteerFloat32Callback()]`.
     """
 
-    def on_init_end(self, args, state, control, model=None, **kwargs):
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         for layer in model.modules():
             if isinstance(layer, BiasSteerLayer):
                 for vector in layer.bias_steer_vector.parameters():

@@ -41,7 +41,7 @@ examples:
 """
 
 
-def load_steered_model(adapter: str, base_model: str | None) -> tuple[PeftModel, Any]:
+def _load_steered_model(adapter: str, base_model: str | None) -> tuple[PeftModel, Any]:
     """
     The base model with a saved adapter on it, in evaluation mode, and its tokenizer.
 
@@ -64,7 +64,7 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def lens(args: argparse.Namespace) -> None:
-    model, tokenizer = load_steered_model(args.adapter, args.base_model)
+    model, tokenizer = _load_steered_model(args.adapter, args.base_model)
     lenses = logit_lens(model, tokenizer, top_k=args.top_k)
     _show(args, [asdict(layer) for layer in lenses], lens_table(lenses, args.reading, shown=args.top_k))
 
@@ -75,7 +75,7 @@ def export(args: argparse.Namespace) -> None:
         return
     if (args.format == "gguf") != (args.gguf_in is not None):
         raise ValueError("--format gguf needs --gguf_in, the llama.cpp file to add the vectors to, and no other does")
-    model, tokenizer = load_steered_model(args.adapter, args.base_model)
+    model, tokenizer = _load_steered_model(args.adapter, args.base_model)
     if args.format == "stock":
         export_stock_checkpoint(model, args.output, tokenizer=tokenizer)
     elif args.format == "gguf":

@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from typing import Any
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
@@ -45,7 +46,7 @@ class BiasSteerConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     init_weights: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("BIAS_STEER")
         if isinstance(self.target_modules, list):
@@ -58,12 +59,14 @@ class BiasSteerConfig(PeftConfig):
         self.saved_shapes: dict[str, list[int]] = {}
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         hub_kwargs, _, _ = cls._split_kwargs(kwargs)
         config.saved_shapes = saved_shapes(str(pretrained_model_name_or_path), subfolder, hub_kwargs)
         return config
 
-    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
         add_usage_to_card(save_directory, self.task_type)

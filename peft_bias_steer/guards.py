@@ -77,7 +77,7 @@ def add_usage_to_card(folder: str, task_type: str | None) -> None:
 
 def refuse_lossy_rollout_sync(sites: Iterable[MergeSite]) -> None:
     """
-    Raises if TRL is about to merge for vLLM, and vLLM's copy of the model has no biases to receive.
+    Refuses a merge by which TRL would send vLLM biases that its copy of the model has no room for.
 
     vLLM ignores an unexpected bias without a word, so it would go on sampling from the base model.
 
@@ -132,5 +132,5 @@ def keep_biases_on_save(model: nn.Module) -> None:
         module.bias = nn.Parameter(form.weights[key], requires_grad=False)
 
 
-def _refuse_to_save(*args, reason: str, **kwargs) -> None:
+def _refuse_to_save(*args: Any, reason: str, **kwargs: Any) -> None:
     raise ValueError(f"save_pretrained() would lose the merged steering vectors when the model is loaded: {reason}")

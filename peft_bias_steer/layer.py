@@ -1,4 +1,4 @@
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -11,7 +11,7 @@ from .merging import MergeSite, merge_sites
 class SteeringVector(nn.Module):
     """One vector as the `weight` of a leaf module: TRL copies, and FSDP shards, modules rather than loose parameters."""
 
-    def __init__(self, size: int, device: torch.device | None):
+    def __init__(self, size: int, device: torch.device | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(size, device=device))
 
@@ -32,7 +32,7 @@ class BiasSteerLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("bias_steer_vector",)
     other_param_names = ("scaling",)
 
-    def __init__(self, host: nn.Module, size: int):
+    def __init__(self, host: nn.Module, size: int) -> None:
         super().__init__()
         # in a tuple, because as an attribute it would be registered as a child: a cycle in the module tree
         self._host = (host,)
@@ -46,7 +46,7 @@ class BiasSteerLayer(nn.Module, BaseTunerLayer):
         self._merged_sites: list[tuple[MergeSite, nn.Parameter | None]] = []
         host.bias_steer = self
         # prepended: transformers' hooks that record hidden states have to see the steered ones
-        self._hook = host.register_forward_hook(steer_output, prepend=True)
+        self._hook = host.register_forward_hook(_steer_output, prepend=True)
 
     def get_base_layer(self) -> nn.Module:
         return self._host[0]
@@ -72,7 +72,7 @@ class BiasSteerLayer(nn.Module, BaseTunerLayer):
         if adapter in self.scaling:
             self.scaling[adapter] = scale
 
-    def forward(self, output, adapter_names: list[str] | None = None):
+    def forward(self, output: Any, adapter_names: list[str] | None = None) -> Any:
         """
         Args:
             output: What the steered module returned: a tensor, or a tuple or list that starts with one.
@@ -155,5 +155,5 @@ class BiasSteerLayer(nn.Module, BaseTunerLayer):
         return f"size={self.size}"
 
 
-def steer_output(module, args, output):
+def _steer_output(module: Any, args: tuple, output: Any) -> Any:
     return module.bias_steer(output)

@@ -1,6 +1,8 @@
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -33,7 +35,7 @@ class BiasSteerModel(BaseTuner):
         modules = self.model.named_modules()
         return {name.removesuffix(".bias_steer"): m for name, m in modules if isinstance(m, BiasSteerLayer)}
 
-    def _prepare_adapter_config(self, peft_config, model_config):
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         self._check_saved_vectors(peft_config.saved_shapes)
         # has to leave a config alone that went through here before: TRL passes the same object twice
         if peft_config.target_modules is not None and peft_config.layers_to_transform is None:
@@ -57,7 +59,9 @@ class BiasSteerModel(BaseTuner):
                 raise ValueError(f"the adapter holds a vector for {name}, but this model has no such module: {HINT}")
             _check_shape(name, (self._output_width(name),), tuple(shape))
 
-    def inject_adapter(self, model, adapter_name, *args, state_dict=None, **kwargs) -> None:
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, state_dict: dict | None = None, **kwargs: Any
+    ) -> None:
         if state_dict is not None:
             # PEFT takes what stands before the prefix for the name of the target: the host, not our child of it
             state_dict = {key.replace(".bias_steer.bias_steer_", ".bias_steer_"): v for key, v in state_dict.items()}
@@ -73,9 +77,16 @@ class BiasSteerModel(BaseTuner):
                     layer.detach_from_host()
             raise
 
-    def _create_and_replace(
-        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
-    ):
+    def _create_and_replace(  # PEFT passes some of these by position
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
         host = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         layer = getattr(host, "bias_steer", None)
         if layer is None:
@@ -98,7 +109,7 @@ class BiasSteerModel(BaseTuner):
             "leave target_modules unset to steer every decoder layer"
         )
 
-    def _post_injection_hook(self, model, config, adapter_name) -> None:
+    def _post_injection_hook(self, model: Any, config: Any, adapter_name: str) -> None:
         if hasattr(model, "add_model_tags"):
             model.add_model_tags(["bias-steer"])
 
@@ -160,7 +171,7 @@ class BiasSteerModel(BaseTuner):
             raise ValueError(f"Adapter(s) {unknown} do not exist, expected some of {list(self.peft_config)}")
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args, **kwargs):
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None]:
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield
@@ -210,7 +221,7 @@ class BiasSteerModel(BaseTuner):
                     )
 
     @torch.no_grad()
-    def check_merge(self, *args, tolerance: float = 1e-3, **kwargs) -> float:
+    def check_merge(self, *args: Any, tolerance: float = 1e-3, **kwargs: Any) -> float:
         """
         Merges on trial and compares the model's output before and after. The model is left unmerged.
 
@@ -235,7 +246,13 @@ class BiasSteerModel(BaseTuner):
             raise ValueError(f"merging changes the output by {difference:.1e}, expected at most {tolerance:.1e}")
         return difference
 
-    def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
         layers = self.steering_layers.values()
         if merge:
             self._check_merge_allowed()
@@ -252,12 +269,16 @@ class BiasSteerModel(BaseTuner):
         return self.model
 
     @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+    def _get_adapter_state_dict(  # PEFT passes these by position
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict, unwanted_adapter_names: list[str]
+    ) -> dict[str, torch.Tensor]:
         # PEFT's own selection would take the weights of any other tuner that lives in the same model
         return {key: value for key, value in state_dict.items() if VECTOR in key}
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict
+    ) -> dict[str, torch.Tensor]:
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         own = model.state_dict()
         for key, value in state_dict.items():
@@ -283,7 +304,9 @@ def _check_shape(name: str, expected: tuple[int, ...], got: tuple[int, ...]) -> 
         raise ValueError(f"expected a vector of shape {expected} for {name}, got {got}: {HINT}")
 
 
-def _add_adapter_names(module: nn.Module, args, kwargs, adapter_names: list[str]):
+def _add_adapter_names(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[tuple, dict[str, Any]]:
     return args, {**kwargs, "adapter_names": adapter_names}
 
 

@@ -16,6 +16,8 @@ from .residual import find_layers
 if TYPE_CHECKING:
     from .model import BiasSteerModel
 
+__all__ = ["check_vectors", "load_vectors", "set_steering_vectors", "steering_vectors"]
+
 
 def check_vectors(vectors: dict[int, torch.Tensor], *, num_layers: int, width: int) -> None:
     """
@@ -80,7 +82,7 @@ def steering_vectors(model: PeftModel, adapter_name: str = "default") -> dict[in
     Raises:
         ValueError: If there is no such adapter, or if it steers modules other than layers.
     """
-    layers = layers_by_index(model, [adapter_name])
+    layers = _layers_by_index(model, [adapter_name])
     return {index: layer.vector(adapter_name).detach().clone() for index, layer in layers.items()}
 
 
@@ -96,7 +98,7 @@ def set_steering_vectors(model: PeftModel, vectors: dict[int, torch.Tensor], ada
     Raises:
         ValueError: If a layer is not steered, a vector does not fit or the adapter is merged. Nothing is changed then.
     """
-    layers = layers_by_index(model, [adapter_name])
+    layers = _layers_by_index(model, [adapter_name])
     unknown = sorted(set(vectors) - set(layers))
     if unknown:
         raise ValueError(f"expected vectors for layers among {sorted(layers)}, got some for {unknown}")
@@ -109,7 +111,7 @@ def set_steering_vectors(model: PeftModel, vectors: dict[int, torch.Tensor], ada
 
 def active_vectors(model: PeftModel) -> dict[int, torch.Tensor]:
     """The active vectors, summed at their present scale, by the index of their layer; refuses what is not finite."""
-    layers = layers_by_index(model, model.active_adapters)
+    layers = _layers_by_index(model, model.active_adapters)
     sums = {index: layer.sum_vectors(model.active_adapters) for index, layer in layers.items()}
     vectors = {index: total.detach().float().cpu() for index, total in sums.items() if total is not None}
     if vectors:
@@ -117,7 +119,7 @@ def active_vectors(model: PeftModel) -> dict[int, torch.Tensor]:
     return vectors
 
 
-def layers_by_index(model: PeftModel, adapter_names: list[str]) -> dict[int, BiasSteerLayer]:
+def _layers_by_index(model: PeftModel, adapter_names: list[str]) -> dict[int, BiasSteerLayer]:
     check_adapters(model, adapter_names)
     pattern = cast(BiasSteerConfig, model.peft_config[adapter_names[0]]).layers_pattern
     index_of = {host: index for index, host in enumerate(find_layers(unwrap(model), pattern)[1])}
@@ -134,7 +136,12 @@ def layers_by_index(model: PeftModel, adapter_names: list[str]) -> dict[int, Bia
 
 
 def check_adapters(model: PeftModel, adapter_names: list[str]) -> None:
-    """Raises `ValueError` unless all of `adapter_names` are BiasSteer adapters of `model`."""
+    """
+    Refuses names that are no BiasSteer adapters of `model`.
+
+    Raises:
+        ValueError: If there is one, or no name at all.
+    """
     if not isinstance(model, PeftModel):
         raise ValueError(f"expected a PeftModel with a BiasSteer adapter, got a {type(model).__name__}")
     kinds = {name: PeftType(config.peft_type).value for name, config in model.peft_config.items()}

@@ -18,6 +18,9 @@ from ..residual import find_layers, residual_width
 from ..vectors import active_vectors, check_vectors, set_steering_vectors, unwrap
 
 
+__all__ = ["export_control_vector", "export_gguf", "from_control_vector"]
+
+
 def export_control_vector(model: PeftModel, path: str | os.PathLike, *, drop_first_layer: bool = False) -> float:
     """
     Writes the active vectors, summed at their present scale, as a control vector for llama.cpp

@@ -19,6 +19,7 @@ from .vllm import PREFIX
 if TYPE_CHECKING:
     from rich.table import Table
 
+__all__ = ["Route", "adapter_routes", "serving_routes"]
 VLLM_STOCK = "vLLM, stock checkpoint"
 VLLM_PLUGIN = "vLLM, plugin"
 

@@ -19,6 +19,7 @@ from ..stock_forms import StockForm, find_stock_form
 from ..vectors import check_adapters, steering_layers, unwrap
 
 
+__all__ = ["bias_ready_checkpoint", "export_stock_checkpoint"]
 logger = logging.get_logger(__name__)
 
 

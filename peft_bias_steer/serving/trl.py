@@ -20,6 +20,8 @@ from .vllm import PREFIX, VECTOR
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
+__all__ = ["check_vllm_sync", "prepare_for_vllm", "sync_vectors_only"]
+
 
 def prepare_for_vllm(
     base: PreTrainedModel, output_dir: str | os.PathLike, *, tokenizer: PreTrainedTokenizerBase | None = None
@@ -79,6 +81,7 @@ def sync_vectors_only(trainer: "GRPOTrainer") -> None:
         raise ValueError("the vectors may be sharded under FSDP and DeepSpeed: keep TRL's own sync there")
     model = cast(PeftModel, generation.model)
     weights = _vector_weights if _is_for_plugin(model) else _bias_weights
+    # without it TRL sends every weight of the model, and none under the name that the plugin's classes take
     generation._iter_named_params = partial(weights, model)
 
 

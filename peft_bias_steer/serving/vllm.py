@@ -21,6 +21,14 @@ from ..vectors import check_vectors, load_vectors
 if TYPE_CHECKING:
     from vllm import LLM
 
+__all__ = [
+    "SteeringWorker",
+    "register",
+    "set_steering_scale",
+    "set_steering_vectors",
+    "steering_vectors",
+    "vllm_overrides",
+]
 PREFIX = "BiasSteer"
 VECTOR = "steering_vector"
 
@@ -51,10 +59,10 @@ def _steered_model_class(architecture: str) -> type:
 
 @functools.cache
 def _steered_layer_class(layer_class: type) -> type:
-    return type(f"Steered{layer_class.__name__}", (SteeredLayer, layer_class), {})
+    return type(f"Steered{layer_class.__name__}", (_SteeredLayer, layer_class), {})
 
 
-class SteeredLayer:
+class _SteeredLayer:
     """
     A decoder layer whose output moves by a vector: `h' = h + scale * s`. Under tensor parallelism every rank holds the
     whole vector, as it holds the whole residual stream.
@@ -63,7 +71,7 @@ class SteeredLayer:
     steering_vector: torch.Tensor  # (hidden_size,), float32
     steering_scale: torch.Tensor  # ()
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)  # ty: ignore[missing-attribute]
         hidden, *residual = output if isinstance(output, tuple) else (output,)
         # vLLM's layers hand on the MLP's output and the residual separately: their sum is what the next one sees
@@ -81,7 +89,7 @@ class SteeredModel:
     Weights named `layers.N.steering_vector`, which a trainer may send, become the vectors.
     """
 
-    def __init__(self, *, vllm_config: Any, prefix: str = ""):
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # ty: ignore[unknown-argument]
         config = vllm_config.model_config.hf_config
         adapter = getattr(config, "bias_steer_adapter", None)
@@ -145,6 +153,7 @@ def _add_vectors(model: Any, width: int, scale: float) -> Iterator[tuple[int, An
         if not isinstance(layer, PPMissingLayer):
             layer.register_buffer(VECTOR, torch.zeros(width, dtype=torch.float32), persistent=False)
             layer.register_buffer("steering_scale", torch.tensor(scale, dtype=torch.float32), persistent=False)
+            # the layers exist by now, made by vLLM's own model class, which knows no other
             layer.__class__ = _steered_layer_class(type(layer))
             yield index, layer
 

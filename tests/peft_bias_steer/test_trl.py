@@ -1,136 +1,92 @@
+"""Bases that vLLM can steer for TRL, without vLLM; tests/peft_bias_steer/serving drives the engine."""
+
+import json
+
 import pytest
 import torch
-from datasets import Dataset
-from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from peft_bias_steer import BiasSteerConfig, BiasSteerFloat32Callback
+from peft_bias_steer import BiasSteerConfig, set_steering_vectors
+from peft_bias_steer.serving.trl import prepare_for_vllm, sync_vectors_only
 
 
-def late_in_the_alphabet(completions, **kwargs):
-    """A reward that differs between any two samples, so that every step moves the vectors."""
-    return [sum(map(ord, text)) / 1000 for text in completions]
+SMALL = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
 
 
-@pytest.fixture
-def train(tiny_language_model, tmp_path):
-    """Builds a GRPOTrainer over the tiny model; returns it untrained."""
-
-    def build(model=None, peft_config=None, callbacks=(), **options):
-        tokenizer = AutoTokenizer.from_pretrained(tiny_language_model, padding_side="left")
-        defaults = {
-            "output_dir": str(tmp_path),
-            "max_steps": 2,
-            "learning_rate": 0.05,
-            "per_device_train_batch_size": 4,
-            "num_generations": 4,
-            "max_completion_length": 4,
-            "gradient_checkpointing": False,
-            "bf16": False,
-            "use_cpu": True,
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
-        }
-        return GRPOTrainer(
-            model=model if model is not None else AutoModelForCausalLM.from_pretrained(tiny_language_model),
-            processing_class=tokenizer,
-            peft_config=peft_config,
-            reward_funcs=late_in_the_alphabet,
-            train_dataset=Dataset.from_dict({"prompt": [f"{number} " for number in range(40)]}),
-            callbacks=list(callbacks),
-            args=GRPOConfig(**{**defaults, **options}),
-        )
-
-    return build
+def make_base(model_type, **config):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SMALL, **config})).eval()
 
 
-def vectors_of(model, adapter_name="default"):
-    return [layer.vector(adapter_name) for layer in model.base_model.steering_layers.values()]
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(1, 13)[None]).logits
 
 
 @pytest.mark.parametrize(
-    "options",
+    "model_type, config, architecture",
     [
-        {},
-        {"beta": 0.1},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-        {"bf16": True},
+        ("llama", {}, "LlamaForCausalLM"),
+        ("mistral", {"sliding_window": None}, "LlamaForCausalLM"),
+        ("qwen3", {}, "BiasSteerQwen3ForCausalLM"),
+        ("gemma2", {}, "BiasSteerGemma2ForCausalLM"),
     ],
-    ids=["plain", "beta", "checkpointing", "bf16"],
 )
-def test_grpo_trains_the_vectors_and_nothing_else(train, options):
-    trainer = train(peft_config=BiasSteerConfig(), **options)
-    model = trainer.model
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    trainer.train()
+def test_prepared_base_is_the_same_model_under_a_class_that_can_be_steered(model_type, config, architecture, tmp_path):
+    base = make_base(model_type, **config)
+    prepared = prepare_for_vllm(base, tmp_path / "ready")
 
-    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-    assert changed == {name for name in before if ".bias_steer_vector." in name}
-    assert all(vector.dtype == torch.float32 for vector in vectors_of(model))
+    assert json.loads((tmp_path / "ready" / "config.json").read_text())["architectures"] == [architecture]
+    assert prepared.name_or_path == str(tmp_path / "ready")
+    torch.testing.assert_close(logits(prepared), logits(base))
 
 
-def test_reference_adapter_is_a_copy_of_the_trained_one(train, tiny_language_model, set_vectors):
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_language_model), BiasSteerConfig())
-    start = set_vectors(model)
-    trainer = train(model=model, beta=0.1)
-    assert all(torch.equal(ref, s) for ref, s in zip(vectors_of(model, "ref"), start))
-    trainer.train()
-
-    assert all(torch.equal(ref, s) for ref, s in zip(vectors_of(model, "ref"), start))
-    assert not any(torch.equal(vector, s) for vector, s in zip(vectors_of(model), start))
-
-
-def test_vectors_on_a_bfloat16_base_stay_in_float32(train, tiny_language_model):
-    base = AutoModelForCausalLM.from_pretrained(tiny_language_model, dtype=torch.bfloat16)
-    trainer = train(model=base, peft_config=BiasSteerConfig(), bf16=True)
-    trainer.train()
-
-    assert all(vector.dtype == torch.float32 and vector.abs().max() > 0 for vector in vectors_of(trainer.model))
+def test_base_that_vllm_cannot_steer_is_refused_and_nothing_is_written(tmp_path):
+    with pytest.raises(ValueError, match="vLLM cannot hold steering vectors of OlmoeForCausalLM: a router weighs"):
+        prepare_for_vllm(make_base("olmoe", num_experts=4), tmp_path / "ready")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "note").write_text("keep me")
+    with pytest.raises(ValueError, match="must be empty"):
+        prepare_for_vllm(make_base("qwen3"), tmp_path / "full")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["full", "note"]
 
 
-@pytest.mark.parametrize(("callbacks", "dtype"), [((), torch.bfloat16), ([BiasSteerFloat32Callback()], torch.float32)])
-def test_callback_keeps_the_vectors_on_a_quantised_base_in_float32(train, tiny_language_model, callbacks, dtype):
-    base = AutoModelForCausalLM.from_pretrained(
-        tiny_language_model, quantization_config=BitsAndBytesConfig(load_in_8bit=True), dtype=torch.bfloat16
-    )
-    trainer = train(model=base, peft_config=BiasSteerConfig(), callbacks=callbacks, bf16=True)
-    trainer.train()
+class Trainer:
+    is_fsdp_enabled = is_deepspeed_enabled = False
 
-    assert all(vector.dtype == dtype and vector.abs().max() > 0 for vector in vectors_of(trainer.model))
+    def __init__(self, model, sleeps=False):
+        self.vllm_generation = type("Generation", (), {"model": model, "enable_sleep_mode": sleeps})()
 
 
-class StopAfter(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
+def test_only_the_vectors_are_sent(tmp_path):
+    model = get_peft_model(prepare_for_vllm(make_base("llama"), tmp_path / "llama"), BiasSteerConfig())
+    set_steering_vectors(model, {1: torch.ones(32)})
+    trainer = Trainer(model)
+    sync_vectors_only(trainer)
+    biases = dict(trainer.vllm_generation._iter_named_params())
+    assert list(biases) == ["model.layers.0.mlp.down_proj.bias", "model.layers.1.mlp.down_proj.bias"]
+    assert torch.equal(biases["model.layers.1.mlp.down_proj.bias"], torch.ones(32))
+    assert not model.base_model.steering_layers["model.layers.0"].merged
 
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop |= state.global_step == self.step
-
-
-def test_resumed_run_ends_with_the_vectors_of_an_uninterrupted_one(train, tmp_path):
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear"}
-    whole = train(peft_config=BiasSteerConfig(), output_dir=str(tmp_path / "whole"), **options)
-    whole.train()
-    halves = str(tmp_path / "halves")
-    train(peft_config=BiasSteerConfig(), output_dir=halves, callbacks=[StopAfter(2)], **options).train()
-    resumed = train(peft_config=BiasSteerConfig(), output_dir=halves, **options)
-    resumed.train(resume_from_checkpoint=True)
-
-    for vector, expected in zip(vectors_of(resumed.model), vectors_of(whole.model)):
-        assert expected.abs().max() > 0
-        assert torch.equal(vector, expected)
-    weights = load_file(tmp_path / "halves" / "checkpoint-4" / "adapter_model.safetensors")
-    assert len(weights) == 2
+    model = get_peft_model(prepare_for_vllm(make_base("gemma2"), tmp_path / "gemma2"), BiasSteerConfig())
+    set_steering_vectors(model, {1: torch.ones(32)})
+    trainer = Trainer(model)
+    sync_vectors_only(trainer)
+    vectors = dict(trainer.vllm_generation._iter_named_params())
+    assert list(vectors) == ["model.layers.0.steering_vector", "model.layers.1.steering_vector"]
+    assert torch.equal(vectors["model.layers.1.steering_vector"], torch.ones(32))
 
 
-def test_trained_adapter_is_saved_by_the_trainer_and_loaded(train, tiny_language_model, tmp_path):
-    trainer = train(peft_config=BiasSteerConfig())
-    trainer.train()
-    trainer.save_model(str(tmp_path / "saved"))
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_language_model), tmp_path / "saved")
-
-    for vector, expected in zip(vectors_of(loaded), vectors_of(trainer.model)):
-        assert torch.equal(vector, expected)
+def test_engine_that_loses_its_weights_needs_them_all():
+    with pytest.raises(ValueError, match="vllm_enable_sleep_mode=False"):
+        sync_vectors_only(Trainer(None, sleeps=True))
