@@ -297,7 +297,7 @@ def main():
             indices, coefficients, _ = steps[layer][budget - 1]
             if shuffled:
                 indices = torch.randperm(sae.config.d_sae, generator=generator)[:budget].tolist()
-            yield steer(base, sae, layer, indices, coefficients.tolist(), typical_activation=1.0)
+            yield steer(base, sae, layer, indices, strength=coefficients.tolist(), typical_activation=1.0)
 
     for budget in budgets:
         print(f"Answering with {budget} latents in each layer ...", flush=True)
