@@ -203,6 +203,9 @@ def residual_ratios(
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         texts (`Iterable[str]`): Some texts of the kind that the model is meant for.
         adapter_name (`str`, *optional*, defaults to `"default"`): Name of the adapter.
+
+    Raises:
+        ValueError: If there is no text.
     """
     vectors = steering_vectors(model, adapter_name)
     base: Any = model.get_base_model()
@@ -282,6 +285,9 @@ def lens_table(lenses: list[LayerLens], reading: str = "raw", shown: int = 5) ->
         lenses (`list[LayerLens]`): One row each.
         reading (`str`, *optional*, defaults to `"raw"`): `"raw"`, `"cosine"` or `"normed"`.
         shown (`int`, *optional*, defaults to 5): Tokens per cell.
+
+    Raises:
+        ValueError: If there is no such reading.
     """
     if reading not in ("raw", "cosine", "normed"):
         raise ValueError(f"reading must be raw, cosine or normed, got {reading!r}")
@@ -333,6 +339,9 @@ def plot_statistics(statistics: VectorStatistics, path: str | os.PathLike, title
         statistics (`VectorStatistics`): What [`vector_statistics`] returned.
         path (`str` or `os.PathLike`): File to write; its ending (`.png`, `.svg`, `.pdf`) decides the format.
         title (`str`, *optional*): Text above the plot.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure

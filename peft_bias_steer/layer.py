@@ -66,7 +66,12 @@ class BiasSteerLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Multiplies the vector of `adapter` by `scale` in every later forward pass. Not saved with the adapter."""
+        """
+        Multiplies the vector of `adapter` by `scale` in every later forward pass. Not saved with the adapter.
+
+        Raises:
+            ValueError: If the adapter is merged.
+        """
         if adapter in self.merged_adapters:
             raise ValueError(f"adapter {adapter!r} is merged: call unmerge_adapter() before set_scale()")
         if adapter in self.scaling:
@@ -127,6 +132,9 @@ class BiasSteerLayer(nn.Module, BaseTunerLayer):
         Args:
             safe_merge (`bool`, *optional*, defaults to `False`): Refuse vectors that are not finite.
             adapter_names (`list[str]`, *optional*): The adapters to merge; the active ones if unset.
+
+        Raises:
+            ValueError: If the host has no place for a bias, or `safe_merge` meets NaN or infinity.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.bias_steer_vector]
         if not names:

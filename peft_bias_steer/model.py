@@ -142,6 +142,9 @@ class BiasSteerModel(BaseTuner):
             adapters (`list[str]`): Names of the adapters to sum.
             weights (`list[float]`): One factor for each of them.
             adapter_name (`str`): Name of the new adapter. Nothing happens if it exists already, as elsewhere in PEFT.
+
+        Raises:
+            ValueError: If an adapter does not exist, or there is not one weight for each.
         """
         if adapter_name in self.peft_config:
             return

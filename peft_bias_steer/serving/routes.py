@@ -75,6 +75,9 @@ def adapter_routes(adapter: str, base_model: str | None = None) -> list[Route]:
     Args:
         adapter (`str`): Folder or Hub id of the adapter.
         base_model (`str`, *optional*): Folder or Hub id of the base model. By default the one the adapter names.
+
+    Raises:
+        ValueError: If the adapter does not name its base model, or cannot be read.
     """
     vectors = load_vectors(adapter)
     name = base_model or BiasSteerConfig.from_pretrained(adapter).base_model_name_or_path

@@ -218,6 +218,10 @@ def set_steering_scale(llm: "LLM", scale: float) -> None:
     Args:
         llm (`vllm.LLM`): As in [`set_steering_vectors`].
         scale (`float`): The factor.
+
+    Raises:
+        ValueError: If the engine's model has no place for vectors, or the factor is not finite.
+        RuntimeError: If requests are running, as in [`set_steering_vectors`].
     """
     _call_workers(llm, SteeringWorker.set_steering_scale, scale)
     _reset_prefix_cache(llm)
