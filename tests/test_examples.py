@@ -1,6 +1,7 @@
 """What every example script promises: one file, its command in its docstring, declared dependencies, helpful --help."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 
 
 REPOSITORY = Path(__file__).parents[1]
-EXAMPLES = sorted((REPOSITORY / "examples").rglob("*.py"))
+# What several examples import is no example itself.
+SHARED = REPOSITORY / "examples" / "shared"
+EXAMPLES = sorted(path for path in (REPOSITORY / "examples").rglob("*.py") if path.parent != SHARED)
 examples = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(REPOSITORY / "examples")))
 
 
@@ -29,6 +32,12 @@ def test_example_imports_nothing_private(path):
     assert all(node.level == 0 for node in imports), "an example is one file"
     assert not [alias.name for node in imports for alias in node.names if alias.name.startswith("_")]
     assert not [node.module for node in imports if "._" in str(node.module)]
+
+
+def test_readme_has_a_line_for_every_example():
+    named = re.findall(r"^\| `(\S+\.py)` \|", (REPOSITORY / "examples" / "README.md").read_text(), flags=re.MULTILINE)
+
+    assert sorted(named) == [str(path.relative_to(REPOSITORY / "examples")) for path in EXAMPLES]
 
 
 @pytest.mark.slow

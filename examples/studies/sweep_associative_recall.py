@@ -23,12 +23,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
 
-EXAMPLES = Path(__file__).parents[1]
-sys.path += [str(EXAMPLES), str(EXAMPLES / "hf_based_kernel")]
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
+sys.path.append(str(Path(__file__).parents[1] / "hf_based_kernel"))
 import train_associative_recall as example
 from interrupts import last_checkpoint
 
@@ -166,8 +167,8 @@ def make_model(arguments):
     """The paper's recall models, or transformers' Mamba2 of about their size."""
     if arguments.kernel != "mamba2":
         return example.make_model(arguments, **KERNELS[arguments.kernel])
-    return Mamba2ForCausalLM(
-        Mamba2Config(
+    try:
+        config = Mamba2Config(
             vocab_size=arguments.vocab_size,
             hidden_size=arguments.hidden_size,
             num_hidden_layers=2,
@@ -179,7 +180,9 @@ def make_model(arguments):
             tie_word_embeddings=True,
             use_cache=False,
         )
-    )
+    except (StrictDataclassError, ValueError) as error:
+        raise SystemExit(f"the model's sizes do not fit together: {error.__cause__ or error}") from None
+    return Mamba2ForCausalLM(config)
 
 
 def settings(run):

@@ -12,7 +12,7 @@ from hf_based_kernel import RebasedConfig, RebasedForCausalLM
 from hf_based_kernel.associative_recall import make_recall_dataset
 
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "hf_based_kernel" / "inspect_kernel.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "studies" / "inspect_kernel.py"
 SCRIPT_NAMES = runpy.run_path(str(SCRIPT))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "hf_based_kernel" / "plot_associative_recall.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "studies" / "plot_associative_recall.py"
 
 
 def run_line(kernel, seed, accuracy, learning_rate=1e-3, hidden_size=32, seq_len=64):

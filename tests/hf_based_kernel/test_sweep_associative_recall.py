@@ -1,0 +1,154 @@
+"""The sweep of the recall example, on a task that is small enough for a test."""
+
+import json
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "studies" / "sweep_associative_recall.py"
+SMALL = [
+    "--seq_len",
+    "8",
+    "--num_pairs",
+    "2",
+    "--vocab_size",
+    "12",
+    "--hidden_size",
+    "16",
+    "--num_attention_heads",
+    "2",
+    "--feature_dim",
+    "4",
+    "--batch_size",
+    "64",
+    "--eval_examples",
+    "100",
+]
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def results(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kernel", ["gamma_x2", "mamba2"])
+def test_run_leaves_a_line_and_a_model(monkeypatch, tmp_path, kernel):
+    run(monkeypatch, *SMALL, "--kernel", kernel, "--max_steps", 3, "--output_dir", tmp_path)
+
+    (result,) = results(tmp_path)
+    assert (result["max_steps"], result["kernel"], result["fillers"]) == (3, kernel, "random")
+    assert [step for step, _ in result["curve"]] == [1, 2, 3]
+    assert 0 <= result["accuracy_before"] < 0.5
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() == result["parameters"]
+
+
+def test_interrupted_sweep_goes_on_from_its_checkpoint(monkeypatch, tmp_path, capsys):
+    training_step = Trainer.training_step
+
+    def interrupted_step(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        return training_step(*args, **kwargs)
+
+    sweep = [*SMALL, "--seed", 0, 1, "--max_steps", 3, "--output_dir", tmp_path]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", interrupted_step)
+        run(patch, *sweep)
+    assert "Stopped at step 1 of 3" in capsys.readouterr().out
+    assert not (tmp_path / "results.jsonl").exists()
+    run(monkeypatch, *sweep)
+    assert [row["resumed"] for row in results(tmp_path)] == [True, False]
+
+
+def test_sweep_is_one_line_per_run_and_goes_on_where_it_was_cut_off(monkeypatch, tmp_path):
+    grid = [
+        "--kernel",
+        "rebased",
+        "taylor",
+        "--seed",
+        0,
+        1,
+        "--max_steps",
+        4,
+        "--save_steps",
+        2,
+        "--output_dir",
+        tmp_path,
+    ]
+    runs, trained = [], Trainer.train
+
+    def counted(trainer, resume_from_checkpoint=None):
+        runs.append(resume_from_checkpoint)
+        if len(runs) == 3:
+            trainer.add_callback(CutOff())
+        return trained(trainer, resume_from_checkpoint=resume_from_checkpoint)
+
+    monkeypatch.setattr(Trainer, "train", counted)
+    with pytest.raises(BrokenPipeError):
+        run(monkeypatch, *SMALL, *grid)
+    assert [(row["seed"], row["kernel"]) for row in results(tmp_path)] == [(0, "rebased"), (0, "taylor")]
+    run(monkeypatch, *SMALL, *grid)
+
+    rows = results(tmp_path)
+    assert [(row["seed"], row["kernel"]) for row in rows] == [(s, k) for s in (0, 1) for k in ("rebased", "taylor")]
+    assert [row["resumed"] for row in rows] == [False, False, True, False]
+    assert [Path(runs[3]).name, runs[4], len(runs)] == ["checkpoint-2", None, 5]
+
+
+class CutOff(TrainerCallback):
+    """As if the power failed after step 3."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise BrokenPipeError
+
+
+@pytest.mark.slow
+def test_sweep_in_two_processes_gives_what_one_gives(monkeypatch, tmp_path):
+    grid = [*SMALL, "--seed", 0, 1, "--max_steps", 3]
+    run(monkeypatch, *grid, "--output_dir", tmp_path / "one")
+    command = [sys.executable, SCRIPT, *grid, "--jobs", 2, "--output_dir", tmp_path / "two"]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+
+    one, two = (sorted(results(tmp_path / name), key=lambda row: row["seed"]) for name in ("one", "two"))
+    assert [row["curve"] for row in one] == [row["curve"] for row in two]
+
+
+def test_presets_are_the_grids_that_they_are_called_after(monkeypatch):
+    def runs(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+        return runpy.run_path(str(SCRIPT))["parse_arguments"]()
+
+    paper = runs("--preset", "paper", "--seed", "7")
+    assert len(paper) == 4 * (4 * 4 * 5 + 6 * 4 * 2)
+    assert {(run.seq_len, run.num_pairs) for run in paper} == {
+        (128, 16), (256, 64), (512, 128), (1024, 256), (2048, 512), (256, 32), (2048, 32)
+    }  # fmt: skip
+    minutes = runs("--preset", "minutes")
+    assert {(run.seq_len, run.vocab_size, run.max_steps) for run in minutes} == {(64, 1024, 1600), (32, 256, 1500)}
+    assert {run.seed for run in minutes} == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num_attention_heads", "64"], "the model's sizes do not fit together"),
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--seq_len", "8", "16"], "--num_pairs must give one number for each --seq_len, got 1 for 2"),
+    ],
+)
+def test_bad_input_is_one_clear_sentence(monkeypatch, tmp_path, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *SMALL, "--max_steps", "2", *arguments)
+    assert message in capsys.readouterr().err + str(stopped.value)
