@@ -1,11 +1,18 @@
 """ReBased model configuration."""
 
+import math
+import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 
+AUTO_CLASSES = {
+    "AutoModel": "RebasedModel",
+    "AutoModelForCausalLM": "RebasedForCausalLM",
+    "AutoModelForSequenceClassification": "RebasedForSequenceClassification",
+}
 LAYER_TYPES = ("conv", "linear_attention", "sliding_attention")
 
 
@@ -92,13 +99,20 @@ class RebasedConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             self.intermediate_size = 2 * self.hidden_size
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
         if self.layer_types is None:
             self.layer_types = [LAYER_TYPES[i % 2] for i in range(self.num_hidden_layers)]
         for switch in ("use_qk_norm", "use_gamma", "use_beta"):
             if getattr(self, switch) is None:
                 setattr(self, switch, self.kernel == "rebased")
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """[`PreTrainedConfig.save_pretrained`]; remote code names every class that can start from the weights beside it."""
+        if getattr(self, "auto_map", None):
+            for auto_class, name in AUTO_CLASSES.items():
+                self.auto_map.setdefault(auto_class, f"modeling_rebased.{name}")
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def validate_layer_type(self) -> None:
         """`validate_architecture` looks at the layer types; transformers before 5.23 would rename "conv" here."""
@@ -130,12 +144,16 @@ class RebasedConfig(PreTrainedConfig):
             "feature_dim": 1,
             "head_dim": 1,
             "conv_kernel_size": 2,
-            "sliding_window": 1,
+            # A window of one token attends to nothing but itself.
+            "sliding_window": 2,
             "max_position_embeddings": 1,
         }
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
+        for name in ("attention_eps", "norm_eps", "initializer_range"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number that is not negative, got {getattr(self, name)}")
 
 
 __all__ = ["RebasedConfig"]

@@ -1,5 +1,6 @@
 """ReBased: a causal language model of short convolutions and linear attention with a learnable quadratic kernel."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, LinearAttentionLayer
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.masking_utils import create_recurrent_attention_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -28,15 +29,28 @@ class RebasedStateLayer(LinearAttentionLayer):
 
     is_croppable = False
 
+    # A state is a new tensor at each call: keeping it costs nothing, copying it into a fixed one would.
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: Any
     ) -> torch.Tensor:
-        # The state is a new tensor at each call: keeping it costs nothing, copying it into a fixed one would.
-        self.recurrent_states[state_idx] = recurrent_states
         self.is_recurrent_states_initialized[state_idx] = True
+        return self._keep(self.recurrent_states, recurrent_states, state_idx)
+
+    def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
+        self.is_conv_states_initialized[state_idx] = True
+        return self._keep(self.conv_states, conv_states, state_idx)
+
+    def _keep(self, states: dict[int, torch.Tensor | None], new: torch.Tensor, state_idx: int) -> torch.Tensor:
+        states[state_idx] = new
         self.has_previous_state[state_idx] = True
-        self.dtype, self.device = recurrent_states.dtype, recurrent_states.device
-        return recurrent_states
+        self.dtype, self.device = new.dtype, new.device
+        return new
+
+    def fork(self) -> "RebasedStateLayer":
+        """A layer with the same tensors, which goes on by itself."""
+        other = copy.copy(self)
+        other.__dict__.update({name: dict(x) for name, x in self.__dict__.items() if isinstance(x, dict)})
+        return other
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map_states(lambda state: state.repeat_interleave(repeats, dim=0))
@@ -44,11 +58,33 @@ class RebasedStateLayer(LinearAttentionLayer):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._map_states(lambda state: state[indices])
 
+    def forget_rows(self, rows: torch.Tensor) -> None:
+        """rows: (batch), `True` where the state is that of no token."""
+        self._map_states(lambda state: state.masked_fill(rows.view(-1, *[1] * (state.dim() - 1)), 0))
+
+    def detach(self) -> None:
+        self._map_states(torch.Tensor.detach)
+
     def _map_states(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for states in (self.conv_states, self.recurrent_states):
             for index, state in states.items():
                 if state is not None:
                     states[index] = function(state)
+
+
+class RebasedWindowLayer(DynamicSlidingWindowLayer):
+    """The cached keys and values of softmax attention over a window."""
+
+    def fork(self) -> "RebasedWindowLayer":
+        """A layer with the same tensors, which goes on by itself."""
+        return copy.copy(self)
+
+    def forget_rows(self, rows: torch.Tensor) -> None:
+        """Nothing: the mask of a row hides what came before its sequence."""
+
+    def detach(self) -> None:
+        if self.is_initialized:
+            self.keys, self.values = self.keys.detach(), self.values.detach()
 
 
 class RebasedCache(Cache):
@@ -64,13 +100,55 @@ class RebasedCache(Cache):
     def __init__(self, config: RebasedConfig):
         super().__init__(
             layers=[
-                DynamicSlidingWindowLayer(config.sliding_window)
-                if layer_type == "sliding_attention"
-                else RebasedStateLayer()
+                RebasedWindowLayer(config.sliding_window) if layer_type == "sliding_attention" else RebasedStateLayer()
                 for layer_type in config.layer_types
             ]
         )
         self.seen_tokens = 0
+        # Of the sequence that each row is in, the number of its first token, and of the tokens seen, which are padding:
+        # (batch) and (batch, tokens), or None where all is one sequence and no padding.
+        self.first_tokens = None
+        self.attention_mask = None
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows of the tokens seen, or `None` before the first."""
+        for layer in self.layers:
+            states = (
+                [layer.keys] if isinstance(layer, RebasedWindowLayer) else layer.conv_states | layer.recurrent_states
+            )
+            for state in states.values() if isinstance(states, dict) else states:
+                if state is not None:
+                    return state.shape[0]
+        return None
+
+    def fork(self) -> "RebasedCache":
+        """A cache after the same tokens that goes on by itself; tensors are shared, as none is written in place."""
+        other = copy.copy(self)
+        other.layers = [layer.fork() for layer in self.layers]
+        return other
+
+    def detach(self) -> "RebasedCache":
+        """Cut the graph here, for truncated backpropagation through time; returns the cache itself."""
+        for layer in self.layers:
+            layer.detach()
+        return self
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._select_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select_rows(lambda x: x.repeat_interleave(repeats, dim=0))
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._select_rows(lambda x: x[indices])
+        super().batch_select_indices(indices)
+
+    def _select_rows(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.first_tokens = None if self.first_tokens is None else select(self.first_tokens)
+        self.attention_mask = None if self.attention_mask is None else select(self.attention_mask)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of tokens seen, padding included."""
@@ -90,7 +168,7 @@ class RebasedCache(Cache):
     def reset(self) -> None:
         """Forget every token."""
         super().reset()
-        self.seen_tokens = 0
+        self.seen_tokens, self.first_tokens, self.attention_mask = 0, None, None
 
     def crop(self, tokens_to_remove: int) -> None:
         raise ValueError(
@@ -213,11 +291,14 @@ class RebasedCausalConv(nn.Module):
         seq_len, past_len = x.shape[1], self.weight.shape[0] - 1
         past = None if past_key_values is None else past_key_values.get_conv_state(self.layer_idx)
         extended = F.pad(x, (0, 0, past_len, 0)) if past is None else torch.cat([past.mT, x], dim=1)
-        if past_key_values is not None:
-            past_key_values.update_conv_state(x.mT, self.layer_idx, conv_kernel_size=past_len)
         if segment_ids is not None:
             # What was cached belongs to the segment of the first token.
             extended_ids = torch.cat([segment_ids[:, :1].expand(-1, past_len), segment_ids], dim=1)
+        if past_key_values is not None:
+            kept = extended[:, seq_len:]
+            if segment_ids is not None:
+                kept = kept.masked_fill((extended_ids[:, seq_len:] != segment_ids[:, -1:])[..., None], 0)
+            past_key_values.update_conv_state(kept.mT, self.layer_idx)
         out: Any = 0 if self.bias is None else self.bias
         for tap in range(past_len + 1):
             term = extended[:, tap : tap + seq_len] * self.weight[tap]
@@ -484,8 +565,10 @@ class RebasedModel(RebasedPreTrainedModel):
         Args:
             attention_mask (`torch.Tensor`, *optional*): 0 for padding, on either side.
             position_ids (`torch.LongTensor`, *optional*): Every 0 at a token that is not padding starts a new sequence, as
-                transformers' collators pack several into one row.
-            past_key_values (`RebasedCache`, *optional*): State of the tokens before these; updated in place.
+                transformers' collators pack several into one row, after a cache too. Their other marks, `cu_seq_lens_q`,
+                `cu_seqlens` and `seq_idx`, are followed as well where there is no cache.
+            past_key_values (`RebasedCache`, *optional*): State of the tokens before these; updated in place, unless the pass
+                fails.
             use_cache (`bool`, *optional*): Return the state. Defaults to `config.use_cache`, and to `False` in training.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -494,83 +577,187 @@ class RebasedModel(RebasedPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if past_key_values is None and use_cache and not self.training:
             past_key_values = RebasedCache(self.config)
-        seen_tokens = self._check_past(past_key_values, attention_mask, inputs_embeds)
-        local_mask = create_recurrent_attention_mask(self.config, inputs_embeds, attention_mask)
-        segment_ids = _segment_ids(position_ids, local_mask)
-        if position_ids is None:
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen_tokens
+        seen_tokens = self._check_past(past_key_values, inputs_embeds)
+        local_mask, attention_mask = self._masks(attention_mask, past_key_values, inputs_embeds)
+        starts = _sequence_starts(position_ids, local_mask, inputs_embeds, seen_tokens, kwargs)
+        segment_ids = None if starts is None else starts.cumsum(-1)
+        first_tokens = _first_tokens(starts, past_key_values)
+        # What a pass that fails leaves behind is the cache as it was.
+        cache = None if past_key_values is None else past_key_values.fork()
+        if starts is not None and seen_tokens:
+            for layer in cache.layers:
+                layer.forget_rows(starts[:, 0])
 
         hidden_states = inputs_embeds
         if self.config.use_position_embeddings:
-            hidden_states = hidden_states + self.embed_positions(position_ids)
+            if position_ids is None:
+                position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen_tokens
+                position_ids = position_ids if first_tokens is None else position_ids - first_tokens
+            hidden_states = hidden_states + self.embed_positions(self._check_positions(position_ids))
         sliding_mask = None
         if any(layer.layer_type == "sliding_attention" for layer in self.layers):
             sliding_mask = create_sliding_window_causal_mask(
                 self.config,
                 inputs_embeds,
                 attention_mask,
-                past_key_values,
-                and_mask_function=_same_segment(segment_ids, seen_tokens),
+                cache,
+                and_mask_function=_from_first_token_on(first_tokens, seen_tokens),
             )
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
                 attention_mask=sliding_mask if layer.layer_type == "sliding_attention" else local_mask,
                 segment_ids=segment_ids,
-                past_key_values=past_key_values,
+                past_key_values=cache,
                 **kwargs,
             )
+        last_hidden_state = self.norm(hidden_states)
         if past_key_values is not None:
+            past_key_values.layers = cache.layers
             past_key_values.seen_tokens += inputs_embeds.shape[1]
+            past_key_values.first_tokens = None if first_tokens is None else first_tokens[:, -1]
+            past_key_values.attention_mask = attention_mask
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+            last_hidden_state=last_hidden_state, past_key_values=past_key_values if use_cache else None
         )
 
-    def _check_past(
-        self, past_key_values: RebasedCache | None, attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor
-    ) -> int:
-        """Number of tokens in the cache, which must be this model's own, fit the mask and leave positions for the input."""
-        if past_key_values is not None and not isinstance(past_key_values, RebasedCache):
+    def _check_past(self, past_key_values: RebasedCache | None, inputs_embeds: torch.Tensor) -> int:
+        """Number of tokens in the cache. Raises `ValueError` for one that is foreign, or cannot be used here."""
+        if past_key_values is None:
+            return 0
+        if not isinstance(past_key_values, RebasedCache):
             raise ValueError(
                 f"past_key_values must be a RebasedCache, got {type(past_key_values).__name__}; leave it out or make "
                 "one with RebasedCache(model.config)"
             )
-        seen_tokens = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if self.gradient_checkpointing and self.training:
+            raise ValueError(
+                "gradient checkpointing runs layers twice and so cannot be used with past_key_values; leave out the cache "
+                "or call model.gradient_checkpointing_disable()"
+            )
+        if past_key_values.batch_size not in (None, inputs_embeds.shape[0]):
+            raise ValueError(
+                f"past_key_values holds {past_key_values.batch_size} sequences, the inputs {inputs_embeds.shape[0]}; they "
+                "must be as many"
+            )
+        return past_key_values.get_seq_length()
+
+    def _masks(
+        self, attention_mask: torch.Tensor | None, past_key_values: RebasedCache | None, inputs_embeds: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Masks of these tokens, (batch, seq), and of all, (batch, past + seq); `None` where there is no padding."""
         batch_size, seq_len = inputs_embeds.shape[:2]
-        if attention_mask is not None and (
-            attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < seq_len
-        ):
+        past = None if past_key_values is None else past_key_values.attention_mask
+        seen_tokens = 0 if past_key_values is None else past_key_values.seen_tokens
+        if attention_mask is None:
+            if past is None:
+                return None, None
+            attention_mask = past.new_ones(batch_size, seq_len)
+        expected = {(batch_size, seq_len), (batch_size, seen_tokens + seq_len)}
+        if not isinstance(attention_mask, torch.Tensor) or tuple(attention_mask.shape) not in expected:
+            given = getattr(attention_mask, "shape", None)
             raise ValueError(
                 f"attention_mask must have the shape (batch, past + seq) = ({batch_size}, {seen_tokens + seq_len}) or "
-                f"(batch, seq) = ({batch_size}, {seq_len}), got {tuple(attention_mask.shape)}"
+                f"(batch, seq) = ({batch_size}, {seq_len}), got {type(attention_mask).__name__ if given is None else tuple(given)}"
             )
-        if self.config.use_position_embeddings and seen_tokens + seq_len > self.config.max_position_embeddings:
+        whole = attention_mask.bool()
+        if whole.shape[1] == seq_len and seen_tokens:
+            past = whole.new_ones(batch_size, seen_tokens) if past is None else past
+            whole = torch.cat([past, whole], dim=1)
+        local = whole[:, -seq_len:]
+        # Reading the answer would stop a traced graph, and following the mask is right anyway.
+        if not torch.compiler.is_compiling() and bool(whole.all()):
+            return None, None
+        return local, whole
+
+    def _check_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
+        most = self.config.max_position_embeddings
+        if not torch.compiler.is_compiling() and int(position_ids.max()) >= most:
             raise ValueError(
-                f"The model has learned positions for max_position_embeddings={self.config.max_position_embeddings} tokens, "
-                f"got {seen_tokens + seq_len}; shorten the input"
+                f"The model has learned positions for max_position_embeddings={most} tokens, got "
+                f"{int(position_ids.max()) + 1}; shorten the input"
             )
-        return seen_tokens
+        return position_ids
 
 
-def _segment_ids(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """position_ids, attention_mask: (batch, seq) -> (batch, seq), or None if no sequence starts after the first token."""
-    if position_ids is None or position_ids.shape[1] == 1:
+def _sequence_starts(
+    position_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    inputs_embeds: torch.Tensor,
+    seen_tokens: int,
+    marks: dict[str, Any],
+) -> torch.Tensor | None:
+    """
+    (batch, seq): whether a sequence starts at this token, by any of transformers' marks; `None` if none does.
+
+    `marks` are the keyword arguments of a pass; those that mark sequences are taken out of it.
+    """
+    batch_size, seq_len = inputs_embeds.shape[:2]
+    starts = torch.zeros(batch_size, seq_len, dtype=torch.bool, device=inputs_embeds.device)
+    found = False
+    if position_ids is not None:
+        if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch_size) or position_ids.shape[1] != seq_len:
+            raise ValueError(
+                f"position_ids must have the shape (batch, seq) = ({batch_size}, {seq_len}), got {tuple(position_ids.shape)}"
+            )
+        zero = position_ids == 0
+        starts |= zero if attention_mask is None else zero & attention_mask
+        found = True
+    bounds = [marks.pop(name, None) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")]
+    bounds = [x for x in bounds if x is not None]
+    seq_idx = marks.pop("seq_idx", None)
+    for name in ("max_length_q", "max_length_k"):
+        marks.pop(name, None)
+    if (bounds or seq_idx is not None) and seen_tokens:
+        raise ValueError(
+            "cu_seq_lens_q, cu_seqlens and seq_idx do not say whether the first token goes on with what is in the cache; "
+            "mark sequences by position_ids after a cache"
+        )
+    if bounds:
+        if batch_size != 1 or any(x.dim() != 1 or not torch.equal(x, bounds[0]) for x in bounds):
+            raise ValueError(
+                "cu_seq_lens_q, cu_seq_lens_k and cu_seqlens must be equal, one-dimensional, and mark a single packed row, "
+                f"got shapes {[tuple(x.shape) for x in bounds]} for a batch of {batch_size}"
+            )
+        if int(bounds[0][0]) != 0 or int(bounds[0][-1]) != seq_len or bool((bounds[0].diff() < 0).any()):
+            raise ValueError(
+                f"cu_seq_lens_q must rise from 0 to the number of tokens, {seq_len}, got {bounds[0].tolist()[:8]} …"
+            )
+        starts[0, bounds[0][:-1][bounds[0].diff() > 0].long()] = True
+        found = True
+    if seq_idx is not None:
+        if tuple(seq_idx.shape) != (batch_size, seq_len):
+            raise ValueError(
+                f"seq_idx must have the shape (batch, seq) = ({batch_size}, {seq_len}), got {tuple(seq_idx.shape)}"
+            )
+        starts[:, 1:] |= seq_idx.diff(dim=1) != 0
+        found = True
+    if not found:
         return None
-    starts = position_ids == 0
-    if attention_mask is not None:
-        starts = starts & attention_mask.bool()
-    # Reading the answer would stop a traced graph, and following the segments is right anyway.
-    if not torch.compiler.is_compiling() and not bool(starts[:, 1:].any()):
+    # Before the first token of all there is nothing to leave behind.
+    starts[:, 0] &= seen_tokens > 0
+    if not torch.compiler.is_compiling() and not bool(starts.any()):
         return None
-    return starts.cumsum(-1)
+    return starts
 
 
-def _same_segment(segment_ids: torch.Tensor | None, seen_tokens: int) -> Callable[..., torch.Tensor] | None:
-    """Mask function over absolute positions; what was seen before belongs to the segment of the first token."""
-    if segment_ids is None:
+def _first_tokens(starts: torch.Tensor | None, past_key_values: RebasedCache | None) -> torch.Tensor | None:
+    """(batch, seq): number, counted from the first token of the cache, of the first token of each token's sequence."""
+    before = None if past_key_values is None else past_key_values.first_tokens
+    if starts is None:
+        return None if before is None else before[:, None]
+    seen_tokens = 0 if past_key_values is None else past_key_values.seen_tokens
+    number = torch.arange(starts.shape[1], device=starts.device) + seen_tokens
+    first = torch.where(starts, number, 0).cummax(dim=1).values
+    return first if before is None else torch.maximum(first, before[:, None])
+
+
+def _from_first_token_on(first_tokens: torch.Tensor | None, seen_tokens: int) -> Callable | None:
+    """Mask function over absolute positions: a query sees no key before the first token of its sequence."""
+    if first_tokens is None:
         return None
-    absolute_ids = torch.cat([segment_ids[:, :1].expand(-1, seen_tokens), segment_ids], dim=1)
-    return lambda batch, head, query, key: absolute_ids[batch, query] == absolute_ids[batch, key]
+    last = first_tokens.shape[1] - 1
+    return lambda batch, head, query, key: key >= first_tokens[batch, (query - seen_tokens).clamp(max=last)]
 
 
 class RebasedForCausalLM(RebasedPreTrainedModel, GenerationMixin):
