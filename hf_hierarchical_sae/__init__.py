@@ -13,7 +13,7 @@ from .evaluation import (
     explained_variance,
     plot_evaluations,
 )
-from .hierarchical_topk_loss import hierarchical_topk_loss
+from .hierarchical_topk import hierarchical_topk_loss
 from .interop import load_saelens, load_sparsify, save_saelens, save_sparsify
 from .interventions import ablate, record_statistics, splice, steer
 from .judge_scores import JudgeScore, detection_scores, explain_latents, fuzzing_scores

@@ -15,7 +15,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
-from .hierarchical_topk_loss import budget_errors, normalized_weights
+from .hierarchical_topk import budget_errors, normalized_weights
 from .sparse_latents import SparseEncoder, TangentGradient, pre_activations, strongest_latents, weighted_rows
 
 

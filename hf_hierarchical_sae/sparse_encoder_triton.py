@@ -20,7 +20,7 @@ try:
 except ImportError as error:
     raise ImportError("the GPU form of the sparse encoder needs triton: pip install triton") from error
 
-from .hierarchical_topk_loss_triton import TILE, group_by_latent, launch
+from .hierarchical_topk_triton import TILE, group_by_latent, launch
 
 
 NAMESPACE = re.sub(r"\W", "_", __name__)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .hierarchical_topk_loss import suits_numba, suits_triton
+from .hierarchical_topk import suits_numba, suits_triton
 from .large_pages import empty_in_large_pages
 
 
@@ -139,7 +139,7 @@ def encoder_gradient(
     centered = scaled - b_dec
     grad_weight = empty_in_large_pages(*encoder_weight.shape, dtype=scaled.dtype, device=scaled.device).zero_()
     if suits_numba(grad, centered, grad_weight) and indices.numel():
-        from .hierarchical_topk_loss_numba import add_rows_numba
+        from .hierarchical_topk_numba import add_rows_numba
 
         add_rows_numba(indices, grad, centered, grad_weight)
     else:

@@ -8,7 +8,7 @@ The HierarchicalTopK loss and all its gradients on a GPU, in every form, beside 
 
 The forms of one k and dtype run in turn, several rounds over; times are medians, ratios are to the fastest plain TopK
 of that k and dtype. Memory is the peak above the inputs. The floor of a form is the bytes it has to move through
-device memory (as the docstring of `hierarchical_topk_loss_triton.py` counts them) over the bandwidth at which this
+device memory (as the docstring of `hierarchical_topk_triton.py` counts them) over the bandwidth at which this
 GPU copies a tensor. The table is written again after every group of forms; what has to be compiled first comes last
 and within `--compile_seconds`. `--dry_run` runs all of it at tiny sizes on a CPU, kernels interpreted. Without a GPU,
 `--bandwidth 3.35` lists the floors for a card with that many TB/s (here an H100) and no times.
@@ -30,7 +30,7 @@ if "--dry_run" in sys.argv:
 import torch  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from hf_hierarchical_sae.hierarchical_topk_loss import (  # noqa: E402
+from hf_hierarchical_sae.hierarchical_topk import (  # noqa: E402
     hierarchical_topk_loss,
     hierarchical_topk_loss_reference,
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "hf_hierarchical_sae" / "compare_objectives.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "studies" / "compare_objectives.py"
 TINY = {
     "learning_rate": 1e-2,
     "steps": 6,

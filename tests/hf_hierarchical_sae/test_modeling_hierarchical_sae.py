@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, explained_variance
-from hf_hierarchical_sae.hierarchical_topk_loss import hierarchical_topk_loss_reference
+from hf_hierarchical_sae.hierarchical_topk import hierarchical_topk_loss_reference
 from hf_hierarchical_sae.modeling_hierarchical_sae import geometric_median
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, LatentActivations
 
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "hf_hierarchical_sae" / "score_latents.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "studies" / "score_latents.py"
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@
 Score single latents of sparse autoencoders against labelled text, at every budget: speakers of Shakespeare's plays,
 the themes of a folder of texts, the supersenses of WordNet; and with a local language model as judge.
 
-    python examples/hf_hierarchical_sae/score_latents.py --sae outputs/sae
+    python examples/studies/score_latents.py --sae outputs/sae
 
 Several autoencoders of one layer are compared, after `compare_objectives.py` for instance:
 
-    python examples/hf_hierarchical_sae/score_latents.py --sae outputs/compare_minutes/{HierarchicalTopK,TopK-*}/seed0 \
+    python examples/studies/score_latents.py --sae outputs/compare_minutes/{HierarchicalTopK,TopK-*}/seed0 \
         --wordnet /usr/share/wordnet --themes /usr/share/games/fortunes --judge outputs/SmolLM2-135M-Instruct
 
 `--themes` takes a folder of files in the format of fortune(6), one per label: texts between lines of `%` (Debian:

@@ -6,7 +6,7 @@ Train one sparse autoencoder per objective on the same activations, with the sam
 sparsity budget: HierarchicalTopK (all budgets, and powers of two only), TopK and BatchTopK for each budget, Matryoshka;
 with the first seed also inside the language model, on text that was not harvested.
 
-    accelerate launch examples/hf_hierarchical_sae/compare_objectives.py --preset minutes
+    accelerate launch examples/studies/compare_objectives.py --preset minutes
 
 `minutes` reads SmolLM2-135M layer 9; `paper` has the sizes of arXiv 2505.24473 (Gemma-2-2B layer 12, 65,536 latents;
 50M tokens, not its 1B) and is for a GPU with 250 GB of disk; `synthetic` plants known features and needs no language

@@ -1,14 +1,11 @@
 """The loss: the reference against a hand-written loop, every other form against the reference."""
 
-import importlib.util
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_hierarchical_sae import hierarchical_topk_loss_numba
-from hf_hierarchical_sae.hierarchical_topk_loss import (
+from hf_hierarchical_sae.hierarchical_topk import (
     budget_errors,
     hierarchical_topk_loss,
     hierarchical_topk_loss_reference,
@@ -159,52 +156,11 @@ def test_numba_form_equals_the_reference_at_any_size(data):
     assert_equal_to_reference(inputs, budgets=budgets, **FORMS["numba"])
 
 
-@pytest.mark.parametrize("threads", [2, 3, 7])
-def test_numba_form_is_the_same_with_more_threads(threads):
-    inputs = make_inputs(9, 5, 20, 50, dtype=torch.float32)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        assert_equal_to_reference(inputs, **FORMS["numba"])
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_numba_reconstruction_is_differentiable_like_that_of_torch():
-    indices, *tensors = make_inputs(9, 5, 20, 50, dtype=torch.float32)
-    gradients = {}
-    for backend in ("torch", "numba"):
-        errors, reconstruction = budget_errors(indices, *tensors, budgets=(2, 5), backend=backend)
-        gradients[backend] = torch.autograd.grad(errors.sum() + reconstruction.sin().sum(), tensors)
-
-    for gradient, expected in zip(gradients["numba"], gradients["torch"]):
-        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_numba_takes_float32_only_and_checks_what_it_addresses():
-    with pytest.raises(ValueError, match="backend='numba' needs float32 on cpu, got torch.float64"):
-        hierarchical_topk_loss(*make_inputs(3, 4, 6, 2), backend="numba")
-    indices, *tensors = make_inputs(3, 4, 6, 2, dtype=torch.float32)
-    with pytest.raises(IndexError, match=r"\[0, d_sae=6\), got -1 to"):
-        hierarchical_topk_loss(indices.index_fill(0, torch.tensor([0]), -1), *tensors, backend="numba")
-
-
 @pytest.mark.parametrize("dtype, form", [(torch.float32, "Numba"), (torch.float64, "_HierarchicalTopKBackward")])
 def test_auto_takes_numba_for_float32_on_cpu(dtype, form):
     errors, _ = budget_errors(*make_inputs(3, 4, 6, 2, dtype=dtype), budgets=(4,))
 
     assert form in type(errors.grad_fn).__name__
-
-
-def test_without_numba_the_torch_form_runs_and_an_explicit_request_is_refused(monkeypatch):
-    inputs = make_inputs(3, 4, 6, 2, dtype=torch.float32)
-    expected = hierarchical_topk_loss(*inputs, backend="torch")
-    monkeypatch.setattr(hierarchical_topk_loss_numba, "njit", None)
-    with pytest.raises(ImportError, match="pip install numba"):
-        hierarchical_topk_loss(*inputs, backend="numba")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
-
-    assert torch.equal(hierarchical_topk_loss(*inputs), expected)
 
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])

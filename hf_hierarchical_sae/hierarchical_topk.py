@@ -108,11 +108,11 @@ def budget_errors(
     if backend not in ("auto", "torch", "triton", "numba"):
         raise ValueError(f"backend must be 'auto', 'torch', 'triton' or 'numba', got {backend!r}")
     if backend == "triton" or (backend == "auto" and suits_triton(W_dec)):
-        from .hierarchical_topk_loss_triton import budget_errors_triton
+        from .hierarchical_topk_triton import budget_errors_triton
 
         return budget_errors_triton(top_indices, top_values, W_dec, b_dec, target, budgets=budgets)
     if backend == "numba" or (backend == "auto" and suits_numba(top_values, W_dec, b_dec, target)):
-        from .hierarchical_topk_loss_numba import budget_errors_numba
+        from .hierarchical_topk_numba import budget_errors_numba
 
         return budget_errors_numba(top_indices, top_values, W_dec, b_dec, target, budgets=budgets)
     return _HierarchicalTopK.apply(top_indices, top_values, W_dec, b_dec, target, tuple(budgets))

@@ -3,7 +3,7 @@
 # ///
 """Time and memory of the loss and of a whole training step on CPU, beside other libraries, one thread.
 
-    accelerate launch --cpu examples/hf_hierarchical_sae/benchmark_training.py --output_dir outputs/sae_benchmark
+    accelerate launch --cpu examples/benchmarks/sae_training.py --output_dir outputs/sae_benchmark
 
 Contestants take turns within each round; a number is the median CPU time over rounds. Memory is the growth of the
 peak resident set of a fresh process in which only that contestant runs. A library that is not installed is left out.
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, hierarchical_topk_loss
-from hf_hierarchical_sae.hierarchical_topk_loss import hierarchical_topk_loss_reference
+from hf_hierarchical_sae.hierarchical_topk import hierarchical_topk_loss_reference
 from hf_hierarchical_sae.sparse_latents import topk_of_rows
 
 
@@ -284,9 +284,9 @@ def main():
         ]
         numbers[label] = {"size": size, "losses": losses, "steps": steps, "memory": memory, "stages": shares}
         print("\n\n".join(text[-4:]), flush=True)
-    (output / "benchmark_training.md").write_text("\n\n".join(text) + "\n")
-    (output / "benchmark_training.json").write_text(json.dumps(numbers, indent=2) + "\n")
-    print(f"\nTables and numbers: {output}/benchmark_training.md, .json")
+    (output / "sae_training.md").write_text("\n\n".join(text) + "\n")
+    (output / "sae_training.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    print(f"\nTables and numbers: {output}/sae_training.md, .json")
 
 
 if __name__ == "__main__":
