@@ -13,6 +13,9 @@ REPOSITORY = Path(__file__).parents[1]
 # What several examples import is no example itself.
 SHARED = REPOSITORY / "examples" / "shared"
 EXAMPLES = sorted(path for path in (REPOSITORY / "examples").rglob("*.py") if path.parent != SHARED)
+PACKAGES = ["peft_bias_steer", "hf_hierarchical_sae", "hf_based_kernel"]
+# Examples to copy that are longer still.
+NOT_SHORT_YET = {"train_sae.py"}
 examples = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(REPOSITORY / "examples")))
 
 
@@ -32,6 +35,15 @@ def test_example_imports_nothing_private(path):
     assert all(node.level == 0 for node in imports), "an example is one file"
     assert not [alias.name for node in imports for alias in node.names if alias.name.startswith("_")]
     assert not [node.module for node in imports if "._" in str(node.module)]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_users_copy_is_short(package):
+    for path in (REPOSITORY / "examples" / package).glob("*.py"):
+        text = path.read_text()
+        is_short = len(text.splitlines()) <= 250 and text.count(".add_argument(") <= 15
+
+        assert is_short or path.name in NOT_SHORT_YET, path.name
 
 
 def test_readme_has_a_line_for_every_example():

@@ -33,6 +33,12 @@ HIDDEN = {
     "hf_hierarchical_sae.hierarchical_topk_loss",
     "hf_hierarchical_sae.latent_activations",
 }
+# Examples that have moved and that a page or the Makefile still names by their old path.
+MOVED = {
+    "examples/hf_based_kernel/benchmark_attention.py",
+    "examples/hf_hierarchical_sae/benchmark_training.py",
+    "examples/peft_bias_steer/benchmark_overhead.py",
+}
 
 
 def module_files(package: str) -> dict[str, Path]:
@@ -145,3 +151,14 @@ def test_no_name_of_a_package_hides_a_module(package):
     hiding = {name for name in names if not isinstance(exported.get(name, re), ModuleType)}
 
     assert {f"{package}.{name}" for name in hiding} <= HIDDEN
+
+
+@pytest.mark.parametrize(
+    "page", ["Makefile", "*.md", "docs/**/*.md", "examples/*.md", *(f"{name}/*.md" for name in PACKAGES)]
+)
+def test_scripts_that_pages_name_exist(page):
+    texts = [path.read_text() for path in REPOSITORY.glob(page)]
+    named = {path for text in texts for path in re.findall(r"\b(?:examples|tests)/[\w/]+\.\w+", text)}
+
+    assert texts
+    assert {path for path in named if not (REPOSITORY / path).exists()} <= MOVED
