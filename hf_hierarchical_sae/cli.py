@@ -245,7 +245,17 @@ def _parser() -> argparse.ArgumentParser:
         subparser.set_defaults(run=function)
         return subparser
 
-    part = command(harvest, "write a language model's hidden states to disk; the same command goes on after a stop")
+    _harvest_options(
+        command(harvest, "write a language model's hidden states to disk; the same command goes on after a stop")
+    )
+    _train_options(command(train, "train an autoencoder on what harvest wrote"))
+    _evaluate_options(command(evaluate, "quality at each budget; with --model, inside the language model as well"))
+    _dashboard_options(command(dashboard, "one self-contained HTML page of the latents, with a slider for the budget"))
+    _convert_options(command(convert, "from and to the formats of SAELens and sparsify"))
+    return parser
+
+
+def _harvest_options(part: argparse.ArgumentParser) -> None:
     part.add_argument("folder", type=Path, help="where to write")
     _text_options(part, required=True, tokens=None)
     _option(part, "layer", type=int, nargs="+", required=True, help="decoder layers, counted from 0")
@@ -260,7 +270,8 @@ def _parser() -> argparse.ArgumentParser:
     _option(part, "num_processes", type=int, default=1, help="processes that share the work (default: 1)")
     _option(part, "process_index", type=int, default=0, help="number of this one, from 0 (default: 0)")
 
-    part = command(train, "train an autoencoder on what harvest wrote")
+
+def _train_options(part: argparse.ArgumentParser) -> None:
     part.add_argument("harvest", type=Path, help="folder that harvest wrote")
     part.add_argument("output", help="where to write checkpoints and the result")
     _option(part, "layer", type=int, help="which one, if several were harvested")
@@ -277,7 +288,8 @@ def _parser() -> argparse.ArgumentParser:
     _option(part, "resume", action="store_true", help="go on from the last checkpoint in the output folder")
     _option(part, "push_to_hub", metavar="REPO_ID", help="upload the result, with a model card, to this repository")
 
-    part = command(evaluate, "quality at each budget; with --model, inside the language model as well")
+
+def _evaluate_options(part: argparse.ArgumentParser) -> None:
     part.add_argument("sae", help="folder or Hub id of the autoencoder")
     _option(part, "harvest", type=Path, help="folder that harvest wrote, instead of --model")
     _text_options(part, required=False, tokens=16_384)
@@ -286,7 +298,8 @@ def _parser() -> argparse.ArgumentParser:
     _option(part, "plot", type=Path, metavar="FILE", help="draw quality against budget into this image file")
     _option(part, "json", action="store_true", help="print JSON instead of a table")
 
-    part = command(dashboard, "one self-contained HTML page of the latents, with a slider for the budget")
+
+def _dashboard_options(part: argparse.ArgumentParser) -> None:
     part.add_argument("sae", help="folder or Hub id of the autoencoder")
     _text_options(part, required=True, tokens=100_000, context_length=128)
     _option(part, "layer", type=int, help="decoder layer, if not the one in the autoencoder's config")
@@ -294,7 +307,8 @@ def _parser() -> argparse.ArgumentParser:
     _option(part, "latents", type=int, nargs="+", help="show these only")
     _option(part, "max_megabytes", type=float, default=32.0, help="largest size of the page (default: 32)")
 
-    part = command(convert, "from and to the formats of SAELens and sparsify")
+
+def _convert_options(part: argparse.ArgumentParser) -> None:
     part.add_argument("source", help="folder or Hub id of the autoencoder")
     part.add_argument("output", help="folder to write")
     _option(part, "from", choices=list(LOADERS), default="hierarchical", help="what the source is (ours)")
@@ -302,7 +316,6 @@ def _parser() -> argparse.ArgumentParser:
     _option(part, "subfolder", default="", help="where in the source it is")
     _option(part, "k", type=int, help="budget that saelens or sparsify get (default: the trained one)")
     _option(part, "push_to_hub", metavar="REPO_ID", help="upload the result to this repository")
-    return parser
 
 
 def _option(parser: argparse.ArgumentParser, name: str, **settings: Any) -> None:
