@@ -119,9 +119,9 @@ quality: $(VENV)/.installed-dev  ## Lint, format check, type check, spelling
 bench: export OMP_NUM_THREADS := 1
 bench: model  ## Run every benchmark (about an hour without a GPU); tables in outputs/benchmarks
 	mkdir -p $(OUT)/benchmarks
-	$(BIN)/python examples/peft_bias_steer/benchmark_overhead.py --model $(MODEL) --output $(OUT)/benchmarks/overhead.md
-	$(BIN)/python examples/hf_hierarchical_sae/benchmark_training.py --output_dir $(OUT)/benchmarks/sae
-	$(BIN)/python examples/hf_based_kernel/benchmark_attention.py | tee $(OUT)/benchmarks/attention.md
+	$(BIN)/python examples/benchmarks/bias_steer_cpu.py --model $(MODEL) --output $(OUT)/benchmarks/overhead.md
+	$(BIN)/python examples/benchmarks/sae_training.py --output_dir $(OUT)/benchmarks/sae
+	$(BIN)/python examples/benchmarks/rebased_attention_cpu.py | tee $(OUT)/benchmarks/attention.md
 
 style: $(VENV)/.installed-dev  ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
