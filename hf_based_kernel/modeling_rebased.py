@@ -36,7 +36,9 @@ class RebasedStateLayer(LinearAttentionLayer):
         self.is_recurrent_states_initialized[state_idx] = True
         return self._keep(self.recurrent_states, recurrent_states, state_idx)
 
-    def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
+    def update_conv_state(
+        self, conv_states: torch.Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
+    ) -> torch.Tensor:
         self.is_conv_states_initialized[state_idx] = True
         return self._keep(self.conv_states, conv_states, state_idx)
 
@@ -96,6 +98,7 @@ class RebasedCache(Cache):
     """
 
     is_compileable = False
+    layers: list[Any]
 
     def __init__(self, config: RebasedConfig):
         super().__init__(
@@ -111,7 +114,7 @@ class RebasedCache(Cache):
         self.attention_mask = None
 
     @property
-    def batch_size(self) -> int | None:
+    def num_sequences(self) -> int | None:
         """Rows of the tokens seen, or `None` before the first."""
         for layer in self.layers:
             states = (
@@ -635,9 +638,9 @@ class RebasedModel(RebasedPreTrainedModel):
                 "gradient checkpointing runs layers twice and so cannot be used with past_key_values; leave out the cache "
                 "or call model.gradient_checkpointing_disable()"
             )
-        if past_key_values.batch_size not in (None, inputs_embeds.shape[0]):
+        if past_key_values.num_sequences not in (None, inputs_embeds.shape[0]):
             raise ValueError(
-                f"past_key_values holds {past_key_values.batch_size} sequences, the inputs {inputs_embeds.shape[0]}; they "
+                f"past_key_values holds {past_key_values.num_sequences} sequences, the inputs {inputs_embeds.shape[0]}; they "
                 "must be as many"
             )
         return past_key_values.get_seq_length()

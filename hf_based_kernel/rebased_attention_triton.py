@@ -3,6 +3,7 @@ Triton form of ReBased and Taylor attention: launch sizes, and the operators tha
 """
 
 import re
+from typing import Any
 
 import torch
 
@@ -42,19 +43,19 @@ SPAN_TOKENS = {"forward": 512, "backward": 256}
 
 
 def rebased_attention_triton(
-    q,
-    k,
-    v,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     *,
-    scale,
-    eps,
-    initial_state=None,
-    return_state=False,
-    attention_mask=None,
-    segment_ids=None,
-    chunk_size=None,
-    coefficients=(0.0, 0.0, 1.0),
-):
+    scale: float,
+    eps: float,
+    initial_state: torch.Tensor | None = None,
+    return_state: bool = False,
+    attention_mask: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None,
+    chunk_size: int | None = None,
+    coefficients: tuple[float, float, float] = (0.0, 0.0, 1.0),
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """
     `rebased_attention` in Triton kernels, with the arguments of the other forms; float32, bfloat16 and float16.
 
@@ -81,7 +82,7 @@ def rebased_attention_triton(
     return (out, state) if return_state else out
 
 
-def _code_segments(attention_mask, segment_ids):
+def _code_segments(attention_mask: torch.Tensor | None, segment_ids: torch.Tensor | None) -> torch.Tensor | None:
     """(batch, seq) int32: the number s of each token's segment, -1 - s for padding; None if there is nothing to tell."""
     if attention_mask is None and segment_ids is None:
         return None
@@ -92,13 +93,13 @@ def _code_segments(attention_mask, segment_ids):
     return segments if attention_mask is None else torch.where(attention_mask, segments, -1 - segments)
 
 
-def _sizes(q, kernel):
+def _sizes(q: torch.Tensor, kernel: str) -> dict[str, int]:
     """Tokens of a block, warps and pipeline stages of a kernel, for this dtype and device."""
     block, rows, warps, stages = SIZES[q.dtype == torch.float32, kernel] if q.is_cuda else (16, 16, 4, 2)
     return {"C": block, "R": rows, "num_warps": warps, "num_stages": stages}
 
 
-def _span_tokens(chunk_size, q, direction):
+def _span_tokens(chunk_size: int | None, q: torch.Tensor, direction: str) -> int:
     """Tokens of a span: `chunk_size`, or what costs least, in whole blocks of every kernel."""
     block = max(_sizes(q, kernel)["C"] for _, kernel in SIZES)
     if chunk_size is None:
@@ -106,7 +107,7 @@ def _span_tokens(chunk_size, q, direction):
     return triton.cdiv(min(chunk_size, q.shape[1]), block) * block
 
 
-def _row_starts(rows, largest):
+def _row_starts(rows: int, largest: int) -> tuple[int, ...]:
     """Powers of two, 16 (the least that a tensor core takes) to `largest`, that cover the rows: 144 -> (0, 128, 144)."""
     starts = [0]
     while starts[-1] < rows:
@@ -115,7 +116,7 @@ def _row_starts(rows, largest):
     return tuple(starts)
 
 
-def _value_block(feature_dim, head_dim):
+def _value_block(feature_dim: int, head_dim: int) -> int:
     # At most 64 registers a thread for the state.
     block = 64
     while block > 16 and packed_size(feature_dim) * block > 128 * 128:
@@ -123,7 +124,9 @@ def _value_block(feature_dim, head_dim):
     return min(block, max(triton.next_power_of_2(head_dim), 16))
 
 
-def _constants(q, v, segments, coefficients):
+def _constants(
+    q: torch.Tensor, v: torch.Tensor, segments: torch.Tensor | None, coefficients: list[float]
+) -> dict[str, Any]:
     """Compile-time arguments that all kernels over blocks share."""
     feature_dim = q.shape[-1]
     half_precision = "ieee" if torch.version.hip else "tf32"
@@ -141,7 +144,19 @@ def _constants(q, v, segments, coefficients):
     }
 
 
-def _span_states(x, values, denominators, deltas, boundary, segments, scale, constants, span_tokens, *, of_queries):
+def _span_states(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    denominators: torch.Tensor | None,
+    deltas: torch.Tensor | None,
+    *,
+    boundary: torch.Tensor | None,
+    segments: torch.Tensor | None,
+    scale: float,
+    constants: dict[str, Any],
+    span_tokens: int,
+    of_queries: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     The state before each span, as sums and totals, and that after the last; or the gradients after each, and the first.
     """
@@ -205,10 +220,11 @@ def _forward(
     )
     span_tokens = _span_tokens(chunk_size, q, "forward")
     constants, states, totals = _constants(q, v, segments, coefficients), None, None
+    shared = {"segments": segments, "constants": constants, "span_tokens": span_tokens}
     with torch.cuda.device_of(q):
         if initial_state is not None or return_state or q.shape[1] > span_tokens:
             states, totals, last = _span_states(
-                k, v, None, None, initial_state, segments, 1.0, constants, span_tokens, of_queries=False
+                k, v, None, None, boundary=initial_state, scale=1.0, of_queries=False, **shared
             )
             final_state = last if return_state else final_state
         sizes = _sizes(q, "forward")
@@ -231,7 +247,18 @@ def _forward(
 
 
 @_forward.register_fake
-def _empty_results(q, k, v, initial_state, segments, scale, eps, coefficients, chunk_size, return_state):
+def _empty_results(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    segments: torch.Tensor | None,
+    scale: float,
+    eps: float,
+    coefficients: list[float],
+    chunk_size: int | None,
+    return_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows = state_size(q.shape[-1], coefficients)
     state_shape = (q.shape[0], q.shape[2], rows, v.shape[-1] + 1) if return_state else (0,)
     return (
@@ -241,7 +268,7 @@ def _empty_results(q, k, v, initial_state, segments, scale, eps, coefficients, c
     )
 
 
-def _blocks(q, v, sizes):
+def _blocks(q: torch.Tensor, v: torch.Tensor, sizes: dict[str, int]) -> tuple[int, int]:
     """The grid of the kernels over blocks of tokens: neighbours share a span, and so its state."""
     batch_size, seq_len, num_heads, feature_dim = q.shape
     value_blocks = triton.cdiv(v.shape[-1], _value_block(feature_dim, v.shape[-1]))
@@ -267,6 +294,7 @@ def _backward(
     q, k, v, grad_out = q.contiguous(), k.contiguous(), v.contiguous(), grad_out.contiguous()
     span_tokens = _span_tokens(chunk_size, q, "backward")
     constants = _constants(q, v, segments, coefficients)
+    shared = {"segments": segments, "constants": constants, "span_tokens": span_tokens}
     of_queries, of_keys = _sizes(q, "query_gradient"), _sizes(q, "key_value_gradient")
     _, blocks = _blocks(q, v, of_queries)
     # Several value blocks each have a part of these.
@@ -283,11 +311,11 @@ def _backward(
         )
         if initial_state is not None or has_spans:
             before, totals_before, _ = _span_states(
-                k, v, None, None, initial_state, segments, 1.0, constants, span_tokens, of_queries=False
+                k, v, None, None, boundary=initial_state, scale=1.0, of_queries=False, **shared
             )
         if initial_state is not None or grad_state is not None or has_spans:
             after, totals_after, first = _span_states(
-                q, grad_out, denominators, deltas, grad_state, segments, scale, constants, span_tokens, of_queries=True
+                q, grad_out, denominators, deltas, boundary=grad_state, scale=scale, of_queries=True, **shared
             )
             grad_initial = grad_initial if initial_state is None else first
         inputs, sizes = (q, k, v, q if segments is None else segments), (scale, q.shape[1], span_tokens, q.numel())
@@ -321,15 +349,25 @@ def _backward(
 
 @_backward.register_fake
 def _empty_gradients(
-    grad_out, grad_state, q, k, v, initial_state, segments, out, denominators, scale, coefficients, chunk_size
-):
-    gradients = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    return *gradients, q.new_empty(0, dtype=torch.float32) if initial_state is None else torch.empty_like(
-        initial_state, memory_format=torch.contiguous_format
-    )
+    grad_out: torch.Tensor,
+    grad_state: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    segments: torch.Tensor | None,
+    out: torch.Tensor,
+    denominators: torch.Tensor,
+    scale: float,
+    coefficients: list[float],
+    chunk_size: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    state_shape = (0,) if initial_state is None else initial_state.shape
+    return grad_q, grad_k, grad_v, q.new_empty(state_shape, dtype=torch.float32)
 
 
-def _save_for_backward(ctx, inputs, output):
+def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, k, v, initial_state, segments, scale, _, coefficients, chunk_size, _ = inputs
     out, denominators, _ = output
     ctx.mark_non_differentiable(denominators)
@@ -338,7 +376,9 @@ def _save_for_backward(ctx, inputs, output):
     ctx.options = scale, coefficients, chunk_size
 
 
-def _call_backward(ctx, grad_out, _, grad_state):
+def _call_backward(
+    ctx: Any, grad_out: torch.Tensor | None, _: torch.Tensor | None, grad_state: torch.Tensor | None
+) -> tuple:
     q, k, v, initial_state, *others = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(v)

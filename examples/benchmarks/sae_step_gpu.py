@@ -251,8 +251,8 @@ def stages(sae: HierarchicalSaeModel, optimizer: torch.optim.Optimizer, x: torch
         loss, _, _ = sae._loss(scaled, top_indices, values)
         wanted = (values, sae.W_dec, sae.b_dec)
         of("loss, backward", lambda: torch.autograd.grad(loss, wanted, retain_graph=True))
-        grad, wanted = torch.randn_like(values), (sae.encoder_weight, sae.b_enc)
-        of("encoder, backward", lambda: torch.autograd.grad(top_values, wanted, grad, retain_graph=True))
+        grad, encoder = torch.randn_like(values), (sae.encoder_weight, sae.b_enc)
+        of("encoder, backward", lambda: torch.autograd.grad(top_values, encoder, grad, retain_graph=True))
         with autocast():
             loss = sae(x).loss
         loss.backward()
