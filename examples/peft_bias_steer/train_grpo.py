@@ -18,7 +18,7 @@ import argparse
 import importlib.util
 import json
 import re
-import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,15 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from matplotlib.figure import Figure
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 from peft_bias_steer import BiasSteerConfig
 from peft_bias_steer.serving.trl import check_vllm_sync, prepare_for_vllm, sync_vectors_only
+
+
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
+from interrupts import StopOnInterrupt
 
 
 # no division: those of this task carry the answer of another expression
@@ -125,26 +129,6 @@ def answer(model: Any, tokenizer: Any, rows: list[dict], max_new_tokens: int) ->
     return [text for _, text in sorted(dict(gather_object(done)).items())]
 
 
-class SaveOnInterrupt(TrainerCallback):
-    """The first Ctrl-C saves a checkpoint after the running step and stops; the second one kills."""
-
-    interrupted = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.previous_handler = signal.signal(signal.SIGINT, self.handle)
-
-    def handle(self, *signal_and_frame: Any) -> None:
-        self.interrupted = True
-        signal.signal(signal.SIGINT, self.previous_handler)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_save |= self.interrupted
-        control.should_training_stop |= self.interrupted
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        signal.signal(signal.SIGINT, self.previous_handler)
-
-
 def training_config(args: argparse.Namespace) -> GRPOConfig:
     world, samples = PartialState().num_processes, args.prompts_per_step * args.num_generations
     if samples % world:
@@ -195,13 +179,13 @@ def main() -> None:
         return [float(is_right(text, right)) for text, right in zip(completions, answer)]
 
     rows = [{"prompt": make_prompt(tokenizer, row), "answer": row["answer"]} for row in questions]
-    save_on_interrupt = SaveOnInterrupt()
+    stop_on_interrupt = StopOnInterrupt()
     trainer = GRPOTrainer(
         model=model,
         processing_class=tokenizer,
         reward_funcs=reward,
         train_dataset=Dataset.from_list(rows),
-        callbacks=[save_on_interrupt],
+        callbacks=[stop_on_interrupt],
         args=config,
     )
     if args.use_vllm:
@@ -210,7 +194,7 @@ def main() -> None:
         check_vllm_sync(trainer)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     step = trainer.state.global_step
-    if save_on_interrupt.interrupted:
+    if stop_on_interrupt.interrupted:
         folder = args.output_dir / f"checkpoint-{step}"
         return state.print(f"Stopped after step {step}. Go on with: --resume_from_checkpoint {folder}")
 

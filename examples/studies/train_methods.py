@@ -21,7 +21,6 @@ import json
 import math
 import re
 import resource
-import signal
 import statistics
 import sys
 import time
@@ -49,6 +48,8 @@ from peft_bias_steer.serving.trl import check_vllm_sync, prepare_for_vllm, sync_
 
 
 matplotlib.use("Agg")
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
+from interrupts import StopOnInterrupt  # noqa: E402
 from matplotlib import pyplot  # noqa: E402
 
 
@@ -310,26 +311,6 @@ def score(completions: list[dict], rows: list[dict], task: Task) -> dict:
         "finished": sum(entry["finished"] for entry in completions) / total,
         "mean_tokens": statistics.mean(entry["tokens"] for entry in completions),
     }
-
-
-class SaveOnInterrupt(TrainerCallback):
-    """The first Ctrl-C saves a checkpoint after the running step and stops; the second one kills."""
-
-    interrupted = False
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.previous_handler = signal.signal(signal.SIGINT, self.handle)
-
-    def handle(self, signal_number, frame):
-        self.interrupted = True
-        signal.signal(signal.SIGINT, self.previous_handler)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_save |= self.interrupted
-        control.should_training_stop |= self.interrupted
-
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGINT, self.previous_handler)
 
 
 class RewardBar(ProgressCallback):
@@ -659,7 +640,7 @@ def main() -> None:
     def reward(completions: list[str], index: list[int], **kwargs) -> list[float | None]:
         return [float(task.grade(text, task.train[i])[args.reward]) for text, i in zip(completions, index)]
 
-    save_on_interrupt, clock = SaveOnInterrupt(), StepClock()
+    stop_on_interrupt, clock = StopOnInterrupt(), StepClock()
     watch = SignalWatch(args.signal_patience, args.stop_without_signal)
     during_training = EvaluateDuringTraining(args.eval_steps, lambda model: answer(model)[1]["greedy"])
     indices = list(range(args.few_shot, len(task.train)))
@@ -668,7 +649,7 @@ def main() -> None:
         processing_class=tokenizer,
         reward_funcs=reward,
         train_dataset=Dataset.from_dict({"prompt": [prompt_of(task.train[i]) for i in indices], "index": indices}),
-        callbacks=[save_on_interrupt, clock, watch, *([during_training] if args.eval_steps else [])],
+        callbacks=[stop_on_interrupt, clock, watch, *([during_training] if args.eval_steps else [])],
         args=config,
     )
     during_training.trainer = trainer
@@ -680,7 +661,7 @@ def main() -> None:
         check_vllm_sync(trainer)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     step = trainer.state.global_step
-    if save_on_interrupt.interrupted:
+    if stop_on_interrupt.interrupted:
         return say(
             f"Stopped after step {step}. Go on with: --resume_from_checkpoint {args.output_dir}/checkpoint-{step}"
         )
