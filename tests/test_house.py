@@ -13,15 +13,12 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = ["peft_bias_steer", "hf_hierarchical_sae", "hf_based_kernel"]
-# Whose functions are annotated, without the Triton launchers that are named next.
+# Whose functions are annotated.
 ANNOTATED = ("peft_bias_steer", "hf_hierarchical_sae", "hf_based_kernel")
-NOT_YET_ANNOTATED = ("hf_based_kernel.rebased_attention_triton",)
 # Modules without a test file of their own name.
 WITHOUT_TEST_FILE = {"hf_based_kernel": {"rebased_kernels_triton", "rebased_state_triton"}}
 # Modules that a function of the same name hides from `import package.module as m`.
 HIDDEN = {"hf_based_kernel.rebased_attention"}
-# Examples that have moved and that a page or the Makefile still names by their old path.
-MOVED = {"examples/hf_based_kernel/benchmark_attention.py"}
 
 
 def module_files(package: str) -> dict[str, Path]:
@@ -94,7 +91,7 @@ def unannotated(tree: ast.AST) -> Iterator[str]:
 def test_every_function_is_annotated(name):
     bare = list(unannotated(ast.parse(MODULES[name].read_text())))
 
-    assert not bare or name in NOT_YET_ANNOTATED
+    assert not bare
 
 
 def test_a_function_without_annotations_is_found():
@@ -144,4 +141,4 @@ def test_scripts_that_pages_name_exist(page):
     named = {path for text in texts for path in re.findall(r"\b(?:examples|tests)/[\w/]+\.\w+", text)}
 
     assert texts
-    assert {path for path in named if not (REPOSITORY / path).exists()} <= MOVED
+    assert [path for path in named if not (REPOSITORY / path).exists()] == []
