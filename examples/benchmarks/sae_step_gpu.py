@@ -248,9 +248,9 @@ def stages(sae: HierarchicalSaeModel, optimizer: torch.optim.Optimizer, x: torch
         of("counters", lambda: sae._count_firing(top_indices, top_values.detach()))
         values = top_values.detach().requires_grad_()
         of("loss, forward", lambda: sae._loss(scaled, top_indices, values))
-        loss, _, _ = sae._loss(scaled, top_indices, values)
+        selected_loss, _, _ = sae._loss(scaled, top_indices, values)
         wanted = (values, sae.W_dec, sae.b_dec)
-        of("loss, backward", lambda: torch.autograd.grad(loss, wanted, retain_graph=True))
+        of("loss, backward", lambda: torch.autograd.grad(selected_loss, wanted, retain_graph=True))
         grad, encoder = torch.randn_like(values), (sae.encoder_weight, sae.b_enc)
         of("encoder, backward", lambda: torch.autograd.grad(top_values, encoder, grad, retain_graph=True))
         with autocast():
