@@ -2,8 +2,9 @@
 Triton kernels of ReBased and Taylor attention: linear in the sequence length.
 
 B batch, L tokens, H heads, D feature_dim, V head_dim, P rows of a state, N spans. C tokens of a block, BV values of a
-block. KERNEL is (D, padded D, c0, c1, c2, number of products of two elements) of the kernel c0 + c1 s + c2 s². In memory a state is its sums of features times
-values (P, V), as float32 or as a bfloat16 number and the bfloat16 rest (2, P, V), and its sums of features (P).
+block. KERNEL is (D, padded D, c0, c1, c2, number of products of two elements) of the kernel c0 + c1 s + c2 s². In memory a
+state is its sums of features times values (P, V), as float32 or as a bfloat16 number and the bfloat16 rest (2, P, V), and its
+sums of features (P).
 
 The sequence is cut into spans. `span_sums_kernel` sums the features of every span on its own, `scan_kernel` turns the sums
 into the state before each span (or, for the backward pass, its gradient after each span), and then every block of tokens
@@ -372,7 +373,7 @@ def _span_number(batch_head, first_token, L, span_tokens):
 
 @triton.jit
 def _visible(start, key_start, ids, key_ids, valid, C: tl.constexpr, SEGMENTED: tl.constexpr):
-    """(queries, keys): whether the query sees the key; all of a block before the query's own are earlier."""
+    """(queries, keys): whether the query sees the key."""
     i = tl.arange(0, C)
     visible = (start + i)[:, None] >= (key_start + i)[None, :]
     if SEGMENTED:
