@@ -8,7 +8,7 @@ from .modeling_rebased import (
     RebasedModel,
     RebasedPreTrainedModel,
 )
-from .rebased_attention import rebased_attention, taylor_attention
+from .rebased_attention_forms import rebased_attention, taylor_attention
 
 
 __version__ = "0.1.0"

@@ -21,7 +21,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_rebased import LAYER_TYPES, RebasedConfig
-from .rebased_attention import rebased_attention, taylor_attention
+from .rebased_attention_forms import rebased_attention, taylor_attention
 
 
 class RebasedStateLayer(LinearAttentionLayer):

@@ -29,8 +29,8 @@ from transformers import LlamaConfig, LlamaModel, Mamba2Config, Mamba2Model
 from transformers.cache_utils import DynamicLayer
 
 from hf_based_kernel import RebasedConfig, RebasedModel, rebased_attention
-from hf_based_kernel.rebased_attention import rebased_attention_reference
 from hf_based_kernel.rebased_attention_chunked import DEFAULT_CHUNK_SIZE, QUERY_ROWS
+from hf_based_kernel.rebased_attention_forms import rebased_attention_reference
 from hf_based_kernel.rebased_features import state_size
 
 

@@ -57,7 +57,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel  # noqa: E402
 
 from hf_based_kernel import RebasedConfig, RebasedForCausalLM, rebased_attention  # noqa: E402
-from hf_based_kernel.rebased_attention import rebased_attention_reference  # noqa: E402
+from hf_based_kernel.rebased_attention_forms import rebased_attention_reference  # noqa: E402
 from hf_based_kernel.rebased_features import REBASED, key_features, query_features, state_size  # noqa: E402
 
 

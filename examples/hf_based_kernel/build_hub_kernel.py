@@ -23,8 +23,8 @@ import hf_based_kernel
 # One variant serves every torch and every GPU: the kernels are compiled where they run.
 VARIANT = "torch-universal"
 MODULES = [
-    "rebased_attention.py",
     "rebased_attention_chunked.py",
+    "rebased_attention_forms.py",
     "rebased_attention_triton.py",
     "rebased_features.py",
     "rebased_kernels_triton.py",
@@ -32,7 +32,7 @@ MODULES = [
 ]
 INIT = '''"""Causal linear attention with a quadratic kernel (arXiv 2402.10644, arXiv 2402.18668)."""
 
-from .rebased_attention import rebased_attention, taylor_attention
+from .rebased_attention_forms import rebased_attention, taylor_attention
 
 
 __version__ = "{version}"

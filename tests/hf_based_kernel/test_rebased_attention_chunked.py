@@ -1,4 +1,4 @@
-"""What is particular to the chunked form; its values and gradients are compared in test_rebased_attention.py."""
+"""What is particular to the chunked form; its values and gradients are compared in test_rebased_attention_forms.py."""
 
 import pytest
 import torch

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from torch._dynamo.backends.common import aot_autograd
 
 from hf_based_kernel import rebased_attention as public_rebased_attention
-from hf_based_kernel.rebased_attention import (
+from hf_based_kernel.rebased_attention_chunked import rebased_attention_chunked
+from hf_based_kernel.rebased_attention_forms import (
     rebased_attention,
     rebased_attention_reference,
     rebased_attention_step,
     taylor_attention,
 )
-from hf_based_kernel.rebased_attention_chunked import rebased_attention_chunked
 from hf_based_kernel.rebased_features import REBASED, TAYLOR
 
 
@@ -394,7 +394,7 @@ def test_triton_is_asked_for_only_where_it_is_installed():
         "import sys; sys.modules['triton'] = None\n"
         "import importlib.util; found = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, *rest: None if name == 'triton' else found(name, *rest)\n"
-        "import torch; from hf_based_kernel.rebased_attention import rebased_attention\n"
+        "import torch; from hf_based_kernel.rebased_attention_forms import rebased_attention\n"
         "x = torch.ones(1, 2, 1, 2); rebased_attention(x, x, x); rebased_attention(x, x, x, backend='triton')"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
