@@ -1,7 +1,12 @@
 """Configuration of a sparse autoencoder that is trained for every sparsity budget at once."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable
+from numbers import Integral
+from typing import Any
 
+import numpy
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -83,27 +88,31 @@ class HierarchicalSaeConfig(PreTrainedConfig):
             `int`: the number to use.
 
         Raises:
-            `ValueError`: If it is not a budget of this autoencoder.
+            `ValueError`: If it is no integer, or not a budget of this autoencoder.
         """
         k = self.k if k is None else k
+        if not is_integer(k):
+            raise ValueError(f"k must be an integer in [1, {self.k}], got {k!r}")
         if not 1 <= k <= self.k:
             raise ValueError(f"k must be in [1, {self.k}], the trained budget, got {k}")
         if not self.has_budgets and k != self.k:
             raise ValueError(f"a batch_topk SAE selects by a threshold and has one budget, k={self.k}, got {k}")
-        return k
+        return int(k)
 
     def check_budgets(self, budgets: Iterable[int] | None) -> list[int]:
         """
         Args:
-            budgets (`Iterable[int]`, *optional*): numbers of latents per input; `default_budgets` by default.
+            budgets (`Iterable[int]`, *optional*): numbers of latents per input, in any order, a tensor or an array
+                too; `default_budgets` by default.
 
         Returns:
             `list[int]`: each once, increasing.
 
         Raises:
-            `ValueError`: If there are none, or one is not a budget of this autoencoder.
+            `ValueError`: If there are none, or one is no integer or not a budget of this autoencoder.
         """
-        budgets, least = sorted(self.default_budgets if budgets is None else set(budgets)), self.default_budgets[0]
+        least = self.default_budgets[0]
+        budgets = sorted(set(integers("budgets", self.default_budgets if budgets is None else budgets)))
         if not budgets or budgets[0] < least or budgets[-1] > self.k:
             raise ValueError(f"budgets must be in [{least}, {self.k}], the trained budget, got {budgets}")
         return budgets
@@ -114,16 +123,17 @@ class HierarchicalSaeConfig(PreTrainedConfig):
             raise ValueError(f"d_in and d_sae must be positive, got {self.d_in} and {self.d_sae}")
         if not 1 <= self.k <= self.d_sae:
             raise ValueError(f"k must be in [1, d_sae={self.d_sae}], got {self.k}")
-        self._check_increasing("budgets", self.budgets, self.k)
-        self._check_increasing("matryoshka_prefixes", self.matryoshka_prefixes, self.d_sae)
+        for name, largest in (("budgets", self.k), ("matryoshka_prefixes", self.d_sae)):
+            if getattr(self, name) is not None:
+                increasing_integers(name, getattr(self, name), largest)
         if self.budget_weights is not None and len(self.budget_weights) != len(self.trained_budgets):
             raise ValueError(
                 f"budget_weights needs one weight per budget ({len(self.trained_budgets)}), "
                 f"got {len(self.budget_weights)}"
             )
         weights = list(self.budget_weights or [1.0])
-        if min(weights) < 0 or sum(weights) == 0:
-            raise ValueError(f"budget_weights must be not negative and not all zero, got {weights}")
+        if not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
+            raise ValueError(f"budget_weights must be finite, not negative and not all zero, got {weights}")
         if self.selection not in ("topk", "batch_topk"):
             raise ValueError(f"selection must be 'topk' or 'batch_topk', got {self.selection!r}")
         if self.matryoshka_prefixes is not None and self.matryoshka_prefixes[-1] != self.d_sae:
@@ -137,18 +147,44 @@ class HierarchicalSaeConfig(PreTrainedConfig):
             )
         if self.encoder_chunk_size is not None and self.encoder_chunk_size < 1:
             raise ValueError(f"encoder_chunk_size must be positive or None, got {self.encoder_chunk_size}")
-        if self.aux_loss_coefficient < 0 or (self.aux_k is not None and self.aux_k < 1):
+        if not 0 <= self.aux_loss_coefficient < math.inf or (self.aux_k is not None and self.aux_k < 1):
             raise ValueError(
-                "aux_loss_coefficient must not be negative and aux_k must be positive or None, "
+                "aux_loss_coefficient must be finite and not negative, and aux_k must be positive or None, "
                 f"got {self.aux_loss_coefficient} and {self.aux_k}"
             )
 
-    def _check_increasing(self, name: str, numbers: Sequence[int] | None, largest: int) -> None:
-        if numbers is None:
-            return
-        increasing = all(first < second for first, second in zip(numbers, numbers[1:]))
-        if not numbers or not increasing or numbers[0] < 1 or numbers[-1] > largest:
-            raise ValueError(f"{name} must be strictly increasing and in [1, {largest}], got {list(numbers)}")
+
+def is_integer(number: Any) -> bool:
+    """Whether it is a whole number by its type, as `True` and 2.0 are not."""
+    return isinstance(number, Integral) and not isinstance(number, bool)
+
+
+def integers(name: str, numbers: Any) -> list[int]:
+    """
+    Args:
+        name (`str`): what they are, for the error.
+        numbers (`Iterable[int]`): a tensor or an array too.
+
+    Returns:
+        `list[int]`: the same as Python's own.
+
+    Raises:
+        `ValueError`: If one is no integer, as booleans and fractions are.
+    """
+    found = numbers.tolist() if isinstance(numbers, torch.Tensor | numpy.ndarray) else numbers
+    found = list(found) if isinstance(found, Iterable) else [None]
+    if not all(map(is_integer, found)):
+        raise ValueError(f"{name} must be integers, got {numbers}")
+    return [int(number) for number in found]
+
+
+def increasing_integers(name: str, numbers: Any, largest: int) -> tuple[int, ...]:
+    """[`integers`] that are strictly increasing and in [1, largest]; raises a `ValueError` for others."""
+    found = integers(name, numbers)
+    increasing = all(first < second for first, second in zip(found, found[1:]))
+    if not found or not increasing or found[0] < 1 or found[-1] > largest:
+        raise ValueError(f"{name} must be strictly increasing integers in [1, {largest}], got {found}")
+    return tuple(found)
 
 
 def powers_of_two_and(k: int) -> list[int]:

@@ -11,6 +11,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from transformers.utils import is_triton_available
 
+from .configuration_hierarchical_sae import increasing_integers
 from .large_pages import empty_in_large_pages
 
 
@@ -39,8 +40,8 @@ def hierarchical_topk_loss(
         W_dec (`torch.Tensor`): (d_sae, d_in).
         b_dec (`torch.Tensor`): (d_in,).
         target (`torch.Tensor`): (batch, d_in).
-        budgets (`Sequence[int]`, *optional*): strictly increasing budgets in [1, k]; every prefix 1…k by default.
-            `(k,)` is the plain TopK loss.
+        budgets (`Sequence[int]`, *optional*): strictly increasing budgets in [1, k], a tensor or an array too; every
+            prefix 1…k by default. `(k,)` is the plain TopK loss.
         budget_weights (`Sequence[float]`, *optional*): one weight per budget, normalised to sum 1; equal by default.
         backend (`str`, defaults to `"auto"`): `"torch"`, `"triton"`, `"numba"`, or `"auto"`: Triton for CUDA tensors,
             numba for float32 on CPU, each where it is installed, and torch for the rest.
@@ -133,13 +134,7 @@ def suits_numba(*tensors: torch.Tensor) -> bool:
 
 def resolve_budgets(budgets: Sequence[int] | None, k: int) -> tuple[int, ...]:
     """Every prefix 1…k for `None`, else the given budgets, checked to be strictly increasing and in [1, k]."""
-    if budgets is None:
-        return tuple(range(1, k + 1))
-    budgets = tuple(budgets)
-    increasing = all(first < second for first, second in zip(budgets, budgets[1:]))
-    if not budgets or not increasing or budgets[0] < 1 or budgets[-1] > k:
-        raise ValueError(f"budgets must be strictly increasing integers in [1, k={k}], got {list(budgets)}")
-    return budgets
+    return increasing_integers("budgets", range(1, k + 1) if budgets is None else budgets, k)
 
 
 def normalized_weights(

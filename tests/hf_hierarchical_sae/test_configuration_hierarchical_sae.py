@@ -1,6 +1,10 @@
 """What a configuration accepts, and what it says about what it does not."""
 
+import math
+
+import numpy
 import pytest
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
@@ -24,7 +28,7 @@ def test_a_saved_configuration_is_found_by_its_type(tmp_path):
         ({"k": 900}, r"k must be in \[1, d_sae=512\], got 900"),
         ({"k": 0}, r"k must be in \[1, d_sae=512\], got 0"),
         ({"d_in": 0}, "must be positive"),
-        ({"budgets": [4, 2]}, r"budgets must be strictly increasing and in \[1, 16\], got \[4, 2\]"),
+        ({"budgets": [4, 2]}, r"budgets must be strictly increasing integers in \[1, 16\], got \[4, 2\]"),
         ({"budgets": [4, 17]}, r"in \[1, 16\], got \[4, 17\]"),
         ({"budgets": []}, "strictly increasing"),
         ({"budgets": "all"}, "budgets"),
@@ -34,7 +38,13 @@ def test_a_saved_configuration_is_found_by_its_type(tmp_path):
         ({"selection": "batch_topk"}, r"take budgets=\[k\]"),
         ({"matryoshka_prefixes": [16, 256], "budgets": [16]}, r"end in d_sae=512, got \[16, 256\]"),
         ({"encoder_chunk_size": 0}, "encoder_chunk_size must be positive"),
-        ({"aux_loss_coefficient": -1.0}, "must not be negative"),
+        ({"budgets": [True, 16]}, "budgets"),
+        ({"budgets": [1.0, 16.0]}, "budgets"),
+        ({"k": True}, "k"),
+        ({"budgets": [1, 16], "budget_weights": [1.0, math.nan]}, "finite, not negative and not all zero"),
+        ({"budgets": [1, 16], "budget_weights": [1.0, math.inf]}, "finite, not negative and not all zero"),
+        ({"aux_loss_coefficient": -1.0}, "aux_loss_coefficient must be finite and not negative"),
+        ({"aux_loss_coefficient": math.nan}, "aux_loss_coefficient must be finite and not negative"),
     ],
 )
 def test_values_that_do_not_fit_are_refused_in_one_sentence(change, message):
@@ -54,6 +64,25 @@ def test_budgets_are_asked_of_the_config():
             config.check_k(k)
         with pytest.raises(ValueError, match=rf"budgets must be in \[1, 12\], the trained budget, got \[{k}\]"):
             config.check_budgets([k])
+
+
+@pytest.mark.parametrize("budgets", [torch.tensor([7, 2, 7]), numpy.array([2, 7]), [numpy.int64(7), 2], {2, 7}])
+def test_budgets_of_any_integer_kind_are_the_same_budgets(budgets):
+    assert HierarchicalSaeConfig(d_in=4, d_sae=32, k=12).check_budgets(budgets) == [2, 7]
+
+
+@pytest.mark.parametrize("numbers", [[True], [2.5], [2.0], torch.tensor([True]), numpy.array([0.5]), ["2"], "2", 2])
+def test_what_is_no_list_of_integers_is_no_budget(numbers):
+    config = HierarchicalSaeConfig(d_in=4, d_sae=32, k=12)
+
+    with pytest.raises(ValueError, match="budgets must be integers, got"):
+        config.check_budgets(numbers)
+
+
+@pytest.mark.parametrize("k", [True, 2.5, 2.0, "2", [2], math.nan])
+def test_what_is_no_integer_is_no_k(k):
+    with pytest.raises(ValueError, match=r"k must be an integer in \[1, 12\], got"):
+        HierarchicalSaeConfig(d_in=4, d_sae=32, k=12).check_k(k)
 
 
 def test_a_batch_topk_config_has_one_budget():

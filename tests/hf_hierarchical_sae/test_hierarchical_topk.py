@@ -1,5 +1,6 @@
 """The loss: the reference against a hand-written loop, every other form against the reference."""
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -136,6 +137,16 @@ def test_a_single_budget_is_the_plain_topk_loss():
     torch.testing.assert_close(loss, torch.nn.functional.mse_loss(reconstruction, target))
 
 
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize("kind", [torch.tensor, numpy.array, tuple, iter])
+def test_budgets_of_any_integer_kind_give_the_same_loss(kind, backend):
+    inputs = make_inputs(5, 4, 9, 6, dtype=torch.float32)
+
+    loss = hierarchical_topk_loss(*inputs, budgets=kind([1, 2, 4]), backend=backend)
+
+    assert loss > 0 and torch.equal(loss, hierarchical_topk_loss(*inputs, budgets=[1, 2, 4], backend=backend))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_inputs_accumulate_in_float32(dtype):
     inputs = make_inputs(6, 8, 40, 24, dtype=dtype)
@@ -181,10 +192,17 @@ def test_saved_for_backward_does_not_grow_with_k(backend):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"budgets": (2, 2)}, r"budgets must be strictly increasing integers in \[1, k=4\], got \[2, 2\]"),
-        ({"budgets": (5,)}, r"in \[1, k=4\], got \[5\]"),
+        ({"budgets": (2, 2)}, r"budgets must be strictly increasing integers in \[1, 4\], got \[2, 2\]"),
+        ({"budgets": (5,)}, r"in \[1, 4\], got \[5\]"),
         ({"budgets": (0, 1)}, "strictly increasing"),
         ({"budgets": ()}, "strictly increasing"),
+        ({"budgets": (3, 1)}, "strictly increasing"),
+        ({"budgets": torch.tensor([2, 2])}, "strictly increasing"),
+        ({"budgets": torch.tensor([True, True])}, "budgets must be integers, got"),
+        ({"budgets": (True, 2)}, "budgets must be integers, got"),
+        ({"budgets": (1.0, 2.5)}, "budgets must be integers, got"),
+        ({"budgets": numpy.array([1.0, 2.0])}, "budgets must be integers, got"),
+        ({"budgets": 3}, "budgets must be integers, got"),
         ({"budgets": (1, 2), "budget_weights": (1.0,)}, r"one weight per budget \(2\), got 1"),
         ({"budgets": (1, 2), "budget_weights": (0.0, 0.0)}, "not all zero"),
         ({"backend": "cuda"}, "backend must be"),
