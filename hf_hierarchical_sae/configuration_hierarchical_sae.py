@@ -117,6 +117,17 @@ class HierarchicalSaeConfig(PreTrainedConfig):
             raise ValueError(f"budgets must be in [{least}, {self.k}], the trained budget, got {budgets}")
         return budgets
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """[`~PreTrainedConfig.from_dict`] that raises a `ValueError` for the config of another kind of model."""
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(
+                f"expected the config of an autoencoder, model_type {cls.model_type!r}, got model_type {found!r}: give "
+                "the folder or repository of an autoencoder, not of the model that it reads"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation."""
         if self.d_in < 1 or self.d_sae < 1:
@@ -157,6 +168,26 @@ class HierarchicalSaeConfig(PreTrainedConfig):
 def is_integer(number: Any) -> bool:
     """Whether it is a whole number by its type, as `True` and 2.0 are not."""
     return isinstance(number, Integral) and not isinstance(number, bool)
+
+
+def integer(name: str, number: Any, least: int | None = None) -> int:
+    """
+    Args:
+        name (`str`): what it is, for the error.
+        number (`int`): one of numpy too.
+        least (`int`, *optional*): the smallest that is allowed.
+
+    Returns:
+        `int`: the same as Python's own.
+
+    Raises:
+        `ValueError`: If it is smaller, or no integer, as booleans and fractions are.
+    """
+    if not is_integer(number):
+        raise ValueError(f"{name} must be an integer, got {number!r}")
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return int(number)
 
 
 def integers(name: str, numbers: Any) -> list[int]:

@@ -1,7 +1,9 @@
 """The language model that an autoencoder reads: its decoder layers, their outputs, and what stands in place of them."""
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -9,10 +11,16 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .configuration_hierarchical_sae import integer, integers
 from .modeling_hierarchical_sae import HierarchicalSaeModel
 
 
 logger = logging.get_logger(__name__)
+
+# Which hooks the running thread or task has entered: those of others, on the same modules, do nothing here.
+_ENTERED: ContextVar[frozenset] = ContextVar("entered", default=frozenset())
+# Numbering a hook is not atomic in torch: of two threads at once, one would lose its hook.
+_REGISTERING = threading.Lock()
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -31,7 +39,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 def layer_indices(model: PreTrainedModel, layer: int | Sequence[int]) -> list[int]:
     """One decoder layer or several, counted from 0 or, if negative, from the end, as numbers counted from 0."""
     count = len(decoder_layers(model))
-    layers = [layer] if isinstance(layer, int) else list(layer)
+    layers = integers("layer", layer) if isinstance(layer, Iterable) else [integer("layer", layer)]
     if not layers or not all(-count <= index < count for index in layers):
         raise ValueError(f"layer must be in [0, {count - 1}], got {layer}")
     return [index % count for index in layers]
@@ -40,6 +48,28 @@ def layer_indices(model: PreTrainedModel, layer: int | Sequence[int]) -> list[in
 def hidden_size(model: PreTrainedModel) -> int:
     """Width of the residual stream."""
     return model.config.get_text_config(decoder=True).hidden_size
+
+
+def check_length(model: PreTrainedModel, name: str, length: int) -> None:
+    """Raise a `ValueError` if a context of `length` tokens, which the argument `name` allows, is longer than a model's."""
+    config = model.config.get_text_config(decoder=True)
+    most = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None)) or 0
+    # XLNet says -1: no limit.
+    if 0 < most < length:
+        raise ValueError(
+            f"the language model {model.config.name_or_path or type(model).__name__} has {most} positions: {name} must "
+            f"be at most {most}, got {length}"
+        )
+
+
+def check_vocabulary(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """Raise a `ValueError` if one of the token ids is not in the model's vocabulary."""
+    vocabulary: Any = model.get_input_embeddings().num_embeddings
+    if ids.numel() and int(ids.max()) >= vocabulary:
+        raise ValueError(
+            f"the tokenizer gave the token {int(ids.max())}, the language model has a vocabulary of {vocabulary}: "
+            "give the tokenizer that belongs to it"
+        )
 
 
 def check_fits(sae: HierarchicalSaeModel, model: PreTrainedModel, layer: int) -> int:
@@ -78,15 +108,41 @@ def check_fits(sae: HierarchicalSaeModel, model: PreTrainedModel, layer: int) ->
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Generator[None, None, None]:
-    """Dropout off inside, and back on afterwards if it was on."""
-    was_training = model.training
-    if was_training:
+    """Dropout off inside; afterwards every part is back in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    if training:
         model.eval()
     try:
         yield
     finally:
-        if was_training:
-            model.train()
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def forward_hook(module: nn.Module, hook: Callable[[nn.Module, Any, Any], Any]) -> Generator[None, None, None]:
+    """Inside, a forward hook that sees the calls of this thread or task alone, whoever else runs the module."""
+    own = object()
+
+    def own_calls(module: nn.Module, args: Any, output: Any) -> Any:
+        # A thread that Python did not start is autograd's: it repeats forward passes for gradient checkpointing.
+        is_own = own in _ENTERED.get() or threading.current_thread().name.startswith("Dummy-")
+        return hook(module, args, output) if is_own else None
+
+    with _REGISTERING:
+        handle = module.register_forward_hook(own_calls)
+        # transformers' own hook for output_hidden_states, once installed, has to come after this one to see its result.
+        hooks: Any = module._forward_hooks
+        for key, other in list(hooks.items()):
+            if getattr(other, "__module__", None) == "transformers.utils.output_capturing":
+                hooks.move_to_end(key)
+    _ENTERED.set(_ENTERED.get() | {own})
+    try:
+        yield
+    finally:
+        _ENTERED.set(_ENTERED.get() - {own})
+        with _REGISTERING:
+            handle.remove()
 
 
 class _LayerReached(Exception):
@@ -117,15 +173,12 @@ def layer_outputs(
             raise _LayerReached
 
     modules = decoder_layers(model)
-    handles = [modules[index].register_forward_hook(capture) for index in set(layers)]
-    try:
-        with evaluation_mode(model):
-            model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
-    except _LayerReached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as inside:
+        for index in set(layers):
+            inside.enter_context(forward_hook(modules[index], capture))
+        inside.enter_context(evaluation_mode(model))
+        inside.enter_context(suppress(_LayerReached))
+        model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
     return [captured[modules[index]] for index in layers]
 
 
@@ -150,14 +203,5 @@ def edited_output(
             return edited
         return type(output)((edited, *output[1:]))
 
-    module = decoder_layers(model)[layer]
-    handle = module.register_forward_hook(hook)
-    # transformers' own hook for output_hidden_states, once installed, has to come after this one to see its result.
-    hooks: Any = module._forward_hooks
-    for key, other in list(hooks.items()):
-        if getattr(other, "__module__", None) == "transformers.utils.output_capturing":
-            hooks.move_to_end(key)
-    try:
+    with forward_hook(decoder_layers(model)[layer], hook):
         yield
-    finally:
-        handle.remove()

@@ -6,9 +6,10 @@ import numpy
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig
 
 from hf_hierarchical_sae import HierarchicalSaeConfig
+from hf_hierarchical_sae.configuration_hierarchical_sae import integer
 
 
 def test_a_saved_configuration_is_found_by_its_type(tmp_path):
@@ -83,6 +84,31 @@ def test_what_is_no_list_of_integers_is_no_budget(numbers):
 def test_what_is_no_integer_is_no_k(k):
     with pytest.raises(ValueError, match=r"k must be an integer in \[1, 12\], got"):
         HierarchicalSaeConfig(d_in=4, d_sae=32, k=12).check_k(k)
+
+
+@pytest.mark.parametrize("number", [3, numpy.int64(3), numpy.uint8(3)])
+def test_integers_of_numpy_are_integers(number):
+    found = integer("layer", number, least=3)
+
+    assert found == 3 and type(found) is int
+
+
+@pytest.mark.parametrize("number", [True, numpy.True_, 3.0, numpy.float32(3), "3", None, torch.tensor(True)])
+def test_booleans_and_fractions_are_no_integers(number):
+    with pytest.raises(ValueError, match="layer must be an integer, got"):
+        integer("layer", number)
+
+
+def test_an_integer_below_the_least_is_refused():
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        integer("steps", 0, least=1)
+
+
+def test_the_config_of_a_language_model_is_refused(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path)
+
+    with pytest.raises(ValueError, match="model_type 'hierarchical_sae', got model_type 'llama'"):
+        HierarchicalSaeConfig.from_pretrained(tmp_path)
 
 
 def test_a_batch_topk_config_has_one_budget():

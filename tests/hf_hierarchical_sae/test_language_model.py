@@ -1,12 +1,21 @@
 """The language model that is read: its layers, their outputs, edits of them, and whether an autoencoder fits."""
 
+import _thread
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
+
+import numpy
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel
 from hf_hierarchical_sae.language_model import (
     check_fits,
+    check_length,
+    check_vocabulary,
     decoder_layers,
     edited_output,
     evaluation_mode,
@@ -65,6 +74,131 @@ def test_evaluation_mode_is_left_as_it_was_found(model):
         assert not sae.training and not model.training
 
     assert sae.training and not model.training
+
+
+def test_every_part_is_left_in_its_own_mode_by_an_exception_too(model):
+    wrapper = torch.nn.Sequential(torch.nn.Dropout().eval(), torch.nn.Sequential(torch.nn.Dropout())).train()
+    wrapper[0].eval()
+    modes = [part.training for part in wrapper.modules()]
+    assert modes == [True, False, True, True]
+
+    with pytest.raises(KeyError), evaluation_mode(wrapper):
+        assert not any(part.training for part in wrapper.modules())
+        raise KeyError
+
+    assert [part.training for part in wrapper.modules()] == modes
+
+
+def run_at_once(*functions):
+    """Each function in a thread of its own, called with a barrier that all of them pass together."""
+    barrier = threading.Barrier(len(functions), timeout=30)
+    with ThreadPoolExecutor(len(functions)) as pool:
+        return [running.result() for running in [pool.submit(function, barrier) for function in functions]]
+
+
+def test_threads_see_their_own_edits_only(model):
+    def logits():
+        with torch.no_grad():
+            return model(IDS).logits
+
+    def edited(factor):
+        with edited_output(model, 0, lambda states: states * factor):
+            return logits()
+
+    def edited_beside_others(factor, barrier):
+        with edited_output(model, 0, lambda states: states * factor):
+            barrier.wait()
+            found = [logits() for _ in range(5)]
+            barrier.wait()
+        return found
+
+    def unedited_beside_others(barrier):
+        barrier.wait()
+        found = [logits() for _ in range(5)]
+        barrier.wait()
+        return found
+
+    def read_beside_others(barrier):
+        barrier.wait()
+        found = [layer_outputs(model, [0], IDS, torch.ones_like(IDS))[0] for _ in range(5)]
+        barrier.wait()
+        return found
+
+    expected = [edited(0.0), edited(3.0), logits(), layer_outputs(model, [0], IDS, torch.ones_like(IDS))[0]]
+    found = run_at_once(
+        partial(edited_beside_others, 0.0),
+        partial(edited_beside_others, 3.0),
+        unedited_beside_others,
+        read_beside_others,
+    )
+
+    for tries, one in zip(found, expected):
+        assert all(torch.equal(one_try, one) for one_try in tries)
+
+
+def test_a_thread_that_is_given_the_context_sees_its_edits(model):
+    with torch.no_grad(), edited_output(model, 0, lambda states: states * 0), ThreadPoolExecutor(1) as pool:
+        expected = model(IDS).logits
+        inside = pool.submit(copy_context().run, model, IDS).result().logits
+
+    torch.testing.assert_close(inside.detach(), expected, rtol=0, atol=0)
+
+
+def test_edits_are_seen_where_autograd_repeats_a_pass_in_a_thread_of_its_own(model):
+    # Backward passes on a GPU run in threads that Python did not start, gradient checkpointing with them.
+    found, done = [], threading.Event()
+
+    def repeat():
+        with torch.no_grad():
+            found.append(model(IDS).logits)
+        done.set()
+
+    with edited_output(model, 0, lambda states: states * 0):
+        with torch.no_grad():
+            expected = model(IDS).logits
+        _thread.start_new_thread(repeat, ())
+        assert done.wait(30)
+
+    assert torch.equal(found[0], expected)
+
+
+def test_edits_end_in_any_order(model):
+    with torch.no_grad():
+        clean = model(IDS).logits
+        first, second = (edited_output(model, 0, lambda states: states * 0) for _ in range(2))
+        first.__enter__(), second.__enter__()
+        first.__exit__(None, None, None), second.__exit__(None, None, None)
+
+        assert torch.equal(model(IDS).logits, clean)
+
+
+@pytest.mark.parametrize("layer", [True, 1.0, [1, 0.0], "1", None])
+def test_what_is_no_layer_number_is_refused(model, layer):
+    with pytest.raises(ValueError, match=r"layer must be (an integer|integers), got"):
+        layer_indices(model, layer)
+
+
+def test_layer_numbers_of_numpy_are_numbers(model):
+    assert layer_indices(model, numpy.int64(-1)) == layer_indices(model, numpy.array([1])) == [1]
+    assert all(type(index) is int for index in layer_indices(model, numpy.array([1, 0])))
+
+
+def test_contexts_longer_than_a_model_s_positions_are_refused(model):
+    gpt2 = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=1, n_positions=16)
+    )
+    bloom = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", hidden_size=8, n_layer=1, n_head=1))
+
+    check_length(gpt2, "context_length", 16), check_length(bloom, "context_length", 10**6)
+    with pytest.raises(ValueError, match="has 16 positions: context_length must be at most 16, got 17"):
+        check_length(gpt2, "context_length", 17)
+
+
+def test_tokens_outside_the_vocabulary_are_refused(model):
+    size = model.config.vocab_size
+    check_vocabulary(model, torch.tensor([[size - 1]])), check_vocabulary(model, torch.empty(0, dtype=torch.int64))
+    with pytest.raises(ValueError, match=f"the tokenizer gave the token {size}, .* a vocabulary of {size}"):
+        check_vocabulary(model, torch.tensor([[0, size]]))
 
 
 def test_an_autoencoder_that_fits_is_given_its_layer(model):
