@@ -50,8 +50,7 @@ CHATML = (
 )
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id or folder of the base (%(default)s)")
     add("--output_dir", type=Path, default=Path("outputs/steer"), help="for all artefacts (%(default)s)")
@@ -66,9 +65,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--max_completion_length", type=int, default=12, help="tokens of an answer (%(default)s)")
     add("--use_vllm", action="store_true", help="sample with vLLM")
     add("--seed", type=int, default=0, help="of sampling and training order (%(default)s)")
-    add("--report_to", default="none", help="tensorboard, trackio, ... (%(default)s)")
+    add("--report_to", nargs="+", default=["none"], help="tensorboard, trackio, ... (%(default)s)")
     add("--resume_from_checkpoint", nargs="?", const=True, help="go on from this folder, by default the last one")
-    return parser.parse_args()
 
 
 def make_questions(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
@@ -112,64 +110,104 @@ def make_prompt(tokenizer: Any, row: dict) -> str:
     return text.removeprefix(tokenizer.bos_token) if adds_bos else text
 
 
+def generate(model: Any, tokenizer: Any, prompts: list[str], batch_size: int = 32, **options: Any) -> list[list[int]]:
+    """The tokens that follow each prompt, in order; the prompts are shared out among the processes."""
+    done: list[tuple[int, list[int]]] = []
+    # a checkpoint's own generation config may penalise repetition
+    plain = {"repetition_penalty": 1.0, "pad_token_id": tokenizer.pad_token_id}
+    # padded, so that sharded models generate equally often in every process; that repeats some prompts
+    with PartialState().split_between_processes(list(range(len(prompts))), apply_padding=True) as share:
+        for start in range(0, len(share), batch_size):
+            indices = share[start : start + batch_size]
+            batch = tokenizer([prompts[i] for i in indices], return_tensors="pt", padding=True).to(model.device)
+            output = model.eval().generate(**batch, **plain, **options)
+            done += zip(indices, output[:, batch["input_ids"].shape[1] :].tolist())
+    return [tokens for _, tokens in sorted(dict(gather_object(done)).items())]
+
+
 def answer(model: Any, tokenizer: Any, rows: list[dict], max_new_tokens: int) -> list[str]:
-    """One greedy completion per question, in order, the questions shared out among the processes."""
-    done: list[tuple[int, str]] = []
-    # a checkpoint's own generation config may sample, or penalise repetition
-    plain = {"do_sample": False, "repetition_penalty": 1.0, "pad_token_id": tokenizer.pad_token_id}
-    # padded, so that sharded models generate equally often in every process
-    with PartialState().split_between_processes(list(range(len(rows))), apply_padding=True) as share:
-        for start in range(0, len(share), 32):
-            indices = share[start : start + 32]
-            prompts = [make_prompt(tokenizer, rows[index]) for index in indices]
-            batch = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
-            output = model.eval().generate(**batch, **plain, max_new_tokens=max_new_tokens)
-            texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-            done += zip(indices, texts)
-    return [text for _, text in sorted(dict(gather_object(done)).items())]
+    """One greedy completion per question."""
+    prompts = [make_prompt(tokenizer, row) for row in rows]
+    tokens = generate(model, tokenizer, prompts, do_sample=False, max_new_tokens=max_new_tokens)
+    return tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
-def training_config(args: argparse.Namespace) -> GRPOConfig:
-    world, samples = PartialState().num_processes, args.prompts_per_step * args.num_generations
-    if samples % world:
-        raise SystemExit(f"prompts_per_step × num_generations = {samples} must be a multiple of {world} processes")
-    return GRPOConfig(
-        output_dir=str(args.output_dir),
-        max_steps=args.max_steps,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type="constant",
-        max_grad_norm=2.0,
-        per_device_train_batch_size=samples // world,
-        num_generations=args.num_generations,
-        max_completion_length=args.max_completion_length,
-        scale_rewards="none",
-        loss_type="dapo",
-        beta=0.0,
-        gradient_checkpointing=False,
-        use_vllm=args.use_vllm,
-        bf16=torch.cuda.is_available(),
-        logging_steps=1,
-        save_steps=10,
-        report_to=args.report_to,
-        seed=args.seed,
-    )
+def training_config(args: argparse.Namespace, accumulation: int = 1, **options: Any) -> GRPOConfig:
+    """What the paper's recipe says; `options` go before it."""
+    batches, samples = PartialState().num_processes * accumulation, args.prompts_per_step * args.num_generations
+    if samples % batches:
+        raise SystemExit(f"prompts_per_step × num_generations = {samples} must be a multiple of {batches} batches")
+    if args.use_vllm and importlib.util.find_spec("vllm") is None:
+        raise SystemExit("--use_vllm needs vLLM, which is not installed: pip install 'trl[vllm]', or leave it out")
+    same = ("max_steps", "learning_rate", "num_generations", "max_completion_length", "use_vllm", "report_to", "seed")
+    recipe = {"loss_type": "dapo", "scale_rewards": "none", "beta": 0.0, "max_grad_norm": 2.0}
+    settings: dict[str, Any] = {name: getattr(args, name) for name in same} | recipe
+    settings |= {
+        "lr_scheduler_type": "constant",
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_steps": 10,
+    }
+    settings |= {"per_device_train_batch_size": samples // batches, "gradient_accumulation_steps": accumulation}
+    settings |= {"output_dir": str(args.output_dir), "bf16": torch.cuda.is_available()}
+    return GRPOConfig(**(settings | options))
+
+
+def with_room_for_vectors(base: Any, tokenizer: Any, folder: Path) -> Any:
+    """The same model, in a form whose copy in vLLM can receive vectors."""
+    with PartialState().main_process_first():
+        try:
+            return load(folder)[0] if folder.exists() else prepare_for_vllm(base, folder, tokenizer=tokenizer)
+        except ValueError as error:
+            raise SystemExit(f"--use_vllm: {error}") from None
+
+
+def train(trainer: Any, args: argparse.Namespace, *, steers_vllm: bool) -> bool:
+    """Trains to the end, or until Ctrl-C; returns whether it came to the end."""
+    if steers_vllm:
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            sync_vectors_only(trainer)
+        check_vllm_sync(trainer)
+    stop_on_interrupt = StopOnInterrupt()
+    trainer.add_callback(stop_on_interrupt)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if stop_on_interrupt.interrupted:
+        step = trainer.state.global_step
+        folder = args.output_dir / f"checkpoint-{step}"
+        PartialState().print(f"Stopped after step {step}. Go on with: --resume_from_checkpoint {folder}", flush=True)
+    return not stop_on_interrupt.interrupted
+
+
+def plot(rewards: list[float], accuracies: dict[str, float]) -> Figure:
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(range(1, len(rewards) + 1), rewards, label="mean reward of the samples of each step")
+    for (when, share), style in zip(accuracies.items(), ("k:", "k--")):
+        axes.plot([1, len(rewards)], [share, share], style, label=f"held-out accuracy {when} ({share:.1%})")
+    axes.legend()
+    return figure
+
+
+def report(args: argparse.Namespace, held_out: list[dict], texts: list[list[str]], summary: str) -> None:
+    """Some answers before and after, and the summary, which is kept."""
+    for row, old, new in list(zip(held_out, *texts))[:4]:
+        print(f"{row['question']}   right: {row['answer']}\n  before: {old!r}\n  after:  {new!r}")
+    (args.output_dir / "summary.txt").write_text(summary + "\n")
+    print(f"\n{summary}")
 
 
 def main() -> None:
-    args = parse_arguments()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    args = parser.parse_args()
     state, config = PartialState(), training_config(args)
-    if args.use_vllm and importlib.util.find_spec("vllm") is None:
-        raise SystemExit("--use_vllm needs vLLM, which is not installed: pip install 'trl[vllm]', or leave it out")
     set_seed(args.seed)
     questions, held_out = make_questions(args)
     base, tokenizer = load(args.model)
     state.print(f"Answering {len(held_out)} held-out questions with the base model ...", flush=True)
     before = answer(base, tokenizer, held_out, args.max_completion_length)
     if args.use_vllm:
-        # the same model, in a form whose copy in vLLM has room for the vectors
-        folder = args.output_dir / "base"
-        with state.main_process_first():
-            base = load(folder)[0] if folder.exists() else prepare_for_vllm(base, folder, tokenizer=tokenizer)
+        base = with_room_for_vectors(base, tokenizer, args.output_dir / "base")
     model = get_peft_model(base, BiasSteerConfig(task_type="CAUSAL_LM", layers_to_transform=args.layers))
     model.peft_config["default"].base_model_name_or_path = args.model
     trainable, total = model.get_nb_trainable_parameters()
@@ -178,27 +216,13 @@ def main() -> None:
     def reward(completions: list[str], answer: list[str], **kwargs: Any) -> list[float | None]:
         return [float(is_right(text, right)) for text, right in zip(completions, answer)]
 
-    rows = [{"prompt": make_prompt(tokenizer, row), "answer": row["answer"]} for row in questions]
-    stop_on_interrupt = StopOnInterrupt()
+    data = Dataset.from_list([{"prompt": make_prompt(tokenizer, row), "answer": row["answer"]} for row in questions])
     trainer = GRPOTrainer(
-        model=model,
-        processing_class=tokenizer,
-        reward_funcs=reward,
-        train_dataset=Dataset.from_list(rows),
-        callbacks=[stop_on_interrupt],
-        args=config,
+        model=model, reward_funcs=reward, args=config, train_dataset=data, processing_class=tokenizer
     )
-    if args.use_vllm:
-        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-            sync_vectors_only(trainer)
-        check_vllm_sync(trainer)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    step = trainer.state.global_step
-    if stop_on_interrupt.interrupted:
-        folder = args.output_dir / f"checkpoint-{step}"
-        return state.print(f"Stopped after step {step}. Go on with: --resume_from_checkpoint {folder}")
-
-    adapter = args.output_dir / "adapter"
+    if not train(trainer, args, steers_vllm=args.use_vllm):
+        return
+    adapter, step = args.output_dir / "adapter", trainer.state.global_step
     trainer.save_model(str(adapter))
     state.wait_for_everyone()
     model = PeftModel.from_pretrained(load(args.model)[0], adapter).to(state.device)
@@ -210,24 +234,15 @@ def main() -> None:
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     grades = [[is_right(text, row["answer"]) for text, row in zip(texts, held_out)] for texts in (before, after)]
     accuracies = [sum(right) / len(held_out) for right in grades]
-    figure = Figure(layout="constrained")
-    axes = figure.subplots()
-    axes.plot(range(1, step + 1), rewards, label="mean reward of the samples of each step")
-    for when, share, style in zip(("before", "after"), accuracies, ("k:", "k--")):
-        axes.plot([1, step], [share, share], style, label=f"held-out accuracy {when} ({share:.1%})")
-    axes.legend()
-    figure.savefig(args.output_dir / "reward.png")
+    plot(rewards, dict(zip(("before", "after"), accuracies))).savefig(args.output_dir / "reward.png", dpi=120)
     result = {"model": args.model, "steps": step, "before": accuracies[0], "after": accuracies[1], "rewards": rewards}
     (args.output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    for row, old, new in list(zip(held_out, before, after))[:4]:
-        print(f"{row['question']}   right: {row['answer']}\n  before: {old!r}\n  after:  {new!r}")
     summary = (
         f"Trained:    {trainable:,} of {total:,} parameters of {args.model}, {step} steps"
         f"\nHeld out:   {accuracies[0]:.1%} right before, {accuracies[1]:.1%} after ({len(held_out)} questions, greedy)"
         f"\nArtefacts:  {adapter}/  {args.output_dir}/result.json  {args.output_dir}/reward.png"
     )
-    (args.output_dir / "summary.txt").write_text(summary + "\n")
-    print(f"\n{summary}")
+    report(args, held_out, [before, after], summary)
 
 
 if __name__ == "__main__":

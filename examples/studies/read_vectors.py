@@ -61,7 +61,8 @@ def parse_arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     return args, train_methods.parse_arguments(rest)
 
 
-def load_adapter(args: argparse.Namespace) -> Any:
+def load_adapter(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The steered model and its tokenizer."""
     try:
         config = PeftConfig.from_pretrained(args.adapter)
     except (OSError, ValueError) as error:
@@ -69,7 +70,8 @@ def load_adapter(args: argparse.Namespace) -> Any:
     if not isinstance(config, BiasSteerConfig):
         raise SystemExit(f"expected a BiasSteer adapter, got a {config.peft_type} adapter in {args.adapter}")
     args.model = args.model or config.base_model_name_or_path
-    return PeftModel.from_pretrained(train_methods.load_base(args.model), args.adapter).eval()
+    base, tokenizer = train_methods.example.load(args.model)
+    return PeftModel.from_pretrained(base, args.adapter).eval(), tokenizer
 
 
 class Reader:
@@ -200,9 +202,9 @@ def plot_behaviour(reading: dict, path: Path) -> None:
 def main() -> None:
     args, questions = parse_arguments()
     set_seed(0)
-    model = load_adapter(args)
+    model, tokenizer = load_adapter(args)
     questions.model = args.model
-    reader = Reader(model, train_methods.load_tokenizer(args.model), args, questions)
+    reader = Reader(model, tokenizer, args, questions)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     path = args.output_dir / "reading.json"
     reading: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}

@@ -16,7 +16,6 @@ questions and one of answers, checked by math-verify (`--task user/dataset --que
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import re
@@ -29,49 +28,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import reasoning_gym
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import Dataset, load_dataset
 from math_verify import parse, verify
 from peft import BeftConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from reasoning_gym.factory import DATASETS
 from reasoning_gym.utils import SYSTEM_PROMPTS, extract_answer
-from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, TrainerCallback, set_seed
+from transformers import ProgressCallback, TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from peft_bias_steer import BiasSteerConfig
-from peft_bias_steer.serving.trl import check_vllm_sync, prepare_for_vllm, sync_vectors_only
 
 
-matplotlib.use("Agg")
-sys.path.append(str(Path(__file__).parents[1] / "shared"))
-from interrupts import StopOnInterrupt  # noqa: E402
-from matplotlib import pyplot  # noqa: E402
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("shared", "peft_bias_steer")]
+import train_grpo as example
 
 
 DEMO_MODEL = "outputs/SmolLM2-135M-Instruct"
 # constant, for AdamW; compare_methods.py --preset sweep sets them beside their neighbours
 LEARNING_RATES = {"bias": 1e-2, "lora": 1e-3, "full": 3e-5, "beft": 1e-2}
 BOXED_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
-# its divisions carry the answer of another expression
-ONE_DIGIT = {
-    "min_terms": 2,
-    "max_terms": 2,
-    "min_digits": 1,
-    "max_digits": 1,
-    "allow_parentheses": False,
-    "operators": ["+", "-", "*"],
-}
 PRESETS: dict[str, dict[str, Any]] = {
-    "basic_arithmetic": {"task_options": ONE_DIGIT},
+    "basic_arithmetic": {"task_options": example.EASY_ARITHMETIC},
     # what a small model cannot do: the negative control
     "four_digit_products": {
         "task": "basic_arithmetic",
-        "task_options": {**ONE_DIGIT, "min_digits": 4, "max_digits": 4, "operators": ["*"]},
+        "task_options": {**example.ONE_DIGIT, "min_digits": 4, "max_digits": 4, "operators": ["*"]},
     },
     # what it is right about now and then
     "two_digit_sums": {"task": "chain_sum", "task_options": {"max_terms": 3, "max_digits": 2}},
@@ -86,9 +71,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "deepscaler": {"task": "agentica-org/DeepScaleR-Preview-Dataset", "question_column": "problem"},
 }
 CHAT_TEMPLATES = {
-    # ChatML without the system message that many models' own templates put in front
-    "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "chatml": example.CHATML,
     "plain": "{% for m in messages %}{{ m.content }}\n\n{% endfor %}",
 }
 # an equation, a sentence that names a result, or nothing but the number
@@ -262,35 +245,23 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
     return (centre - half) / (1 + z**2 / total), (centre + half) / (1 + z**2 / total)
 
 
-@torch.no_grad()
 def complete(
     model: Any, tokenizer: Any, prompts: list[str], *, max_new_tokens: int, sample: bool = False, bf16: bool = False
 ) -> list[dict]:
-    """One completion per prompt, in order, the prompts shared out among the processes: its text, length and end."""
-    model.eval()
-    state = PartialState()
-    done: list[dict] = []
-    batch_size = 32 if state.device.type == "cpu" else 128
+    """One completion per prompt, in order: its text, length and end."""
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
-    # a checkpoint's own generation config may penalise repetition or stop at other tokens too
-    length = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id, "repetition_penalty": 1.0}
+    device = PartialState().device.type
+    with torch.autocast(device, torch.bfloat16, enabled=bf16):
+        options = {"batch_size": 32 if device == "cpu" else 128, "max_new_tokens": max_new_tokens, **sampling}
+        completions = example.generate(model, tokenizer, prompts, **options)
     stops = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, tokenizer.pad_token_id, *(stops if isinstance(stops, list) else [stops])}
-    # padded, so that sharded models generate equally often in every process
-    with (
-        state.split_between_processes(list(range(len(prompts))), apply_padding=True) as share,
-        torch.autocast(state.device.type, torch.bfloat16, enabled=bf16),
-    ):
-        for start in range(0, len(share), batch_size):
-            indices = share[start : start + batch_size]
-            batch = tokenizer([prompts[i] for i in indices], return_tensors="pt", padding=True).to(model.device)
-            output = model.generate(**batch, **length, **sampling)[:, batch["input_ids"].shape[1] :]
-            for index, tokens in zip(indices, output.tolist()):
-                end = next((position for position, token in enumerate(tokens) if token in stops), len(tokens))
-                text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
-                done.append({"index": index, "text": text, "tokens": end, "finished": end < len(tokens)})
-    # `index` again, since padding repeats prompts
-    return list({entry["index"]: entry for entry in sorted(gather_object(done), key=lambda e: e["index"])}.values())
+    done = []
+    for tokens in completions:
+        end = next((position for position, token in enumerate(tokens) if token in stops), len(tokens))
+        text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        done.append({"text": text, "tokens": end, "finished": end < len(tokens)})
+    return done
 
 
 def score(completions: list[dict], rows: list[dict], task: Task) -> dict:
@@ -380,17 +351,16 @@ class EvaluateDuringTraining(TrainerCallback):
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of the example, and those below."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default_model = DEMO_MODEL if Path(DEMO_MODEL).is_dir() else "HuggingFaceTB/SmolLM2-135M-Instruct"
+    example.add_options(parser)
+    if Path(DEMO_MODEL).is_dir():
+        parser.set_defaults(model=DEMO_MODEL)
+    parser.set_defaults(learning_rate=None)
     add = parser.add_argument
-    add("--model", default=default_model, help="hub id or folder of the base model (%(default)s)")
-    add("--method", choices=LEARNING_RATES, default="bias", help="what is trained (%(default)s)")
-    add("--layers", type=int, nargs="+", help="layers to train, for bias, LoRA and BEFT (default: all)")
+    add("--method", choices=LEARNING_RATES, default="bias", help=f"what is trained, by default at {LEARNING_RATES}")
     add("--lora_rank", type=int, default=4, help="of LoRA on down_proj, with alpha twice as large (%(default)s)")
-    add("--output_dir", type=Path, default=Path("outputs/steer"), help="for all artefacts (%(default)s)")
-    questions = parser.add_argument_group("questions").add_argument
-    questions("--task", default="basic_arithmetic", help=f"{', '.join(PRESETS)}, any of reasoning-gym, or a dataset")
-    questions("--task_options", type=json.loads, help="of a reasoning-gym task, as JSON (default: the preset's)")
+    questions = parser.add_argument_group(f"questions (--task {', '.join(PRESETS)}, or a dataset)").add_argument
     questions("--num_questions", type=int, default=2000, help="to draw from reasoning-gym, before duplicates go")
     questions("--dataset_config", help="name of the dataset's configuration")
     questions("--question_column", help="of a dataset (question)")
@@ -405,31 +375,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     questions("--few_shot", type=int, default=0, help="solved examples in front of each question (%(default)s)")
     questions("--few_shot_answer", default="{answer}", help="how they are solved, e.g. '{expression} = {answer}'")
     questions("--split_seed", type=int, default=0, help="of the questions and of what is held out (%(default)s)")
-    training = parser.add_argument_group("training").add_argument
-    training("--max_steps", type=int, default=20, help="optimizer steps; 0 only evaluates the base (%(default)s)")
-    training("--learning_rate", type=float, help=f"constant, for AdamW (default: {LEARNING_RATES})")
+    training = parser.add_argument_group("training (--max_steps 0 only evaluates the base)").add_argument
     training("--warmup_ratio", type=float, default=0.0, help="share of the steps with a rising rate (%(default)s)")
-    training("--prompts_per_step", type=int, default=4, help="questions in one step (%(default)s)")
     training("--reward", choices=["right", "formatted"], default="right", help="formatted: for any answer in the form")
-    training("--num_generations", type=int, default=8, help="samples for each question (%(default)s)")
     training("--gradient_accumulation_steps", type=int, default=1, help="batches per step (%(default)s)")
     training("--gradient_checkpointing", action="store_true", help="trade time for memory")
-    training("--max_completion_length", type=int, default=12, help="tokens of an answer (%(default)s)")
     training("--bf16", action="store_true", help="compute in bfloat16 (autocast) on a CPU too, where it is faster")
-    training("--use_vllm", action="store_true", help="sample with vLLM")
-    training("--seed", type=int, default=0, help="of sampling and training order (%(default)s)")
     training("--signal_patience", type=int, default=5, help="steps without any difference in reward before a warning")
     training("--stop_without_signal", action="store_true", help="stop at that warning")
     training("--save_steps", type=int, default=10, help="steps between checkpoints (%(default)s)")
-    training("--report_to", nargs="+", default=["none"], help="tensorboard, trackio, ... (%(default)s)")
-    training(
-        "--resume_from_checkpoint",
-        nargs="?",
-        const=True,
-        help="go on from this checkpoint folder; without a value, from the last one in --output_dir",
-    )
     evaluation = parser.add_argument_group("evaluation").add_argument
-    evaluation("--eval_size", type=int, default=64, help="questions held out (%(default)s)")
     evaluation("--eval_samples", type=int, default=0, help="samples at temperature 1 of each, beside the greedy one")
     evaluation("--eval_steps", type=int, default=0, help="steps between greedy evaluations, 0 for none (%(default)s)")
     evaluation("--skip_eval_before", action="store_true", help="the base model's accuracy is known already")
@@ -453,25 +408,6 @@ def fill_defaults(args: argparse.Namespace) -> None:
         raise SystemExit("--layers is for bias, LoRA and BEFT: --method full trains every layer")
 
 
-def load_tokenizer(name: str) -> Any:
-    """Raises `SystemExit` with one sentence if there is no checkpoint of that name."""
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, padding_side="left")
-    except (OSError, ValueError) as error:
-        raise SystemExit(
-            f"--model must be a folder with a transformers checkpoint or a reachable hub id, got {name!r}: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_base(name: str) -> Any:
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(PartialState().device)
-
-
 def adapter_config(args: argparse.Namespace) -> PeftConfig | None:
     common: Any = {"task_type": "CAUSAL_LM"}
     if args.layers is not None:
@@ -485,56 +421,20 @@ def adapter_config(args: argparse.Namespace) -> PeftConfig | None:
     return None
 
 
-def check_vllm(args: argparse.Namespace) -> None:
-    if importlib.util.find_spec("vllm") is None:
-        raise SystemExit("--use_vllm needs vLLM, which is not installed: pip install 'trl[vllm]', or leave it out")
-    if args.method == "beft":
-        raise SystemExit("--use_vllm cannot sample with BEFT, whose biases do not merge: choose --method bias")
-
-
-def with_room_for_vectors(base: Any, tokenizer: Any, folder: Path) -> Any:
-    """The same model, in a form whose copy in vLLM can receive vectors."""
-    with PartialState().main_process_first():
-        if folder.exists():
-            return load_base(str(folder))
-        try:
-            return prepare_for_vllm(base, folder, tokenizer=tokenizer)
-        except ValueError as error:
-            raise SystemExit(f"--use_vllm: {error}") from None
-
-
 def training_config(args: argparse.Namespace) -> GRPOConfig:
-    world = PartialState().num_processes
-    samples = args.prompts_per_step * args.num_generations
-    if samples % (world * args.gradient_accumulation_steps):
-        raise SystemExit(
-            f"prompts_per_step × num_generations = {samples} must be a multiple of {world} processes × "
-            f"{args.gradient_accumulation_steps} gradient_accumulation_steps"
-        )
-    return GRPOConfig(
-        output_dir=str(args.output_dir),
-        max_steps=args.max_steps,
-        learning_rate=args.learning_rate,
+    if args.use_vllm and args.method == "beft":
+        raise SystemExit("--use_vllm cannot sample with BEFT, whose biases do not merge: choose --method bias")
+    return example.training_config(
+        args,
+        args.gradient_accumulation_steps,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=math.ceil(args.warmup_ratio * args.max_steps),
-        max_grad_norm=2.0,
-        per_device_train_batch_size=samples // (world * args.gradient_accumulation_steps),
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        num_generations=args.num_generations,
-        max_completion_length=args.max_completion_length,
-        scale_rewards="none",
-        loss_type="dapo",
-        beta=0.0,
         gradient_checkpointing=args.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if args.gradient_checkpointing else None,
-        use_vllm=args.use_vllm,
         bf16=args.bf16 or torch.cuda.is_available(),
         use_cpu=args.bf16 and not torch.cuda.is_available(),
-        logging_steps=1,
         save_steps=args.save_steps,
         save_total_limit=2,
-        report_to=args.report_to,
-        seed=args.seed,
     )
 
 
@@ -558,19 +458,15 @@ def write_completions(completions: list[dict], task: Task, path: Path) -> None:
 
 
 def plot(result: dict, path: Path) -> None:
-    figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
-    axes.plot(range(1, len(result["rewards"]) + 1), result["rewards"], label="mean reward of the samples")
-    for name, color in (("before", "grey"), ("after", "black")):
-        if result[name]:
-            share = result[name]["greedy"]["accuracy"]
-            axes.axhline(share, color=color, linestyle="--", label=f"held-out accuracy {name} ({share:.1%})")
+    measured = {when: result[when]["greedy"]["accuracy"] for when in ("before", "after") if result[when]}
+    figure = example.plot(result["rewards"], measured)
+    (axes,) = figure.axes
     if result["during"]:
         steps, shares = zip(*[(entry["step"], entry["accuracy"]) for entry in result["during"]])
         axes.plot(steps, shares, "o", color="black", label="held-out accuracy during training")
     axes.set(xlabel="step", ylim=(0, 1), title=f"GRPO, {result['method']}: {result['task']}")
     axes.legend()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def describe(evaluation: dict | None) -> str:
@@ -586,13 +482,10 @@ def main() -> None:
     started = time.perf_counter()
     state = PartialState()
     config = training_config(args) if args.max_steps else None
-    if args.use_vllm:
-        check_vllm(args)
     set_seed(args.seed)
     task = load_task(args)
-    tokenizer = load_tokenizer(args.model)
+    model, tokenizer = example.load(args.model)
     prompt_of = prompt_maker(tokenizer, task, args)
-    model = load_base(args.model)
 
     def answer(model: Any, samples: int = 0) -> tuple[list[dict], dict]:
         """Answers the held-out questions: once greedily, `samples` times at temperature 1."""
@@ -605,13 +498,9 @@ def main() -> None:
             scores["sampled"] = score(sampled, task.held_out * samples, task)
         return completions, scores
 
-    def say(text: str) -> None:
-        if state.is_main_process:
-            print(text, flush=True)
-
     before, completions_before = None, []
     if not args.skip_eval_before:
-        say(f"Answering {len(task.held_out)} held-out questions with the base model ...")
+        state.print(f"Answering {len(task.held_out)} held-out questions with the base model ...", flush=True)
         completions_before, before = answer(model, args.eval_samples)
     result: dict[str, Any] = {
         "model": args.model,
@@ -625,23 +514,24 @@ def main() -> None:
         write_completions(completions_before, task, args.output_dir / "completions_before.jsonl")
     if config is None:
         (args.output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-        return say(f"Held out:   {describe(before)} ({args.eval_size} questions, greedy, {args.few_shot} examples)")
+        return state.print(
+            f"Held out:   {describe(before)} ({args.eval_size} questions, greedy, {args.few_shot} examples)"
+        )
 
     steers_vllm = args.use_vllm and args.method == "bias"
     if steers_vllm:
-        model = with_room_for_vectors(model, tokenizer, args.output_dir / "base")
+        model = example.with_room_for_vectors(model, tokenizer, args.output_dir / "base")
     peft_config = adapter_config(args)
     if peft_config is not None:
         model = get_peft_model(model, peft_config)
     total = sum(parameter.numel() for parameter in model.parameters())
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    say(f"Training {trainable:,} of {total:,} parameters ...")
+    state.print(f"Training {trainable:,} of {total:,} parameters ...", flush=True)
 
     def reward(completions: list[str], index: list[int], **kwargs) -> list[float | None]:
         return [float(task.grade(text, task.train[i])[args.reward]) for text, i in zip(completions, index)]
 
-    stop_on_interrupt, clock = StopOnInterrupt(), StepClock()
-    watch = SignalWatch(args.signal_patience, args.stop_without_signal)
+    clock, watch = StepClock(), SignalWatch(args.signal_patience, args.stop_without_signal)
     during_training = EvaluateDuringTraining(args.eval_steps, lambda model: answer(model)[1]["greedy"])
     indices = list(range(args.few_shot, len(task.train)))
     trainer = GRPOTrainer(
@@ -649,37 +539,30 @@ def main() -> None:
         processing_class=tokenizer,
         reward_funcs=reward,
         train_dataset=Dataset.from_dict({"prompt": [prompt_of(task.train[i]) for i in indices], "index": indices}),
-        callbacks=[stop_on_interrupt, clock, watch, *([during_training] if args.eval_steps else [])],
+        callbacks=[clock, watch, *([during_training] if args.eval_steps else [])],
         args=config,
     )
     during_training.trainer = trainer
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(RewardBar)
-    if steers_vllm:
-        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-            sync_vectors_only(trainer)
-        check_vllm_sync(trainer)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    step = trainer.state.global_step
-    if stop_on_interrupt.interrupted:
-        return say(
-            f"Stopped after step {step}. Go on with: --resume_from_checkpoint {args.output_dir}/checkpoint-{step}"
-        )
-
+    if not example.train(trainer, args, steers_vllm=steers_vllm):
+        return
     memory = peak_memory()
     trained_dir = args.output_dir / ("adapter" if peft_config else "model")
     trainer.save_model(str(trained_dir))
     state.wait_for_everyone()
-    model = load_base(args.model if peft_config else str(trained_dir))
+    model, _ = example.load(args.model if peft_config else trained_dir)
     if peft_config:
         model = PeftModel.from_pretrained(model, trained_dir).to(state.device)
-    say(f"Answering {len(task.held_out)} held-out questions with the weights from {trained_dir} ...")
+    state.print(
+        f"Answering {len(task.held_out)} held-out questions with the weights from {trained_dir} ...", flush=True
+    )
     completions_after, after = answer(model, args.eval_samples)
 
     history = trainer.state.log_history
     during = [entry for entry in history if "held_out/accuracy" in entry]
     result |= {
-        "steps": step,
+        "steps": trainer.state.global_step,
         "after": after,
         "during": [
             {"step": e["step"], "accuracy": e["held_out/accuracy"], "format_rate": e["held_out/format_rate"]}
@@ -703,19 +586,16 @@ def main() -> None:
     write_completions(completions_after, task, args.output_dir / "completions_after.jsonl")
     plot(result, args.output_dir / "reward.png")
 
-    print()
-    for row, old, new in list(zip(task.held_out, completions_before, completions_after))[:4]:
-        print(f"{row['question']}   right: {row['answer']}\n  before: {old['text']!r}\n  after:  {new['text']!r}")
     shares = [f"{scores['greedy']['accuracy']:.1%}" if scores else "not measured" for scores in (before, after)]
     summary = (
-        f"Trained:    {trainable:,} of {total:,} parameters of {args.model}, {step} steps, {result['seconds']:.0f} s"
+        f"Trained:    {trainable:,} of {total:,} parameters of {args.model}, {result['steps']} steps, {result['seconds']:.0f} s"
         f"\nHeld out:   {shares[0]} right before, {shares[1]} after ({len(task.held_out)} questions, greedy)"
         f"\nArtefacts:  {trained_dir}/  {args.output_dir}/result.json  {args.output_dir}/reward.png"
     )
     if watch.warning:
         summary += f"\n{watch.warning}"
-    (args.output_dir / "summary.txt").write_text(summary + "\n")
-    print(f"\n{summary}")
+    texts = [[entry["text"] for entry in completions] for completions in (completions_before, completions_after)]
+    example.report(args, task.held_out, texts, summary)
 
 
 if __name__ == "__main__":

@@ -206,8 +206,7 @@ def test_the_comparison_passes_arguments_that_exist(parse, tmp_path):
 
 
 def test_batched_completions_equal_single_ones_and_end_at_eos(example, tiny_language_model):
-    tokenizer = example.load_tokenizer(tiny_language_model)
-    model = AutoModelForCausalLM.from_pretrained(tiny_language_model)
+    model, tokenizer = example.example.load(tiny_language_model)
     # random weights repeat one token: this makes the end of the text likely after some of the prompts
     model.get_output_embeddings().weight.data[tokenizer.eos_token_id] *= 3
     prompts = ["a", "longer than a", "b c", "how long is this one?"]
@@ -215,8 +214,7 @@ def test_batched_completions_equal_single_ones_and_end_at_eos(example, tiny_lang
     together = example.complete(model, tokenizer, prompts, max_new_tokens=8)
     alone = [example.complete(model, tokenizer, [p], max_new_tokens=8)[0] for p in prompts]
 
-    assert [entry["index"] for entry in together] == [0, 1, 2, 3]
-    assert [(e["text"], e["tokens"]) for e in together] == [(e["text"], e["tokens"]) for e in alone]
+    assert together == alone and len({entry["text"] for entry in together}) > 1
     assert {entry["finished"] for entry in together} == {True, False}
     assert all(entry["tokens"] == 8 for entry in together if not entry["finished"])
 
@@ -333,7 +331,7 @@ def test_two_processes_share_samples_and_held_out_questions(tiny_language_model,
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--model", "no/such"], "--model must be a folder with a transformers checkpoint or a reachable hub id"),
+        (["--model", "no/such"], "--model must be a folder with a checkpoint or a hub id, got 'no/such'"),
         (["--eval_size", 0], "--eval_size must be in [1, 359] so that questions are left to train on, got 0"),
         (["--eval_size", 360], "--eval_size must be in [1, 359] so that questions are left to train on, got 360"),
         (["--task_options", '{"terms": 3}'], "--task_options do not fit the task basic_arithmetic"),
@@ -359,7 +357,8 @@ def test_bad_arguments_end_in_one_sentence(train, arguments, sentence):
     assert "\n" not in str(error.value)
 
 
-def test_base_for_rollouts_has_room_for_the_vectors_or_is_refused(example, tmp_path):
+def test_base_for_rollouts_has_room_for_the_vectors_or_is_refused(example, tiny_language_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_language_model)
     sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
     bases = {
@@ -367,14 +366,14 @@ def test_base_for_rollouts_has_room_for_the_vectors_or_is_refused(example, tmp_p
     }
 
     for _ in range(2):  # written, then read
-        ready = example.with_room_for_vectors(bases["llama"], None, tmp_path / "base")
+        ready = example.example.with_room_for_vectors(bases["llama"], tokenizer, tmp_path / "base")
         assert not ready.model.layers[0].mlp.down_proj.bias.any()
     with pytest.raises(SystemExit, match="--use_vllm: vLLM cannot hold steering vectors of OlmoeForCausalLM"):
-        example.with_room_for_vectors(bases["olmoe"], None, tmp_path / "other")
+        example.example.with_room_for_vectors(bases["olmoe"], tokenizer, tmp_path / "other")
 
 
 def test_biases_of_beft_are_not_sampled_with_vllm(train, example, monkeypatch):
-    monkeypatch.setattr(example.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     with pytest.raises(SystemExit, match="--use_vllm cannot sample with BEFT"):
         train("--use_vllm", "--method", "beft", "--eval_size", 1)
 
