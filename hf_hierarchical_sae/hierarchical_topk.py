@@ -4,7 +4,7 @@ Source: "Train One Sparse Autoencoder Across Multiple Sparsity Budgets", arXiv 2
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from transformers.utils import is_triton_available
 
 from .configuration_hierarchical_sae import increasing_integers
 from .large_pages import empty_in_large_pages
+
+
+BudgetErrors = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 def hierarchical_topk_loss(
@@ -56,7 +59,8 @@ def hierarchical_topk_loss(
     """
     _check_shapes(top_indices, top_values, W_dec, b_dec, target=target)
     budgets = resolve_budgets(budgets, top_indices.shape[1])
-    errors, _ = budget_errors(top_indices, top_values, W_dec, b_dec, target, budgets=budgets, backend=backend)
+    budget_errors = choose_form(backend, top_values, W_dec, b_dec, target)
+    errors, _ = budget_errors(top_indices, top_values, W_dec, b_dec, target, budgets)
     return (errors * normalized_weights(budget_weights, budgets, like=errors)).sum()
 
 
@@ -80,43 +84,32 @@ def hierarchical_topk_loss_reference(
     return (chosen * normalized_weights(budget_weights, budgets, like=chosen)).sum()
 
 
-def budget_errors(
-    top_indices: torch.Tensor,
-    top_values: torch.Tensor,
-    W_dec: torch.Tensor,
-    b_dec: torch.Tensor,
-    target: torch.Tensor,
-    *,
-    budgets: Sequence[int],
-    backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
+def choose_form(backend: str, *tensors: torch.Tensor) -> BudgetErrors:
     """
-    The terms of [`hierarchical_topk_loss`] before weighting, with the reconstruction that they leave behind for free.
+    The function that computes the terms of [`hierarchical_topk_loss`] before weighting. Its arguments are top_indices
+    and top_values (batch, k), W_dec (d_sae, d_in), b_dec (d_in,), target (batch, d_in) and strictly increasing budgets
+    in [1, k]; it returns the mean squared error at each budget, (budgets,), and the reconstruction with all k latents,
+    (batch, d_in), which they leave behind for free. Both are differentiable.
 
     Args:
-        top_indices (`torch.Tensor`): (batch, k).
-        top_values (`torch.Tensor`): (batch, k).
-        W_dec (`torch.Tensor`): (d_sae, d_in).
-        b_dec (`torch.Tensor`): (d_in,).
-        target (`torch.Tensor`): (batch, d_in).
-        budgets (`Sequence[int]`): strictly increasing budgets in [1, k].
-        backend (`str`, defaults to `"auto"`): as in [`hierarchical_topk_loss`].
+        backend (`str`): as in [`hierarchical_topk_loss`].
+        tensors (`torch.Tensor`): top_values, W_dec, b_dec and target, which `"auto"` goes by.
 
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the mean squared error at each budget, (budgets,), and the
-        reconstruction with all k latents, (batch, d_in). Both are differentiable.
+    Raises:
+        `ValueError`: If the backend is unknown.
+        `ImportError`: If triton is asked for and not installed.
     """
     if backend not in ("auto", "torch", "triton", "numba"):
         raise ValueError(f"backend must be 'auto', 'torch', 'triton' or 'numba', got {backend!r}")
-    if backend == "triton" or (backend == "auto" and suits_triton(W_dec)):
+    if backend == "triton" or (backend == "auto" and suits_triton(tensors[1])):
         from .hierarchical_topk_triton import budget_errors_triton
 
-        return budget_errors_triton(top_indices, top_values, W_dec, b_dec, target, budgets=budgets)
-    if backend == "numba" or (backend == "auto" and suits_numba(top_values, W_dec, b_dec, target)):
-        from .hierarchical_topk_numba import budget_errors_numba
+        return budget_errors_triton
+    if backend == "numba" or (backend == "auto" and suits_numba(*tensors)):
+        from .hierarchical_topk_numba import HierarchicalTopKNumba
 
-        return budget_errors_numba(top_indices, top_values, W_dec, b_dec, target, budgets=budgets)
-    return _HierarchicalTopK.apply(top_indices, top_values, W_dec, b_dec, target, tuple(budgets))
+        return HierarchicalTopKNumba.apply
+    return HierarchicalTopK.apply
 
 
 def suits_triton(*tensors: torch.Tensor) -> bool:
@@ -181,7 +174,7 @@ def _blocks(residual: torch.Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(residual), size)]
 
 
-class _HierarchicalTopK(torch.autograd.Function):
+class HierarchicalTopK(torch.autograd.Function):
     """Keeps one residual: updated latent by latent going forward, undone latent by latent going backward."""
 
     @staticmethod

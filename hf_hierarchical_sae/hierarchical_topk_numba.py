@@ -106,7 +106,12 @@ def _add_rows(
                     target[d] += v * row[d]
 
 
-class _HierarchicalTopKNumba(torch.autograd.Function):
+class HierarchicalTopKNumba(torch.autograd.Function):
+    """
+    Numba form of the loss, see `choose_form`, for float32 tensors on CPU. It raises an `ImportError` if numba is not
+    installed, a `ValueError` for other tensors, and an `IndexError` if indices are outside [0, d_sae).
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -117,13 +122,16 @@ class _HierarchicalTopKNumba(torch.autograd.Function):
         target: torch.Tensor,
         budgets: tuple[int, ...],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        batch, k = top_indices.shape
-        place = torch.full((k,), -1)
+        _check(top_indices, len(W_dec), (top_values, W_dec, b_dec, target))
+        top_indices, top_values = top_indices.long().contiguous(), top_values.contiguous()
+        W_dec, b_dec, target = W_dec.contiguous(), b_dec.contiguous(), target.contiguous()
+        place = torch.full((top_indices.shape[1],), -1)
         place[torch.tensor(budgets) - 1] = torch.arange(len(budgets))
         residual = torch.empty_like(target)
         squares = torch.zeros(torch.get_num_threads(), len(budgets), dtype=torch.float64)
         tensors = (top_indices, top_values, W_dec, b_dec, target, place, residual)
-        _over_columns(_forward, target.shape[1], tensors, [(part,) for part in squares])
+        with ThreadPoolExecutor(len(squares)) as pool:
+            list(pool.map(_forward, *_arguments(target.shape[1], tensors, squares)))
         ctx.save_for_backward(top_indices, top_values, W_dec, residual, place)
         ctx.set_materialize_grads(False)
         return (squares.sum(dim=0) / residual.numel()).float(), residual + target
@@ -141,45 +149,12 @@ class _HierarchicalTopKNumba(torch.autograd.Function):
         grad_values = torch.empty(torch.get_num_threads(), *top_values.shape)
         grad_W_dec = empty_in_large_pages(*W_dec.shape, dtype=W_dec.dtype, device=W_dec.device).zero_()
         tensors = (top_indices, top_values, W_dec, scales, last_residual.clone(), grad, grad_W_dec)
-        _over_columns(_backward, grad.shape[1], tensors, [(part,) for part in grad_values])
+        with ThreadPoolExecutor(len(grad_values)) as pool:
+            list(pool.map(_backward, *_arguments(grad.shape[1], tensors, grad_values)))
         grad_target = None
         if ctx.needs_input_grad[4]:
             grad_target = -grad if grad_reconstruction is None else grad_reconstruction - grad
         return None, grad_values.sum(dim=0), grad_W_dec, grad.sum(dim=0), grad_target, None
-
-
-def budget_errors_numba(
-    top_indices: torch.Tensor,
-    top_values: torch.Tensor,
-    W_dec: torch.Tensor,
-    b_dec: torch.Tensor,
-    target: torch.Tensor,
-    *,
-    budgets: Sequence[int],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Numba form of `budget_errors`: the same arguments and results, for float32 tensors on CPU.
-
-    Args:
-        top_indices (`torch.Tensor`): (batch, k).
-        top_values (`torch.Tensor`): (batch, k).
-        W_dec (`torch.Tensor`): (d_sae, d_in).
-        b_dec (`torch.Tensor`): (d_in,).
-        target (`torch.Tensor`): (batch, d_in).
-        budgets (`Sequence[int]`): strictly increasing budgets in [1, k].
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the mean squared error at each budget, (budgets,), and the
-        reconstruction with all k latents, (batch, d_in).
-
-    Raises:
-        `ImportError`: If numba is not installed.
-        `ValueError`: If tensors are not float32 on CPU.
-        `IndexError`: If indices are outside [0, d_sae).
-    """
-    _check(top_indices, len(W_dec), (top_values, W_dec, b_dec, target))
-    contiguous = [tensor.contiguous() for tensor in (top_indices.long(), top_values, W_dec, b_dec, target)]
-    return _HierarchicalTopKNumba.apply(*contiguous, tuple(budgets))
 
 
 def add_rows_numba(indices: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, total: torch.Tensor) -> None:
@@ -194,7 +169,8 @@ def add_rows_numba(indices: torch.Tensor, values: torch.Tensor, rows: torch.Tens
     """
     _check(indices, len(total), (values, rows, total))
     tensors = (indices.long().contiguous(), values.contiguous(), rows.contiguous(), total)
-    _over_columns(_add_rows, rows.shape[1], tensors, [()] * torch.get_num_threads())
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(_add_rows, *_arguments(rows.shape[1], tensors)))
 
 
 def _check(indices: torch.Tensor, d_sae: int, tensors: Sequence[torch.Tensor]) -> None:
@@ -209,22 +185,16 @@ def _check(indices: torch.Tensor, d_sae: int, tensors: Sequence[torch.Tensor]) -
         raise IndexError(f"top_indices must be in [0, d_sae={d_sae}), got {low} to {high}")
 
 
-def _over_columns(
-    kernel: Callable, width: int, tensors: Sequence[torch.Tensor], private: Sequence[tuple[torch.Tensor, ...]]
-) -> None:
-    """Run `kernel` on one slice of the columns per thread, each with the tensors that only it writes to."""
-    threads = len(private)
+def _arguments(width: int, tensors: Sequence[torch.Tensor], private: torch.Tensor | None = None) -> list[Sequence]:
+    """
+    What a kernel is called with in each thread, as `map` takes it: the first column of its slice and the one after
+    the last, the tensors that all share, and its part of `private`, which no other thread writes to.
+    """
+    threads = torch.get_num_threads()
     bounds = [width * thread // threads for thread in range(threads + 1)]
-    shared = [_as_array(tensor) for tensor in tensors]
-    jobs = [
-        (start, stop, *shared, *(_as_array(tensor) for tensor in own))
-        for start, stop, own in zip(bounds, bounds[1:], private)
-    ]
-    if threads == 1:
-        kernel(*jobs[0])
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda job: kernel(*job), jobs))
+    shared = [[_as_array(tensor)] * threads for tensor in tensors]
+    own = [] if private is None else [[_as_array(part) for part in private]]
+    return [bounds[:-1], bounds[1:], *shared, *own]
 
 
 def _as_array(tensor: torch.Tensor) -> Any:

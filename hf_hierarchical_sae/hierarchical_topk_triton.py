@@ -316,11 +316,10 @@ def budget_errors_triton(
     W_dec: torch.Tensor,
     b_dec: torch.Tensor,
     target: torch.Tensor,
-    *,
     budgets: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Triton form of `budget_errors`: the same arguments and results, on a GPU or, with `TRITON_INTERPRET=1`, on CPU.
+    Triton form of the loss, see `choose_form`: on a GPU or, with `TRITON_INTERPRET=1`, on CPU.
 
     Args:
         top_indices (`torch.Tensor`): (batch, k).

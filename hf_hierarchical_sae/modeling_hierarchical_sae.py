@@ -15,7 +15,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
-from .hierarchical_topk import budget_errors, normalized_weights
+from .hierarchical_topk import choose_form, normalized_weights
 from .sparse_latents import SparseEncoder, TangentGradient, pre_activations, strongest_latents, weighted_rows
 
 
@@ -366,7 +366,8 @@ reconstruction = sae.decode(top_indices, top_values)
             loss = errors.mean()
         else:
             budgets, budget_weights = self._budgets_up_to(top_indices.shape[1])
-            errors, reconstruction = budget_errors(top_indices, top_values, W_dec, self.b_dec, scaled, budgets=budgets)
+            budget_errors = choose_form("auto", top_values, W_dec, self.b_dec, scaled)
+            errors, reconstruction = budget_errors(top_indices, top_values, W_dec, self.b_dec, scaled, budgets)
             loss = (errors * normalized_weights(budget_weights, budgets, like=errors)).sum()
         if self.config.aux_loss_coefficient > 0 and self.training:
             residual = (scaled - reconstruction).detach()

@@ -7,7 +7,7 @@ import torch
 
 from hf_hierarchical_sae import hierarchical_topk_numba
 from hf_hierarchical_sae.hierarchical_topk import (
-    budget_errors,
+    choose_form,
     hierarchical_topk_loss,
     hierarchical_topk_loss_reference,
 )
@@ -44,7 +44,7 @@ def test_numba_reconstruction_is_differentiable_like_that_of_torch():
     indices, *tensors = make_inputs(9, 5, 20, 50, dtype=torch.float32)
     gradients = {}
     for backend in ("torch", "numba"):
-        errors, reconstruction = budget_errors(indices, *tensors, budgets=(2, 5), backend=backend)
+        errors, reconstruction = choose_form(backend)(indices, *tensors, (2, 5))
         gradients[backend] = torch.autograd.grad(errors.sum() + reconstruction.sin().sum(), tensors)
 
     for gradient, expected in zip(gradients["numba"], gradients["torch"]):

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_hierarchical_sae.hierarchical_topk import (
-    budget_errors,
+    choose_form,
     hierarchical_topk_loss,
     hierarchical_topk_loss_reference,
 )
@@ -180,8 +180,8 @@ def test_budgets_and_weights_equal_the_reference(budgets, weights):
 def test_errors_and_reconstruction_and_their_gradients_equal_the_torch_form():
     inputs = make_inputs(6, 5, 9, 70)
     exact = in_float64(inputs)
-    errors, reconstruction = budget_errors(*inputs, budgets=(2, 5), backend="triton")
-    expected_errors, expected_reconstruction = budget_errors(*exact, budgets=(2, 5), backend="torch")
+    errors, reconstruction = choose_form("triton")(*inputs, (2, 5))
+    expected_errors, expected_reconstruction = choose_form("torch")(*exact, (2, 5))
     cotangent = torch.randn(70, 6).t()
 
     def total(errors, reconstruction):
@@ -288,7 +288,7 @@ def test_a_second_copy_of_the_module_leaves_the_first_one_working(monkeypatch):
     copy = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(copy)
 
-    results = [form.budget_errors_triton(*inputs, budgets=(1, 4)) for form in (module, copy)]
+    results = [form.budget_errors_triton(*inputs, (1, 4)) for form in (module, copy)]
 
     gradients = [torch.autograd.grad(errors.sum(), inputs[1:]) for errors, _ in results]
     assert all(map(torch.equal, *results)) and all(map(torch.equal, *gradients))
@@ -297,7 +297,7 @@ def test_a_second_copy_of_the_module_leaves_the_first_one_working(monkeypatch):
         raise AssertionError("the first copy runs the kernels of the second")
 
     monkeypatch.setattr(copy, "launch", refuse)
-    assert torch.equal(module.budget_errors_triton(*inputs, budgets=(1, 4))[0], results[0][0])
+    assert torch.equal(module.budget_errors_triton(*inputs, (1, 4))[0], results[0][0])
 
 
 def check_operators(device):
