@@ -1,18 +1,27 @@
 """What a model cannot do for itself under stock `Trainer`: put its own numbers into the logs."""
 
-from typing import Any
+import inspect
+from types import FrameType
+from typing import Any, cast
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 
 class HierarchicalSaeCallback(TrainerCallback):
     """
-    Adds `explained_variance_<budget>` and `dead_fraction` to each training log of a [`HierarchicalSaeModel`].
-
-    `Trainer` calls callbacks in order, with those of `report_to` first: a reporting callback that is to see these
-    numbers has to be passed behind this one, as in `callbacks=[HierarchicalSaeCallback(), TensorBoardCallback()]`
-    with `report_to="none"`. `trainer.state.log_history` and the progress bar show them in any case.
+    Adds `explained_variance_<budget>` and `dead_fraction` to each training log of a [`HierarchicalSaeModel`]. What
+    `report_to` names gets them, as do `trainer.state.log_history` and the progress bar.
     """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # `Trainer` puts the callbacks of `report_to` before those that it is given, and they would see logs without
+        # these numbers. The list is held by the caller alone.
+        caller = cast(FrameType, cast(FrameType, inspect.currentframe()).f_back).f_locals.get("self")
+        if isinstance(caller, CallbackHandler):
+            caller.callbacks = [self, *(callback for callback in caller.callbacks if callback is not self)]
 
     def on_log(
         self,

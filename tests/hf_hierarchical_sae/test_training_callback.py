@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_hierarchical_sae import (
     HierarchicalSaeCallback,
@@ -12,16 +13,14 @@ from hf_hierarchical_sae import (
 )
 
 
-def make_trainer(tmp_path, x, *extra_callbacks, lr=0.0, **config):
+def make_trainer(tmp_path, x, lr=0.0, report_to="none", **config):
     sae = HierarchicalSaeModel(HierarchicalSaeConfig(**{"d_in": 6, "d_sae": 24, "k": 5, **config}))
     sae.initialize_from_activations(x)
     arguments = TrainingArguments(
-        tmp_path, max_steps=4, per_device_train_batch_size=25, logging_steps=2, learning_rate=lr, report_to="none"
+        tmp_path, max_steps=4, per_device_train_batch_size=25, logging_steps=2, learning_rate=lr, report_to=report_to
     )
-    callbacks = [HierarchicalSaeCallback(), *extra_callbacks]
-    return Trainer(
-        model=sae, args=arguments, train_dataset=torch.utils.data.StackDataset(hidden_states=x), callbacks=callbacks
-    )
+    data = torch.utils.data.StackDataset(hidden_states=x)
+    return Trainer(model=sae, args=arguments, train_dataset=data, callbacks=[HierarchicalSaeCallback()])
 
 
 def test_training_logs_hold_explained_variance_over_all_batches_since_the_last_log(tmp_path):
@@ -53,16 +52,27 @@ def test_prefixes_of_a_matryoshka_dictionary_are_named(tmp_path):
     assert log["explained_variance_24"] == pytest.approx(explained_variance(trainer.model, x, [5])[5], abs=1e-5)
 
 
-def test_callbacks_behind_it_see_the_numbers(tmp_path):
+@pytest.mark.parametrize("place", ["before", "behind", "report_to"])
+def test_other_callbacks_see_the_numbers_wherever_they_stand(tmp_path, place, monkeypatch):
     seen = []
 
     class Reporter(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):
             seen.append(set(logs))
 
-    make_trainer(tmp_path, torch.randn(50, 6), Reporter()).train()
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "reporter", Reporter)
+    trainer = make_trainer(tmp_path, torch.randn(50, 6), report_to="reporter" if place == "report_to" else "none")
+    if place == "behind":
+        trainer.add_callback(Reporter)
+    if place == "before":
+        trainer.callback_handler.callbacks.insert(0, Reporter())
+    trainer.train()
+    trainer.train()
 
-    assert {"loss", "explained_variance_5", "dead_fraction"} <= seen[0]
+    # Two logs and a summary of each run.
+    assert len(seen) == 6
+    for numbers in (seen[0], seen[1], seen[3], seen[4]):
+        assert {"loss", "explained_variance_5", "dead_fraction"} <= numbers
 
 
 def test_evaluation_does_not_count_as_training(tmp_path):
