@@ -14,14 +14,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import logging
 
-from .activations import ActivationStream
+from .activations import ActivationStream, Inputs
+from .configuration_hierarchical_sae import integer
+from .whole_files import whole_file
 
 
 logger = logging.get_logger(__name__)
 
 # Files of a harvest besides its shards: its settings, and the numbers of shards and tokens once all text was read.
 DESCRIPTION, COMPLETE = "harvest.json", "complete.json"
-Batch = tuple[torch.Tensor, torch.Tensor]
+DAMAGED = "run the harvest again, it replaces this shard"
 
 
 def save_shards(
@@ -53,8 +55,19 @@ def save_shards(
             write.
 
     Raises:
-        `ValueError`: If the folder holds a harvest with other settings or of another text.
+        `ValueError`: If the folder holds a harvest with other settings or of another text, or an activation is too large
+            for `dtype`; no shard is written then.
     """
+    shard_tokens, process_index, num_processes = (
+        integer(name, value)
+        for name, value in (
+            ("shard_tokens", shard_tokens),
+            ("process_index", process_index),
+            ("num_processes", num_processes),
+        )
+    )
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype!r}")
     if shard_tokens < 1 or not 0 <= process_index < num_processes:
         raise ValueError(
             f"shard_tokens must be positive and process_index in [0, num_processes={num_processes}), "
@@ -64,13 +77,13 @@ def save_shards(
     folder.mkdir(parents=True, exist_ok=True)
     _write_description(folder, _description(stream, shard_tokens, dtype))
     writer, limit = _Writer(stream, folder, dtype), stream.settings.max_tokens
-    batches, most = stream.forward_batches(), 0
+    batches, most = stream.inputs(), 0
     with writer.progress:
         while shard := _next_shard(stream, batches, shard_tokens, limit, given=most):
             if writer.shards % num_processes == process_index:
                 writer.write(shard)
             writer.shards += 1
-            most += sum(_most_kept(stream, mask) for _, mask in shard)
+            most += sum(_most_kept(stream, inputs.mask) for inputs in shard)
         if writer.shards == 0:
             raise ValueError("the dataset gave no tokens: expected texts, got none")
         tokens = writer.tokens_on_disk()
@@ -95,25 +108,36 @@ class _Writer:
         settings = stream.settings
         self.progress = logging.tqdm(total=settings.max_tokens, disable=not settings.show_progress, **form)
 
-    def write(self, batches: list[Batch]) -> dict[str, int]:
+    def write(self, batches: list[Inputs]) -> dict[str, int]:
         """Counts of the next shard, which is left alone if it is there and whole."""
         path, stream = self.folder / _shard_name(self.shards), self.stream
-        text = hashlib.sha256(b"".join(ids.numpy().tobytes() for ids, _ in batches)).hexdigest()
+        text = hashlib.sha256(b"".join(inputs.ids.numpy().tobytes() for inputs in batches)).hexdigest()
         found = _counts_on_disk(path, text)
         if found is not None:
             stream.counts.update(found)
             self.progress.update(found["tokens"])
             return found
         before, pieces = Counter(stream.counts), []
-        for ids, mask in batches:
-            read = stream.read(ids, mask)
+        for inputs in batches:
+            read = stream.read(inputs)
             pieces.append(read.states[read.kept])
             self.progress.update(len(pieces[-1]))
-        states = torch.cat(pieces).to("cpu", self.dtype)
+        states = self._stored(torch.cat(pieces))
         tensors = {f"layer_{layer}": states[:, index].contiguous() for index, layer in enumerate(stream.layers)}
         counts = {name: stream.counts[name] - before[name] for name in stream.counts}
         _write_shard(path, tensors, {"counts": counts, "text_sha256": text})
         return counts
+
+    def _stored(self, states: torch.Tensor) -> torch.Tensor:
+        """The values as they are written, if their type can hold them."""
+        stored = states.to("cpu", self.dtype)
+        if not stored.isfinite().all():
+            raise ValueError(
+                f"activations of up to {states.abs().max():.6g} are too large for {str(self.dtype)[6:]}, which ends at "
+                f"{torch.finfo(self.dtype).max:,.6g}: harvest into another folder with dtype=torch.bfloat16 or "
+                "torch.float32"
+            )
+        return stored
 
     def tokens_on_disk(self) -> int | None:
         """Of all shards so far, or None if other processes have not written theirs."""
@@ -134,18 +158,19 @@ class ActivationShards(torch.utils.data.Dataset):
         layer (`int`, *optional*): which layer to read; needed only if several were harvested.
 
     Raises:
-        `ValueError`: If there is no harvest, an unfinished one, a torn or missing shard, no such layer, or no token.
+        `ValueError`: If there is no harvest, an unfinished one, a torn or missing shard, a damaged record, no such layer,
+            or no token.
     """
 
     def __init__(self, folder: str | os.PathLike, layer: int | None = None):
         self.folder = Path(folder)
         if not (self.folder / DESCRIPTION).exists():
             raise ValueError(f"expected a folder written by save_shards, got {folder}, which has no {DESCRIPTION}")
-        self.description = json.loads((self.folder / DESCRIPTION).read_text())
+        self.description = _read_json(self.folder / DESCRIPTION, layers=list, hidden_size=int)
         layers = self.description["layers"]
         if layer is None and len(layers) == 1:
             layer = layers[0]
-        if layer not in layers:
+        if layer is None or integer("layer", layer) not in layers:
             raise ValueError(f"layer must be one of the harvested layers {layers}, got {layer}")
         if not (self.folder / COMPLETE).exists():
             written = len(list(self.folder.glob("shard-*.safetensors")))
@@ -153,16 +178,22 @@ class ActivationShards(torch.utils.data.Dataset):
                 f"the harvest in {folder} is not finished, it has {written} shards so far: run it again, it goes on "
                 "where it stopped"
             )
-        complete = json.loads((self.folder / COMPLETE).read_text())
+        complete = _read_json(self.folder / COMPLETE, num_shards=int, tokens=int)
         count = complete["num_shards"]
         self._paths = [self.folder / _shard_name(number) for number in range(count)]
-        self._shards = [_read_shard(path)[0][f"layer_{layer}"] for path in self._paths]
-        ends = torch.tensor([len(shard) for shard in self._shards]).cumsum(0)
+        self._shards = [self._layer(path, f"layer_{layer}") for path in self._paths]
+        ends = torch.tensor([len(shard) for shard in self._shards], dtype=torch.int64).cumsum(0)
+        there = sum(map(len, self._shards))
+        if there == 0:
+            raise ValueError(f"the {count} shards in {folder} hold no tokens: harvest more text")
+        if not 0 < complete["tokens"] <= there:
+            raise ValueError(
+                f"{self.folder / COMPLETE} says {complete['tokens']} tokens, the {count} shards hold {there}: run the "
+                "harvest again"
+            )
         # The last shard may hold more tokens than were asked for.
         self._shards[-1] = self._shards[-1][: len(self._shards[-1]) - int(ends[-1]) + complete["tokens"]]
         self._ends = ends.clamp(max=complete["tokens"])
-        if len(self) == 0:
-            raise ValueError(f"the {count} shards in {folder} hold no tokens: harvest more text")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -195,9 +226,23 @@ class ActivationShards(torch.utils.data.Dataset):
                 yield batch.float()
 
     def verify(self) -> None:
-        """Read every shard in full and compare its checksum; raises `ValueError` at the first that differs."""
+        """Read every shard in full and compare its checksum; raises `ValueError` at the first that is not as written."""
         for path in self._paths:
             _read_shard(path, check=True)
+        more = sorted(set(self.folder.glob("shard-*.safetensors")) - set(self._paths))
+        if more:
+            raise ValueError(
+                f"{more[0]} belongs to no harvest: {COMPLETE} says {len(self._paths)} shards; run the harvest again, or "
+                "delete what is not of it"
+            )
+
+    def _layer(self, path: Path, name: str) -> torch.Tensor:
+        """(tokens, hidden_size) of a shard."""
+        tensor, width = _read_shard(path)[0].get(name), self.description["hidden_size"]
+        if tensor is None or tensor.ndim != 2 or tensor.shape[1] != width:
+            found = None if tensor is None else tuple(tensor.shape)
+            raise ValueError(f"{path} must hold {name} of shape (tokens, {width}), got {found}: {DAMAGED}")
+        return tensor
 
 
 def _description(stream: ActivationStream, shard_tokens: int, dtype: torch.dtype) -> dict:
@@ -221,17 +266,17 @@ def _most_kept(stream: ActivationStream, mask: torch.Tensor) -> int:
 
 
 def _next_shard(
-    stream: ActivationStream, batches: Iterator[Batch], shard_tokens: int, limit: int | None, *, given: int
-) -> list[Batch]:
+    stream: ActivationStream, batches: Iterator[Inputs], shard_tokens: int, limit: int | None, *, given: int
+) -> list[Inputs]:
     """Forward passes of `shard_tokens` tokens of text, fewer at its end or where `given` + these can be the limit."""
     shard, tokens = [], 0
     while tokens < shard_tokens and (limit is None or given < limit):
-        batch = next(batches, None)
-        if batch is None:
+        inputs = next(batches, None)
+        if inputs is None:
             break
-        shard.append(batch)
-        tokens += int(batch[1].sum())
-        given += _most_kept(stream, batch[1])
+        shard.append(inputs)
+        tokens += int(inputs.mask.sum())
+        given += _most_kept(stream, inputs.mask)
     return shard
 
 
@@ -259,20 +304,16 @@ def _shard_name(number: int) -> str:
 def _checksum(tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)} ".encode())
         digest.update(tensors[name].view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _write_shard(path: Path, tensors: dict[str, torch.Tensor], record: dict) -> None:
-    """Under its name only once it is whole and on disk."""
-    # Processes that complete a harvest at the same time write the same shard.
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     # One entry: safetensors writes several in random order, and equal harvests should be equal files.
     harvest = json.dumps({**record, "sha256": _checksum(tensors)})
-    save_file(tensors, unfinished, metadata={"harvest": harvest})
-    with open(unfinished, "rb+") as file:
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    with whole_file(path) as unfinished:
+        save_file(tensors, unfinished, metadata={"harvest": harvest})
 
 
 def _read_shard(path: Path, check: bool = False) -> tuple[dict[str, torch.Tensor], dict]:
@@ -280,27 +321,43 @@ def _read_shard(path: Path, check: bool = False) -> tuple[dict[str, torch.Tensor
     try:
         with safe_open(path, framework="pt") as file:
             tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(
-            f"{path} is torn or missing ({error}): run the harvest again, it replaces this shard"
-        ) from error
-    record = json.loads(metadata["harvest"])
-    if check and _checksum(tensors) != record["sha256"]:
-        raise ValueError(f"{path} is damaged, its checksum differs: run the harvest again, it replaces this shard")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is torn or missing ({error}): {DAMAGED}") from error
+    record = _parsed(path, (metadata or {}).get("harvest", ""), counts=dict, text_sha256=str, sha256=str)
+    if "tokens" not in record["counts"] or (check and _checksum(tensors) != record["sha256"]):
+        raise ValueError(f"{path} is damaged, its checksum differs: {DAMAGED}")
     return tensors, record
 
 
+def _parsed(path: Path, text: str, **kinds: type) -> dict:
+    """JSON that stands in a file, with these names of these types. Raises `ValueError` if it is anything else."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    wrong = [name for name in kinds if not isinstance(found, dict) or not isinstance(found.get(name), kinds[name])]
+    if wrong:
+        raise ValueError(
+            f"{path} is damaged or was not written by save_shards, it has no {wrong[0]}: delete it and run the harvest "
+            "again, it goes on with what is whole"
+        )
+    return found
+
+
+def _read_json(path: Path, **kinds: type) -> dict:
+    return _parsed(path, path.read_text(encoding="utf-8", errors="replace"), **kinds)
+
+
 def _write_json(path: Path, content: dict) -> None:
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    unfinished.replace(path)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _write_description(folder: Path, description: dict) -> None:
     path = folder / DESCRIPTION
     if not path.exists():
         _write_json(path, description)
-    found = json.loads(path.read_text())
+    found = _read_json(path, layers=list, hidden_size=int)
     differing = [name for name in description if found.get(name) != description[name]]
     if differing:
         name = differing[0]

@@ -1,16 +1,26 @@
 """A language model's hidden states over a text: one loop, which everything that reads a text goes through."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .language_model import check_fits, hidden_size, layer_indices, layer_outputs
+from .configuration_hierarchical_sae import integer
+from .language_model import (
+    check_fits,
+    check_length,
+    check_vocabulary,
+    hidden_size,
+    layer_indices,
+    layer_outputs,
+    vocabulary_size,
+)
 from .modeling_hierarchical_sae import HierarchicalSaeModel, check_finite
 
 
@@ -18,6 +28,10 @@ logger = logging.get_logger(__name__)
 
 # Contexts whose lengths differ by less than this share a forward pass.
 LENGTH_BUCKET = 32
+# Characters of a text that are tokenised at once: memory and time grow faster than a longer text.
+LONGEST_TEXT = 100_000
+# Share of tokens with NaN or infinite activations above which the fault is the model's, not that of a few tokens.
+MOST_NOT_FINITE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +67,35 @@ class ActivationSettings:
     show_progress: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in (("context_length", 2), ("batch_tokens", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name, least in (("context_length", 2), ("batch_tokens", 1), ("shuffle_tokens", None), ("seed", 0)):
+            object.__setattr__(self, name, integer(name, getattr(self, name), least))
+        if self.max_tokens is not None:
+            object.__setattr__(self, "max_tokens", integer("max_tokens", self.max_tokens))
         if self.shuffle_tokens < 0 or (self.max_tokens is not None and self.max_tokens < 1):
             raise ValueError(
                 "shuffle_tokens must not be negative and max_tokens must be positive or None, "
                 f"got {self.shuffle_tokens} and {self.max_tokens}"
             )
+        ratio = self.max_norm_ratio
+        if ratio is not None and not (
+            isinstance(ratio, Real) and not isinstance(ratio, bool) and 0 < ratio < math.inf
+        ):
+            raise ValueError(f"max_norm_ratio must be a positive number or None, got {ratio!r}")
+
+
+class Inputs(NamedTuple):
+    """
+    What one forward pass takes.
+
+    Args:
+        ids (`torch.Tensor`): (contexts, positions), token ids.
+        mask (`torch.Tensor`): (contexts, positions), zero where a position is padding.
+        rows (`list[int]`): (contexts,), the row of the dataset that each context is from.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    rows: list[int]
 
 
 @dataclass(frozen=True)
@@ -93,7 +128,8 @@ def iterate_activations(
     the last layer that is wanted.
 
     Padding, the first position of each context and tokens whose norm is far above the median are left out: such
-    attention sinks (over 100 times the median norm in many models) would dominate the loss. The counts are logged.
+    attention sinks (over 100 times the median norm in many models) would dominate the loss. So are tokens with NaN or
+    infinite activations, and rows whose text is empty or `None`, with a warning. The counts are logged.
 
     Args:
         model (`PreTrainedModel`): any transformers model with a list of decoder layers.
@@ -107,8 +143,9 @@ def iterate_activations(
         [`ActivationStream`]: an iterator of float32 batches on the model's device.
 
     Raises:
-        `ValueError`: If there is no such layer or column or a size is out of range; while iterating, if activations
-            are NaN or infinite, a token is not in the model's vocabulary, or the dataset held no token to yield.
+        `ValueError`: If there is no such layer, a size is out of range or above the model's positions, or the dataset is
+            one text or several splits; while iterating, if a row has no such column or something else than a text in
+            it, a token is not in the model's vocabulary, or the dataset held no token to yield.
     """
     return ActivationStream(model, tokenizer, dataset, layer, settings=ActivationSettings(**settings))
 
@@ -132,10 +169,14 @@ class ActivationStream(Iterator[torch.Tensor]):
         *,
         settings: ActivationSettings,
     ):
+        _check_dataset(dataset)
+        check_length(model, "context_length", settings.context_length)
         self.model, self.tokenizer, self.dataset, self.settings = model, tokenizer, dataset, settings
-        self.layers, self._single = layer_indices(model, layer), isinstance(layer, int)
+        self.layers, self._single = layer_indices(model, layer), not isinstance(layer, Iterable)
         self.hidden_size = hidden_size(model)
-        self.counts = Counter(tokens=0, padding=0, first_position=0, outlying_norm=0)
+        self.counts = Counter(
+            tokens=0, padding=0, first_position=0, not_finite=0, outlying_norm=0, rows_without_text=0
+        )
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._buffer = torch.empty(0, len(self.layers), self.hidden_size)
         self._passes: Iterator[Pass] | None = None
@@ -177,35 +218,35 @@ class ActivationStream(Iterator[torch.Tensor]):
 
     def forward_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Token ids and attention mask of each forward pass, (contexts, positions), from the start of the text."""
-        contexts = _contexts(self.tokenizer, self.dataset, self.settings.text_column, self.settings.context_length)
-        padding = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        return ((inputs.ids, inputs.mask) for inputs in self.inputs())
+
+    def inputs(self) -> Iterator[Inputs]:
+        """What each forward pass takes, from the start of the text."""
+        contexts = _contexts(self.tokenizer, self._texts(), self.settings.context_length)
+        padding = self.tokenizer.pad_token_id or 0
+        # Where a padding token was added to the tokenizer alone, any other does: padding is masked.
+        padding = padding if padding < vocabulary_size(self.model) else 0
         return _batches_of_similar_length(contexts, self.settings.batch_tokens, padding)
 
-    def read(self, ids: torch.Tensor, mask: torch.Tensor, room: int | None = None) -> Pass:
+    def read(self, inputs: Inputs, room: int | None = None) -> Pass:
         """
         Run the model and count what is kept and left out.
 
         Args:
-            ids (`torch.Tensor`): (contexts, positions), token ids.
-            mask (`torch.Tensor`): (contexts, positions), zero where a position is padding.
+            inputs ([`Inputs`]): from [`~ActivationStream.inputs`].
             room (`int`, *optional*): keep the first positions only, as many as this.
 
         Returns:
             [`Pass`]
         """
-        vocabulary: Any = self.model.get_input_embeddings().num_embeddings
-        if int(ids.max()) >= vocabulary:
-            raise ValueError(
-                f"the tokenizer gave the token {int(ids.max())}, the language model has a vocabulary of {vocabulary}: "
-                "give the tokenizer that belongs to it"
-            )
-        outputs = layer_outputs(self.model, self.layers, ids, mask)
+        check_vocabulary(self.model, inputs.ids)
+        outputs = layer_outputs(self.model, self.layers, inputs.ids, inputs.mask)
         states = torch.stack([output.float().to(outputs[0].device) for output in outputs], dim=2)
-        kept = self._kept(states, mask)
+        kept = self._kept(states, inputs)
         if room is not None and int(kept.sum()) > room:
             kept &= kept.flatten().cumsum(0).view_as(kept) <= room
         self.counts["tokens"] += int(kept.sum())
-        return Pass(ids, mask, states, kept)
+        return Pass(inputs.ids, inputs.mask, states, kept)
 
     def log_counts(self) -> None:
         """How many tokens were read and left out so far."""
@@ -214,6 +255,11 @@ class ActivationStream(Iterator[torch.Tensor]):
             f"{counts['tokens']} tokens; left out: {counts['first_position']} at the first position, "
             f"{counts['outlying_norm']} of outlying norm, {counts['padding']} of padding"
         )
+        if counts["not_finite"] or counts["rows_without_text"]:
+            logger.warning(
+                f"left out {counts['not_finite']} tokens whose activations are NaN or infinite and "
+                f"{counts['rows_without_text']} rows without a text"
+            )
 
     def check_reads(self, sae: HierarchicalSaeModel) -> None:
         """Raise a `ValueError` unless this is the language model and the layer that an autoencoder was trained on."""
@@ -224,28 +270,40 @@ class ActivationStream(Iterator[torch.Tensor]):
                 f"the autoencoder was trained on layer {trained}, the stream gives {self.layers}: read that layer alone"
             )
 
+    def _texts(self) -> Iterator[tuple[int, str]]:
+        """The number and text of each row, a long one in pieces; rows without one are counted."""
+        # The text is read from its start whenever it is read, after an interruption too.
+        self.counts["rows_without_text"] = 0
+        for number, row in enumerate(self.dataset):
+            if text := _text_of(row, self.settings.text_column, number):
+                yield from ((number, piece) for piece in _pieces(text))
+                continue
+            if not self.counts["rows_without_text"]:
+                logger.warning(f"row {number} of the dataset has no text: it is left out, as are others like it")
+            self.counts["rows_without_text"] += 1
+
     def _passes_after(self, passes: int, tokens: int) -> Iterator[Pass]:
         """The passes behind the first `passes`, in which `tokens` were kept."""
         limit, is_quiet = self.settings.max_tokens, not self.settings.show_progress
         form: dict[str, Any] = {"unit": "token", "unit_scale": True, "desc": "read", "disable": is_quiet}
         with logging.tqdm(total=limit, initial=tokens, **form) as progress:
-            for ids, mask in islice(self.forward_batches(), passes, None):
+            for inputs in islice(self.inputs(), passes, None):
                 if tokens == limit:
                     break
-                found = self.read(ids, mask, None if limit is None else limit - tokens)
+                found = self.read(inputs, None if limit is None else limit - tokens)
                 progress.update(int(found.kept.sum()))
                 tokens += int(found.kept.sum())
                 yield found
         self.log_counts()
 
-    def _kept(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Which positions are neither padding, nor first, nor of outlying norm; those left out are counted."""
-        keep = mask.to(states.device).bool()
+    def _kept(self, states: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """Which positions are neither padding, nor first, nor NaN, nor of outlying norm; the others are counted."""
+        keep = inputs.mask.to(states.device).bool()
         self.counts["padding"] += keep.numel() - int(keep.sum())
         if self.settings.skip_first_position:
             self.counts["first_position"] += int(keep[:, 0].sum())
             keep[:, 0] = False
-        check_finite(states[keep])
+        keep &= self._finite(states, keep, inputs.rows)
         ratio = self.settings.max_norm_ratio
         if ratio is not None and keep.any():
             norms = torch.linalg.vector_norm(states, dim=-1)
@@ -253,6 +311,24 @@ class ActivationStream(Iterator[torch.Tensor]):
             self.counts["outlying_norm"] += int((keep & ~usual).sum())
             keep &= usual
         return keep
+
+    def _finite(self, states: torch.Tensor, keep: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        """Which positions hold numbers; a few that do not are counted with a warning, many are refused."""
+        # In float64 a sum is finite unless an entry is not.
+        finite = states.sum(dim=(2, 3), dtype=torch.float64).isfinite()
+        lost = keep & ~finite
+        if not lost.any():
+            return finite
+        where = f"rows {sorted({rows[context] for context in lost.any(dim=1).nonzero().flatten().tolist()})}"
+        before = self.counts["tokens"] + self.counts["not_finite"]
+        self.counts["not_finite"] += int(lost.sum())
+        if self.counts["not_finite"] > MOST_NOT_FINITE * (before + int(keep.sum())):
+            try:
+                check_finite(states[keep])
+            except ValueError as error:
+                raise ValueError(f"{error}; they are in {where} of the dataset") from error
+        logger.warning(f"{int(lost.sum())} tokens in {where} have NaN or infinite activations: they are left out")
+        return finite
 
     def _fill(self, size: int) -> None:
         """Read forward passes until the buffer holds `size` tokens or the text ends, then shuffle it if asked."""
@@ -271,38 +347,79 @@ class ActivationStream(Iterator[torch.Tensor]):
             self._buffer = self._buffer[order.to(self._buffer.device)]
 
 
+def _check_dataset(dataset: Any) -> None:
+    if isinstance(dataset, Mapping):
+        raise ValueError(
+            f"expected texts or rows with a text, got a {type(dataset).__name__} of {list(dataset)[:10]}: choose one "
+            "of its splits, such as load_dataset(…, split='train')"
+        )
+    if isinstance(dataset, str | bytes) or not isinstance(dataset, Iterable):
+        raise ValueError(
+            f"expected a list of texts, or rows with a text, got a single {type(dataset).__name__}: put a text in a list"
+        )
+
+
+def _text_of(row: Any, text_column: str, number: int) -> str | None:
+    """The text of a row, None if it has none."""
+    if row is None or isinstance(row, str):
+        return row
+    if not isinstance(row, Mapping):
+        raise ValueError(
+            f"row {number} of the dataset must be a text, or hold one in {text_column!r}, got a {type(row).__name__}"
+        )
+    if text_column not in row:
+        raise ValueError(
+            f"text_column must name a column of the dataset {list(row)}, got {text_column!r} (row {number})"
+        )
+    text = row[text_column]
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"row {number} of the dataset must hold a text in {text_column!r}, got {text!r:.80}")
+    return text
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text in pieces of at most `LONGEST_TEXT` characters, cut before white space where there is any."""
+    start = 0
+    while len(text) - start > LONGEST_TEXT:
+        end = start + LONGEST_TEXT
+        end = max(text.rfind(space, start + 1, end) for space in (" ", "\n")) if not text[end].isspace() else end
+        end = end if end > start else start + LONGEST_TEXT
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
 def _contexts(
-    tokenizer: PreTrainedTokenizerBase, dataset: Iterable[str | dict], text_column: str, context_length: int
-) -> Iterator[list[int]]:
-    for row in dataset:
-        if not isinstance(row, str) and text_column not in row:
-            raise ValueError(f"text_column must name a column of the dataset {list(row)}, got {text_column!r}")
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[tuple[int, str]], context_length: int
+) -> Iterator[tuple[int, list[int]]]:
+    """The row and the token ids of each context."""
+    for row, text in texts:
         # The piece is cut here, so the tokenizer's warning about its length does not apply.
-        ids = tokenizer(row if isinstance(row, str) else row[text_column], verbose=False)["input_ids"]
+        ids = tokenizer(text, verbose=False)["input_ids"]
         start = ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
         ids, size = ids[len(start) :], context_length - len(start)
         for first in range(0, len(ids), size):
-            yield start + ids[first : first + size]
+            yield row, start + ids[first : first + size]
 
 
 def _batches_of_similar_length(
-    contexts: Iterable[list[int]], batch_tokens: int, padding: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Ids and mask, (contexts, positions), of up to `batch_tokens` positions; a longer context comes alone."""
+    contexts: Iterable[tuple[int, list[int]]], batch_tokens: int, padding: int
+) -> Iterator[Inputs]:
+    """Up to `batch_tokens` positions each; a longer context comes alone."""
     waiting = defaultdict(list)
-    for context in contexts:
+    for row, context in contexts:
         bucket = -(-len(context) // LENGTH_BUCKET)
-        waiting[bucket].append(context)
+        waiting[bucket].append((row, context))
         if (len(waiting[bucket]) + 1) * bucket * LENGTH_BUCKET > batch_tokens:
-            yield _pad(waiting.pop(bucket), padding)
+            yield _padded(waiting.pop(bucket), padding)
     for rest in waiting.values():
-        yield _pad(rest, padding)
+        yield _padded(rest, padding)
 
 
-def _pad(contexts: list[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.full((len(contexts), max(map(len, contexts))), padding)
+def _padded(contexts: list[tuple[int, list[int]]], padding: int) -> Inputs:
+    ids = torch.full((len(contexts), max(len(context) for _, context in contexts)), padding)
     mask = torch.zeros_like(ids)
-    for row, context in enumerate(contexts):
-        ids[row, : len(context)] = torch.tensor(context)
-        mask[row, : len(context)] = 1
-    return ids, mask
+    for index, (_, context) in enumerate(contexts):
+        ids[index, : len(context)] = torch.tensor(context)
+        mask[index, : len(context)] = 1
+    return Inputs(ids, mask, [row for row, _ in contexts])

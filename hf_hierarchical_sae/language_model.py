@@ -62,9 +62,15 @@ def check_length(model: PreTrainedModel, name: str, length: int) -> None:
         )
 
 
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Number of tokens that have an embedding."""
+    embeddings: Any = model.get_input_embeddings()
+    return embeddings.num_embeddings
+
+
 def check_vocabulary(model: PreTrainedModel, ids: torch.Tensor) -> None:
     """Raise a `ValueError` if one of the token ids is not in the model's vocabulary."""
-    vocabulary: Any = model.get_input_embeddings().num_embeddings
+    vocabulary = vocabulary_size(model)
     if ids.numel() and int(ids.max()) >= vocabulary:
         raise ValueError(
             f"the tokenizer gave the token {int(ids.max())}, the language model has a vocabulary of {vocabulary}: "

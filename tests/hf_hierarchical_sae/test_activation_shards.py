@@ -2,14 +2,18 @@
 
 import inspect
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_hierarchical_sae import (
@@ -269,3 +273,162 @@ def test_a_finished_harvest_says_how_many_shards_and_tokens_it_has(harvested):
 
     tokens = harvested[1]["tokens"]
     assert json.loads((harvested[0] / "complete.json").read_text()) == {"num_shards": count, "tokens": tokens}
+
+
+DAMAGES = {
+    "harvest.json": [b"", b"{", b"[]", b'{"layers": [0]', b'{"layers": 3, "hidden_size": 32}', b"{}"],
+    "complete.json": [b"", b'{"num_sha', b"null", b'{"num_shards": "5", "tokens": 9}', b'{"num_shards": 4}'],
+}
+
+
+@pytest.mark.parametrize("name, content", [(name, content) for name in DAMAGES for content in DAMAGES[name]])
+def test_a_damaged_record_is_named(harvested, tmp_path, name, content):
+    folder = shutil.copytree(harvested[0], tmp_path / "copy")
+    (folder / name).write_bytes(content)
+
+    with pytest.raises(ValueError, match=f"copy/{name} is damaged or was not written by save_shards, it has no"):
+        ActivationShards(folder, layer=0)
+
+
+def test_a_harvest_whose_record_of_its_end_is_damaged_goes_on(tiny_language_model, harvested, tmp_path):
+    folder = shutil.copytree(harvested[0], tmp_path / "copy")
+    (folder / "complete.json").write_bytes(b"{")
+    harvest(tiny_language_model, folder)
+    assert contents(folder) == contents(harvested[0])
+
+    (folder / "harvest.json").write_bytes(b"{")
+    with pytest.raises(ValueError, match="harvest.json is damaged .* delete it and run the harvest again"):
+        harvest(tiny_language_model, folder)
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"harvest": "{"}, {"harvest": '{"sha256": "0"}'}, {"harvest": "[]"}])
+def test_a_shard_without_its_record_is_named(harvested, tmp_path, metadata):
+    folder = shutil.copytree(harvested[0], tmp_path / "copy")
+    save_file({"layer_0": torch.zeros(5, 32)}, folder / "shard-00001.safetensors", metadata=metadata)
+
+    with pytest.raises(ValueError, match="shard-00001.safetensors is damaged or was not written by save_shards"):
+        ActivationShards(folder, layer=0)
+
+
+def change_of_shard(folder, change):
+    """The first shard with other tensors, under the record that was written with it."""
+    path = folder / "shard-00000.safetensors"
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file(change(tensors), path, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: {"layer_0": tensors["layer_1"], "layer_1": tensors["layer_0"]},
+        lambda tensors: {name: tensor.view(-1, 32).view(torch.int32) for name, tensor in tensors.items()},
+        lambda tensors: {**tensors, "layer_1": tensors["layer_1"].view(2, -1, 32)},
+    ],
+    ids=["names", "dtypes", "shapes"],
+)
+def test_checksums_cover_names_types_and_shapes(harvested, tmp_path, change):
+    folder = shutil.copytree(harvested[0], tmp_path / "copy")
+    change_of_shard(folder, change)
+
+    with pytest.raises(ValueError, match="shard-00000.safetensors is damaged, its checksum differs"):
+        ActivationShards(folder, layer=0).verify()
+
+
+@pytest.mark.parametrize(
+    "change, found",
+    [
+        (lambda tensors: {"layer_1": tensors["layer_1"]}, "None"),
+        (lambda tensors: {**tensors, "layer_0": tensors["layer_0"][:, :16].contiguous()}, r"\(\d+, 16\)"),
+    ],
+)
+def test_a_shard_without_the_layer_or_of_another_width_is_named(harvested, tmp_path, change, found):
+    folder = shutil.copytree(harvested[0], tmp_path / "copy")
+    change_of_shard(folder, change)
+
+    with pytest.raises(ValueError, match=rf"shard-00000.safetensors must hold layer_0 of shape .*, got {found}"):
+        ActivationShards(folder, layer=0)
+
+
+def test_numbers_that_do_not_agree_with_the_shards_are_noticed(harvested, tmp_path):
+    folder = shutil.copytree(harvested[0], tmp_path / "copy")
+    complete = json.loads((folder / "complete.json").read_text())
+    (folder / "complete.json").write_text(json.dumps({"num_shards": complete["num_shards"] - 1, "tokens": 500}))
+    with pytest.raises(
+        ValueError, match=r"shard-\d+.safetensors belongs to no harvest: complete.json says \d+ shards"
+    ):
+        ActivationShards(folder, layer=0).verify()
+
+    for tokens in (complete["tokens"] + 1, -3):
+        (folder / "complete.json").write_text(json.dumps({**complete, "tokens": tokens}))
+        with pytest.raises(ValueError, match=f"complete.json says {tokens} tokens, the .* shards hold"):
+            ActivationShards(folder, layer=0)
+    (folder / "complete.json").write_text(json.dumps({"num_shards": 0, "tokens": 9}))
+    with pytest.raises(ValueError, match="the 0 shards in .* hold no tokens"):
+        ActivationShards(folder, layer=0)
+
+
+@pytest.mark.parametrize("layer", [True, 0.0, "0"])
+def test_what_is_no_layer_number_names_no_shards(harvested, layer):
+    with pytest.raises(ValueError, match="layer must be an integer, got"):
+        ActivationShards(harvested[0], layer=layer)
+
+
+def test_values_that_a_type_cannot_hold_are_refused_before_anything_is_written(
+    tiny_language_model, tokenizer, tmp_path
+):
+    model = AutoModelForCausalLM.from_pretrained(tiny_language_model).eval()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(1e10)
+    given = iterate_activations(model, tokenizer, TEXTS, 0, max_norm_ratio=None, show_progress=False)
+
+    with pytest.raises(ValueError, match=r"too large for float16, which ends at 65,504: .*bfloat16 or torch.float32"):
+        save_shards(given, tmp_path / "half", dtype=torch.float16)
+    assert not list((tmp_path / "half").glob("*.safetensors"))
+    save_shards(given, tmp_path / "brain", dtype=torch.bfloat16)
+    assert next(ActivationShards(tmp_path / "brain").batches()).abs().max() > 65504
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"dtype": torch.int8}, "dtype must be torch.float32, torch.bfloat16 or torch.float16, got torch.int8"),
+        ({"dtype": "float16"}, "dtype must be .*, got 'float16'"),
+        ({"shard_tokens": 10.5}, "shard_tokens must be an integer, got 10.5"),
+        ({"process_index": True}, "process_index must be an integer, got True"),
+    ],
+)
+def test_arguments_that_cannot_be_meant_are_refused_before_a_folder_is_made(
+    model, tokenizer, tmp_path, options, message
+):
+    given = iterate_activations(model, tokenizer, TEXTS, 0, show_progress=False)
+    with pytest.raises(ValueError, match=message):
+        save_shards(given, tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_two_harvests_at_once_into_one_folder_write_one(tiny_language_model, harvested, tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        for running in [pool.submit(harvest, tiny_language_model, tmp_path) for _ in range(4)]:
+            running.result()
+
+    assert contents(tmp_path) == contents(harvested[0])
+
+
+def test_a_row_that_gives_infinities_late_in_the_text_is_left_out(tiny_language_model, tokenizer, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_language_model).eval()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer("~")["input_ids"][-1]] = torch.inf
+    texts = ["to be or not to be " * 5] * 60
+    given = [*texts, "t~", *texts]
+    options = {"batch_tokens": 256, "show_progress": False}
+
+    for _ in range(2):
+        poisoned = iterate_activations(model, tokenizer, given, 0, **options)
+        save_shards(poisoned, tmp_path / "poisoned", shard_tokens=400)
+    save_shards(iterate_activations(model, tokenizer, [*texts, "t", *texts], 0, **options), tmp_path / "clean")
+
+    assert poisoned.counts["not_finite"] == 1
+    rows = ActivationShards(tmp_path / "poisoned")
+    assert len(rows) == poisoned.counts["tokens"] == len(ActivationShards(tmp_path / "clean"))
+    assert all(batch.isfinite().all() for batch in rows.batches())

@@ -1,14 +1,17 @@
 """Activations: a stream of passes and batches that is exact and resumable."""
 
 import logging
+import math
 from itertools import islice
 
+import datasets
+import numpy
 import pytest
 import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from hf_hierarchical_sae import iterate_activations, save_shards
+from hf_hierarchical_sae import activations, iterate_activations, save_shards
 
 
 TEXTS = ["To be, or not to be, that is the question.", "Whether", "tis nobler in the mind to suffer " * 3]
@@ -22,6 +25,14 @@ def model(tiny_language_model):
 @pytest.fixture(scope="module")
 def tokenizer(tiny_language_model):
     return AutoTokenizer.from_pretrained(tiny_language_model)
+
+
+@pytest.fixture
+def warnings(caplog):
+    """What transformers' loggers said."""
+    transformers.logging.enable_propagation()
+    yield caplog
+    transformers.logging.disable_propagation()
 
 
 def stream(model, tokenizer, texts=TEXTS, layer=0, **options):
@@ -290,3 +301,138 @@ def test_a_layer_that_does_not_exist_is_refused(model, tokenizer):
 def test_a_dataset_without_text_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match="gave no tokens"):
         stream(model, tokenizer, [])
+
+
+@pytest.mark.parametrize(
+    "dataset, message",
+    [
+        (
+            datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": TEXTS})}),
+            "DatasetDict of .'train'.: choose",
+        ),
+        (datasets.IterableDatasetDict({"train": None, "validation": None}), "IterableDatasetDict of .* choose one"),
+        ({"train": TEXTS, "validation": TEXTS}, "got a dict of .*: choose one of its splits"),
+        ({"text": "to be"}, "got a dict of .'text'.: choose"),
+        ("to be or not to be", "got a single str: put a text in a list"),
+        (b"to be or not to be", "got a single bytes: put a text in a list"),
+        (None, "got a single NoneType"),
+        (7, "got a single int"),
+    ],
+)
+def test_what_is_no_list_of_texts_is_refused_at_once(model, tokenizer, dataset, message):
+    with pytest.raises(ValueError, match=message):
+        iterate_activations(model, tokenizer, dataset, 0)
+
+
+def test_rows_without_a_text_are_left_out_and_counted(model, tokenizer, warnings):
+    empty = [None, {"text": None}, {"text": ""}, ""]
+    texts = [TEXTS[0], *empty, {"text": TEXTS[1]}, *empty, TEXTS[2]]
+    given = iterate_activations(model, tokenizer, texts, 0, max_norm_ratio=None, batch_tokens=16, show_progress=False)
+
+    first = next(given)
+    resumed = iterate_activations(
+        model, tokenizer, texts, 0, max_norm_ratio=None, batch_tokens=16, show_progress=False
+    )
+    resumed.load_state_dict(given.state_dict())
+
+    assert torch.equal(torch.cat([first, *given]), stream(model, tokenizer, batch_tokens=16))
+    assert torch.equal(torch.cat([first, *resumed]), stream(model, tokenizer, batch_tokens=16))
+    assert given.counts == resumed.counts and given.counts["rows_without_text"] == 8
+    assert "row 1 of the dataset has no text: it is left out" in warnings.text
+    assert "8 rows without a text" in warnings.text
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (7, "row 1 of the dataset must be a text, or hold one in 'text', got a int"),
+        (b"to be", "row 1 of the dataset must be a text, .* got a bytes"),
+        (["to be"], "row 1 of the dataset must be a text, .* got a list"),
+        ({"text": 7}, "row 1 of the dataset must hold a text in 'text', got 7"),
+        ({"text": ["to", "be"]}, r"row 1 of the dataset must hold a text in 'text', got \['to', 'be'\]"),
+        ({"text": b"to be"}, "row 1 of the dataset must hold a text in 'text', got b'to be'"),
+        ({"body": "to be"}, r"text_column must name a column of the dataset \['body'\], got 'text' \(row 1\)"),
+    ],
+)
+def test_a_row_that_holds_something_else_is_named(model, tokenizer, row, message):
+    with pytest.raises(ValueError, match=message):
+        stream(model, tokenizer, [TEXTS[0], row])
+
+
+def test_few_tokens_that_are_not_finite_are_left_out_and_counted(tiny_language_model, tokenizer, warnings):
+    model = AutoModelForCausalLM.from_pretrained(tiny_language_model).eval()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer("~")["input_ids"][-1]] = torch.inf
+    clean = ["to be or not to be " * 5] * 30
+    given = iterate_activations(model, tokenizer, [*clean, "t~", "b"], 0, max_norm_ratio=None, show_progress=False)
+
+    states = torch.cat(list(given))
+
+    assert given.counts["not_finite"] == 1 and states.isfinite().all()
+    torch.testing.assert_close(states, stream(model, tokenizer, [*clean, "t", "b"]))
+    assert "1 tokens in rows [30] have NaN or infinite activations: they are left out" in warnings.text
+
+
+def test_many_tokens_that_are_not_finite_are_refused_with_their_rows(tiny_language_model, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(tiny_language_model).eval()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer("~")["input_ids"][-1]] = torch.nan
+
+    with pytest.raises(ValueError, match=r"expected finite activations, .* they are in rows \[1, 3\] of the dataset"):
+        stream(model, tokenizer, ["to be", "to~be", "or not", "~"], skip_first_position=False)
+
+
+def test_a_long_text_is_tokenised_in_pieces_cut_before_white_space(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(activations, "LONGEST_TEXT", 20)
+    text = "to be or not to be, that is the question:\nWhether'tisnoblerinthemindtosuffer the slings"
+
+    pieces = list(activations._pieces(text))
+
+    assert "".join(pieces) == text and max(map(len, pieces)) <= 20
+    assert pieces[:3] == ["to be or not to be,", " that is the", " question:"]
+    torch.testing.assert_close(stream(model, tokenizer, [text]), stream(model, tokenizer, pieces))
+
+
+def test_contexts_longer_than_the_positions_are_refused_at_once(tokenizer):
+    config = AutoConfig.for_model("gpt2", n_embd=16, n_layer=2, n_head=2, n_positions=16, vocab_size=300)
+    gpt2 = AutoModelForCausalLM.from_config(config).eval()
+
+    with pytest.raises(ValueError, match="has 16 positions: context_length must be at most 16, got 256"):
+        iterate_activations(gpt2, tokenizer, TEXTS, 0)
+    assert stream(gpt2, tokenizer, context_length=16).isfinite().all()
+
+
+def test_a_padding_token_that_the_model_does_not_know_does_no_harm(model, tiny_language_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_language_model)
+    expected = stream(model, tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+
+    assert tokenizer.pad_token_id == model.config.vocab_size
+    torch.testing.assert_close(stream(model, tokenizer), expected)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"context_length": True}, "context_length must be an integer, got True"),
+        ({"batch_tokens": 1.5}, "batch_tokens must be an integer, got 1.5"),
+        ({"max_tokens": 7.0}, "max_tokens must be an integer, got 7.0"),
+        ({"shuffle_tokens": "9"}, "shuffle_tokens must be an integer, got '9'"),
+        ({"seed": 0.5}, "seed must be an integer, got 0.5"),
+        ({"layer": True}, "layer must be an integer, got True"),
+        ({"max_norm_ratio": -1.0}, "max_norm_ratio must be a positive number or None, got -1.0"),
+        ({"max_norm_ratio": math.nan}, "max_norm_ratio must be a positive number or None, got nan"),
+        ({"max_norm_ratio": True}, "max_norm_ratio must be a positive number or None, got True"),
+    ],
+)
+def test_what_is_no_number_of_its_kind_is_refused(model, tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        stream(model, tokenizer, **options)
+
+
+def test_numbers_of_numpy_are_numbers(model, tokenizer):
+    options = {name: numpy.int64(number) for name, number in {"context_length": 32, "max_tokens": 20}.items()}
+    given = iterate_activations(model, tokenizer, TEXTS, numpy.int64(1), show_progress=False, **options)
+
+    assert next(given).shape == (20, 32)
+    assert type(given.settings.max_tokens) is int and type(given.layers[0]) is int
