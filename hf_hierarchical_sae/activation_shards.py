@@ -5,6 +5,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -331,11 +332,11 @@ def _read_shard(path: Path, check: bool = False) -> tuple[dict[str, torch.Tensor
 
 def _parsed(path: Path, text: str, **kinds: type) -> dict:
     """JSON that stands in a file, with these names of these types. Raises `ValueError` if it is anything else."""
-    try:
+    found: Any = None
+    with suppress(ValueError):
         found = json.loads(text)
-    except ValueError:
-        found = None
-    wrong = [name for name in kinds if not isinstance(found, dict) or not isinstance(found.get(name), kinds[name])]
+    found = found if isinstance(found, dict) else {}
+    wrong = [name for name in kinds if not isinstance(found.get(name), kinds[name])]
     if wrong:
         raise ValueError(
             f"{path} is damaged or was not written by save_shards, it has no {wrong[0]}: delete it and run the harvest "

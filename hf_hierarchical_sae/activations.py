@@ -77,9 +77,7 @@ class ActivationSettings:
                 f"got {self.shuffle_tokens} and {self.max_tokens}"
             )
         ratio = self.max_norm_ratio
-        if ratio is not None and not (
-            isinstance(ratio, Real) and not isinstance(ratio, bool) and 0 < ratio < math.inf
-        ):
+        if ratio is not None and not (isinstance(ratio, Real) and not isinstance(ratio, bool) and ratio > 0):
             raise ValueError(f"max_norm_ratio must be a positive number or None, got {ratio!r}")
 
 
