@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .residual import find_layers
 from .vectors import set_steering_vectors, steering_vectors
+from .whole_files import whole_file
 
 
 @dataclass
@@ -362,4 +364,5 @@ def plot_statistics(statistics: VectorStatistics, path: str | os.PathLike, title
     heat.set_xticks(ticks, labels)
     heat.set_yticks(ticks, labels)
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished, dpi=120, format=Path(path).suffix.removeprefix(".") or "png")

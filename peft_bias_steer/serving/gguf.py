@@ -4,9 +4,8 @@ import os
 import shutil
 import struct
 import sys
-from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -16,6 +15,7 @@ from ..architectures import GGUF_BIAS, GGUF_BIAS_ARCHITECTURE
 from ..config import BiasSteerConfig
 from ..residual import find_layers, residual_width
 from ..vectors import active_vectors, check_vectors, set_steering_vectors, unwrap
+from ..whole_files import whole_file
 
 
 __all__ = ["export_control_vector", "export_gguf", "from_control_vector"]
@@ -52,15 +52,16 @@ def export_control_vector(model: PeftModel, path: str | os.PathLike, *, drop_fir
         raise ValueError("expected vectors for layers above 0, got none: llama.cpp takes no file without any")
     gguf = _import_gguf()
     config = unwrap(model).config.get_text_config(decoder=True)
-    writer = gguf.GGUFWriter(path, "controlvector")
-    writer.add_string("controlvector.model_hint", config.model_type)
-    writer.add_uint32("controlvector.layer_count", config.num_hidden_layers)
-    for index, vector in sorted(vectors.items()):
-        writer.add_tensor(f"direction.{index}", vector.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with whole_file(path) as unfinished:
+        writer = gguf.GGUFWriter(unfinished, "controlvector")
+        writer.add_string("controlvector.model_hint", config.model_type)
+        writer.add_uint32("controlvector.layer_count", config.num_hidden_layers)
+        for index, vector in sorted(vectors.items()):
+            writer.add_tensor(f"direction.{index}", vector.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
     return dropped
 
 
@@ -85,7 +86,9 @@ def from_control_vector(
     vectors = {}
     for tensor in _read_gguf(path).tensors:
         prefix, _, index = tensor.name.partition(".")
-        if prefix != "direction" or not index.isdecimal() or tensor.tensor_type.name != "F32":
+        # 01 would stand for 1 once more
+        is_layer = index.isdecimal() and index == str(int(index))
+        if prefix != "direction" or not is_layer or tensor.tensor_type.name != "F32":
             raise ValueError(f"expected tensors direction.N of F32, got {tensor.name} of {tensor.tensor_type.name}")
         vectors[int(index)] = torch.from_numpy(tensor.data.copy())
     if not vectors:
@@ -134,13 +137,11 @@ def export_gguf(model: PeftModel, gguf_in: str | os.PathLike, gguf_out: str | os
         offset += _padded(len(values), reader.alignment)
     count = struct.pack(f"{order}Q", len(reader.tensors) + len(vectors))
     head = magic_and_version + count + tensors_and_rest + infos
-    unfinished = Path(f"{gguf_out}.unfinished")
-    with open(gguf_in, "rb") as source, unfinished.open("wb") as file:
+    with open(gguf_in, "rb") as source, whole_file(gguf_out) as unfinished, unfinished.open("wb") as file:
         file.write(head.ljust(_padded(len(head), reader.alignment), b"\0"))
         source.seek(reader.data_offset)
         shutil.copyfileobj(source, file)
         file.write(data)
-    os.replace(unfinished, gguf_out)
 
 
 def _check_gguf_fits(reader: Any, model: PeftModel, vectors: dict[str, torch.Tensor]) -> None:
@@ -169,11 +170,82 @@ def _gguf_value(reader: Any, name: str) -> object:
 def _read_gguf(path: str | os.PathLike) -> Any:
     gguf = _import_gguf()
     try:
+        _check_claimed_sizes(path)
         return gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError, struct.error) as error:
         raise ValueError(
             f"expected a complete GGUF file, got {os.path.getsize(path)} bytes in {path} that do not parse ({error})"
         ) from error
+
+
+def _check_claimed_sizes(path: str | os.PathLike) -> None:
+    """
+    Refuses a GGUF file that claims to hold more than it does: the reader would look for each value on its own.
+
+    Raises:
+        ValueError: If it does, or holds an array of arrays, which no program writes.
+    """
+    with open(path, "rb") as file:
+        magic, version = file.read(4), file.read(4)
+        # the small number of the version tells the byte order
+        order = "<" if version[:2] != b"\0\0" else ">"
+        if magic != b"GGUF" or len(version) < 4:
+            raise ValueError("it does not begin as one")
+        claims = _Claims(file, order)
+        num_tensors, num_fields = claims.count(item_bytes=24), claims.count(item_bytes=13)
+        for _ in range(num_fields):
+            claims.skip(claims.count())
+            claims.skip_value(*claims.unpack("I"))
+        for _ in range(num_tensors):
+            claims.skip(claims.count())
+            (num_dims,) = claims.unpack("I")
+            claims.skip(8 * num_dims + 12)
+
+
+class _Claims:
+    """Sizes that a file claims, each compared with what is left of it."""
+
+    # of the type of a value: 1-byte numbers and booleans, 2 bytes, 4 bytes, 8 bytes
+    VALUE_BYTES = {0: 1, 1: 1, 7: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 10: 8, 11: 8, 12: 8}
+    STRING, ARRAY = 8, 9
+
+    def __init__(self, file: BinaryIO, order: str) -> None:
+        self.file, self.order, self.size = file, order, os.fstat(file.fileno()).st_size
+
+    def unpack(self, form: str) -> tuple[Any, ...]:
+        form = self.order + form
+        return struct.unpack(form, self.file.read(struct.calcsize(form)))
+
+    def count(self, item_bytes: int = 1) -> int:
+        (number,) = self.unpack("Q")
+        left = self.size - self.file.tell()
+        if number * item_bytes > left:
+            raise ValueError(f"{number} items of at least {item_bytes} bytes are claimed where {left} bytes are left")
+        return number
+
+    def skip(self, size: int) -> None:
+        if size > self.size - self.file.tell():
+            raise ValueError(f"{size} bytes are claimed where {self.size - self.file.tell()} are left")
+        self.file.seek(size, os.SEEK_CUR)
+
+    def skip_value(self, kind: int) -> None:
+        if kind == self.STRING:
+            self.skip(self.count())
+        elif kind == self.ARRAY:
+            (item_kind,) = self.unpack("I")
+            if item_kind == self.STRING:
+                for _ in range(self.count(item_bytes=8)):
+                    self.skip(self.count())
+            else:
+                size = self._value_bytes(item_kind)
+                self.skip(size * self.count(item_bytes=size))
+        else:
+            self.skip(self._value_bytes(kind))
+
+    def _value_bytes(self, kind: int) -> int:
+        if kind not in self.VALUE_BYTES:
+            raise ValueError(f"a value of unknown type {kind}")
+        return self.VALUE_BYTES[kind]
 
 
 def _import_gguf() -> ModuleType:

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +16,7 @@ from ..merging import MergeSite, merge_sites, why_no_merge_site
 from ..residual import find_layers, residual_width
 from ..stock_forms import StockForm, find_stock_form
 from ..vectors import check_adapters, steering_layers, unwrap
+from ..whole_files import check_empty_folder, whole_folder
 
 
 __all__ = ["bias_ready_checkpoint", "export_stock_checkpoint"]
@@ -128,7 +128,7 @@ def _write_checkpoint(
     max_shard_size: int | str,
 ) -> None:
     base = unwrap(model)
-    output = check_output_dir(output_dir)
+    check_empty_folder(output_dir)
     if getattr(base.config, "quantization_config", None) is not None:
         raise ValueError(
             f"expected a base model that is not quantised, got {base.config.quantization_config}: load the base in "
@@ -144,21 +144,11 @@ def _write_checkpoint(
     if base.can_generate():
         stock.generation_config = copy.deepcopy(base.generation_config)
     tokenizer = tokenizer or find_tokenizer(base)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
-        folder = Path(scratch, "checkpoint")
+    with whole_folder(output_dir) as folder:
         stock.save_pretrained(folder, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         _verify_checkpoint(model, form.model_class, folder)
-        os.replace(folder, output)
-
-
-def check_output_dir(output_dir: str | os.PathLike) -> Path:
-    output = Path(output_dir)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output_dir must be empty or not exist, but {output} holds something: choose another")
-    return output
 
 
 def find_tokenizer(base: PreTrainedModel) -> PreTrainedTokenizerBase | None:

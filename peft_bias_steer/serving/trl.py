@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from ..merging import merge_sites
 from ..vectors import active_vectors, set_steering_vectors, steering_layers, steering_vectors
+from ..whole_files import whole_folder
 from .routes import VLLM_PLUGIN, VLLM_STOCK, serving_routes
-from .stock_checkpoint import bias_ready_checkpoint, check_output_dir, find_tokenizer
+from .stock_checkpoint import bias_ready_checkpoint, find_tokenizer
 from .vllm import PREFIX, VECTOR
 
 
@@ -47,13 +48,13 @@ def prepare_for_vllm(
     if routes[VLLM_STOCK].exact:
         bias_ready_checkpoint(base, output_dir, tokenizer=tokenizer)
     elif routes[VLLM_PLUGIN].exact:
-        output = check_output_dir(output_dir)
-        base.save_pretrained(output)
-        if tokenizer := tokenizer or find_tokenizer(base):
-            tokenizer.save_pretrained(output)
-        config = AutoConfig.from_pretrained(output)
-        config.architectures = [PREFIX + type(base).__name__]
-        config.save_pretrained(output)
+        with whole_folder(output_dir) as folder:
+            base.save_pretrained(folder)
+            if tokenizer := tokenizer or find_tokenizer(base):
+                tokenizer.save_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder)
+            config.architectures = [PREFIX + type(base).__name__]
+            config.save_pretrained(folder)
     else:
         raise ValueError(
             f"vLLM cannot hold steering vectors of {type(base).__name__}: {routes[VLLM_STOCK].reason}; "

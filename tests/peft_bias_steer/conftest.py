@@ -1,3 +1,6 @@
+import resource
+from contextlib import contextmanager
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -56,3 +59,19 @@ def add_by_plain_hooks():
             layer.register_forward_hook(hook_for(vector))
 
     return add
+
+
+@pytest.fixture
+def small_files():
+    """A disk that takes no file of more than some bytes, as a full one does."""
+
+    @contextmanager
+    def limit(size: int):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit

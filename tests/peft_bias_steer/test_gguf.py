@@ -2,6 +2,7 @@
 
 import importlib.util
 import struct
+import time
 from pathlib import Path
 
 import gguf
@@ -131,6 +132,76 @@ def test_a_damaged_gguf_file_is_named_as_such(cut, tmp_path):
 
     with pytest.raises(ValueError, match=f"complete GGUF file, got {len(whole[:cut])} bytes"):
         from_control_vector(tmp_path / "v.gguf", make_base())
+
+
+def header(*, num_tensors: int = 0, num_fields: int = 0, rest: bytes = b"") -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, num_tensors, num_fields) + rest + b"\0" * 64
+
+
+LONG = 10**6
+KEY = struct.pack("<Q", 1) + b"k"
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"num_fields": 1, "rest": KEY + struct.pack("<IIQ", 9, 4, LONG)},
+        {"num_fields": 1, "rest": KEY + struct.pack("<IIQ", 9, 8, LONG)},
+        {"num_fields": 1, "rest": KEY + struct.pack("<IIQ", 9, 8, 2) + struct.pack("<Q", LONG)},
+        {"num_fields": 1, "rest": KEY + struct.pack("<IIQ", 9, 9, 1)},
+        {"num_fields": 1, "rest": KEY + struct.pack("<IQ", 8, LONG)},
+        {"num_fields": 1, "rest": KEY + struct.pack("<I", 77)},
+        {"num_fields": 1, "rest": struct.pack("<Q", LONG)},
+        {"num_fields": LONG},
+        {"num_tensors": LONG},
+        {"num_tensors": 1, "rest": KEY + struct.pack("<I", LONG)},
+        {"num_tensors": 1, "rest": KEY + struct.pack("<IQIQ", 1, 2**60, 0, 0)},
+        {"num_tensors": 1, "rest": KEY + struct.pack("<IQQIQ", 2, 2**40, 2**40, 0, 0)},
+    ],
+    ids=str,
+)
+def test_a_gguf_that_claims_more_than_it_holds_is_refused_at_once(claim, tmp_path):
+    (tmp_path / "v.gguf").write_bytes(header(**claim))
+    start = time.perf_counter()
+
+    with pytest.raises(ValueError, match="complete GGUF file, got [0-9]+ bytes in .* that do not parse"):
+        from_control_vector(tmp_path / "v.gguf", make_base())
+    assert time.perf_counter() - start < 2
+
+
+def test_any_changed_byte_of_a_gguf_is_read_or_refused(tmp_path):
+    export_control_vector(steer(make_base(), layers_to_transform=[1]), tmp_path / "v.gguf")
+    whole = (tmp_path / "v.gguf").read_bytes()
+    base = make_base()
+
+    for position in range(whole.index(b"direction.1") + 40):
+        changed = bytes([(0, 9, 255)[position % 3]])
+        (tmp_path / "v.gguf").write_bytes(whole[:position] + changed + whole[position + 1 :])
+        try:
+            from_control_vector(tmp_path / "v.gguf", base).unload()
+        except ValueError as error:
+            assert "expected" in str(error), (position, changed, error)
+
+
+def test_two_tensors_for_one_layer_are_refused(tmp_path):
+    write_gguf(tmp_path / "v.gguf", {"direction.1": torch.ones(32), "direction.01": torch.ones(32)})
+
+    with pytest.raises(ValueError, match=r"expected tensors direction.N of F32, got direction.01"):
+        from_control_vector(tmp_path / "v.gguf", make_base())
+
+
+@pytest.mark.parametrize("export", ["control vector", "model"])
+def test_an_export_that_finds_no_space_leaves_the_older_file_whole(export, tmp_path, small_files):
+    model, path = steer(make_base(), layers_to_transform=[1]), tmp_path / "out.gguf"
+    tiny_gguf(tmp_path / "in.gguf")
+    path.write_bytes(b"older")
+
+    with small_files(100), pytest.raises(OSError, match="File too large"):
+        export_control_vector(model, path) if export == "control vector" else export_gguf(
+            model, tmp_path / "in.gguf", path
+        )
+    assert path.read_bytes() == b"older"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.gguf", "out.gguf"]
 
 
 def tiny_gguf(path, **changes):

@@ -7,12 +7,14 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_bias_steer import (
     BiasSteerConfig,
     bias_ready_checkpoint,
     export_stock_checkpoint,
+    prepare_for_vllm,
     set_steering_vectors,
     steering_vectors,
 )
@@ -148,6 +150,22 @@ def test_bias_ready_checkpoint_of_an_architecture_without_a_place_is_refused(tmp
     with pytest.raises(ValueError, match="a norm after the MLP"):
         bias_ready_checkpoint(make_base("olmo2", **SMALL), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_finds_no_space_leaves_nothing_behind(tmp_path, small_files):
+    model = steer(make_base())
+    bases = {"bias-ready": make_base(), "plugin": make_base("qwen3", **SMALL)}
+
+    # what is written first is small; the weights are not
+    for write in (
+        lambda folder: export_stock_checkpoint(model, folder),
+        lambda folder: bias_ready_checkpoint(bases["bias-ready"], folder),
+        lambda folder: prepare_for_vllm(bases["plugin"], folder),
+    ):
+        with small_files(5000), pytest.raises((OSError, SafetensorError), match="File too large|I/?O"):
+            write(tmp_path / "out")
+        assert not list(tmp_path.iterdir())
+    assert not any(layer.merged for layer in model.base_model.steering_layers.values())
 
 
 @pytest.mark.slow
