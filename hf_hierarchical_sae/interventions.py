@@ -173,18 +173,20 @@ def record_statistics(
 
     Args:
         sae ([`HierarchicalSaeModel`]): left in evaluation mode or training mode as it came.
-        activations (`torch.Tensor` or iterable of them): (tokens, d_in) each, finite.
+        activations (`torch.Tensor` or iterable of them): (..., d_in) each, finite.
         batch_size (`int`, defaults to 4096): tokens at a time.
 
     Raises:
-        `ValueError`: If there are no tokens, or NaN or infinite activations.
+        `ValueError`: If there are no tokens, activations of another size, or NaN or infinite ones.
     """
     total = torch.zeros(sae.config.d_sae, dtype=torch.float64, device=sae.W_dec.device)
     fired, norms = torch.zeros_like(total), []
     with evaluation_mode(sae):
         for piece in [activations] if isinstance(activations, torch.Tensor) else activations:
+            sae._check_input(piece, None)
             check_finite(piece)
-            for x in piece.to(sae.W_dec.device).float().split(batch_size):
+            for x in piece.reshape(-1, sae.config.d_in).split(batch_size):
+                x = x.to(sae.W_dec.device).float()
                 top_indices, top_values = sae.encode(x)
                 total.index_add_(0, top_indices.flatten(), top_values.flatten().double())
                 fired.index_add_(0, top_indices.flatten(), (top_values > 0).flatten().double())

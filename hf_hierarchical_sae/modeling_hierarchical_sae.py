@@ -3,12 +3,14 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
 import torch.nn.functional as F
 from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -17,6 +19,11 @@ from transformers.utils import ModelOutput
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
 from .hierarchical_topk import choose_form, normalized_weights
 from .sparse_latents import SparseEncoder, TangentGradient, pre_activations, strongest_latents, weighted_rows
+from .whole_files import whole_folder
+
+
+# How many are held at a time outside training: in float32 64 MiB, less than a training batch of a large dictionary needs.
+PRE_ACTIVATIONS = 2**24
 
 
 @dataclass
@@ -87,6 +94,32 @@ class HierarchicalSaeModel(PreTrainedModel):
             init.zeros_(tensor)
         init.ones_(module.input_scale)
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """[`~PreTrainedModel.from_pretrained`] that raises a `ValueError` if a tensor is missing, of another shape or unknown."""
+        kwargs["ignore_mismatched_sizes"] = True
+        try:
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(f"the weights in {pretrained_model_name_or_path} are torn: {error}") from error
+        model, info = loaded
+        found = {
+            "no": sorted(info["missing_keys"]),
+            "another shape of": [f"{name} {tuple(shape)}" for name, shape, _ in sorted(info["mismatched_keys"])],
+            "the unknown": sorted(info["unexpected_keys"]),
+        }
+        if any(found.values()):
+            raise ValueError(
+                f"expected the weights of an autoencoder of {model.config.d_sae} latents for activations of size "
+                f"{model.config.d_in} in {pretrained_model_name_or_path}, got "
+                + "; ".join(f"{how} {', '.join(names)}" for how, names in found.items() if names)
+            )
+        return loaded if output_loading_info else model
+
     @property
     def W_enc(self) -> torch.Tensor:
         """(d_in, d_sae): the encoder."""
@@ -123,15 +156,17 @@ class HierarchicalSaeModel(PreTrainedModel):
 
         Raises:
             `ValueError`: If shape or dtype are wrong, `k` is out of range or, in training mode, activations are NaN or
-                infinite.
+                infinite, or weights are in half precision; the gradient of the loss raises it as well then.
         """
         self._check_input(hidden_states, attention_mask)
+        if self.training:
+            self._check_float32()
         flat = hidden_states.reshape(-1, self.config.d_in)
         keep = None if attention_mask is None else attention_mask.reshape(-1).bool()
         if keep is not None:
             flat = flat[keep]
         finish_check = _begin_finite_check(flat) if self.training else None
-        scaled = flat.to(torch.promote_types(flat.dtype, torch.float32)) * self.input_scale
+        scaled = _at_least_float32(flat) * self.input_scale
         top_indices, top_values = self._encode_scaled(scaled, k)
         if finish_check is not None:
             finish_check()
@@ -140,6 +175,8 @@ class HierarchicalSaeModel(PreTrainedModel):
         loss = errors = None
         if return_loss:
             loss, errors, reconstruction = self._loss(scaled, top_indices, top_values)
+            if loss.requires_grad and self.W_dec.dtype.itemsize < 4:
+                loss.register_hook(self._check_float32)
             if self.training and errors is not None and k is None:
                 self._add_training_sums(scaled, errors)
         else:
@@ -167,7 +204,7 @@ class HierarchicalSaeModel(PreTrainedModel):
         """
         self._check_input(x, None)
         flat = x.reshape(-1, self.config.d_in)
-        scaled = flat.to(torch.promote_types(flat.dtype, torch.float32)) * self.input_scale
+        scaled = _at_least_float32(flat) * self.input_scale
         top_indices, top_values = self._encode_scaled(scaled, k)
         shape = x.shape[:-1]
         return _restore(top_indices, None, shape), _restore(top_values / self.input_scale, None, shape)
@@ -221,9 +258,9 @@ class HierarchicalSaeModel(PreTrainedModel):
         """Scale the rows of `W_dec` to unit norm, in place; does nothing if `config.normalize_decoder` is off."""
         if not self.config.normalize_decoder:
             return
-        norms = torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True)
+        norms = torch.linalg.vector_norm(_at_least_float32(self.W_dec), dim=1, keepdim=True)
         # Rows that are at unit norm up to rounding stay as they are: normalising twice changes nothing.
-        is_off = ((norms - 1).abs() > 1e-6) & (norms > 0)
+        is_off = ((norms - 1).abs() > max(1e-6, torch.finfo(self.W_dec.dtype).eps)) & (norms > 0)
         self.W_dec.div_(norms.masked_fill(~is_off, 1.0))
 
     def pop_training_metrics(self) -> dict[str, float]:
@@ -255,8 +292,18 @@ class HierarchicalSaeModel(PreTrainedModel):
         return super().train(mode)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """[`~PreTrainedModel.save_pretrained`] that leaves an older model whole until the new one is on disk."""
         self.normalize_decoder()
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        kwargs.setdefault("repo_id", Path(save_directory).name)
+        with whole_folder(save_directory) as unfinished:
+            super().save_pretrained(unfinished, *args, **kwargs)
+            written = {path.name for path in unfinished.iterdir()}
+        pieces = "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"
+        # An older model in another number of pieces would be loaded instead.
+        if written.intersection(pieces[:2]):
+            for path in (path for name in pieces for path in Path(save_directory).glob(name)):
+                if path.name not in written:
+                    path.unlink()
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """[`~PreTrainedModel.push_to_hub`], with a model card that shows how to use the model if there is none yet."""
@@ -273,14 +320,16 @@ class HierarchicalSaeModel(PreTrainedModel):
             picture (`str`, *optional*): file name, in the repository, of a plot of quality against budget.
 
         Returns:
-            `ModelCard`: the facts of the config and a usage snippet that runs as it stands.
+            `ModelCard`: the facts of the config, which budgets it was trained for among them, and a usage snippet
+                that runs as it stands.
         """
         config = self.config
         data = ModelCardData(library_name="transformers", tags=list(self.model_tags or []))
         source = (
             f"layer {config.layer} ({config.hook_point}) of `{config.model_name}`" if config.model_name else "a model"
         )
-        budgets = "every budget up to k" if config.budgets is None else f"budgets {list(config.budgets)}"
+        several = config.has_budgets and len(config.trained_budgets) > 1
+        chosen = f", k={config.trained_budgets[len(config.trained_budgets) // 2]}" if several else ""
         plot = f"\n![Explained variance at every number of latents]({picture})\n" if picture else ""
         return ModelCard(f"""---
 {data.to_yaml()}
@@ -289,8 +338,7 @@ class HierarchicalSaeModel(PreTrainedModel):
 # {repo_id.rpartition("/")[2]}
 
 Sparse autoencoder with {config.d_sae} latents for activations of size {config.d_in} from {source}, trained on
-{config.dataset_name or "unnamed text"} for {budgets} (k = {config.k}) with the HierarchicalTopK loss
-([arXiv 2505.24473](https://arxiv.org/abs/2505.24473)). One dictionary serves every number of latents up to k.
+{config.dataset_name or "unnamed text"}. {_objective(config)}
 {plot}
 ```python
 import torch
@@ -298,10 +346,18 @@ from transformers import AutoModel
 
 sae = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)
 activations = torch.randn(4, sae.config.d_in)
-top_indices, top_values = sae.encode(activations, k={max(1, config.k // 2)})
+top_indices, top_values = sae.encode(activations{chosen})
 reconstruction = sae.decode(top_indices, top_values)
 ```
 """)
+
+    def _check_float32(self, grad_loss: torch.Tensor | None = None) -> None:
+        """Half precision is for inference; a hook of the loss as well."""
+        if self.W_dec.dtype.itemsize < 4:
+            raise ValueError(
+                f"training needs float32 weights, got {self.W_dec.dtype}: load the autoencoder with "
+                "dtype=torch.float32, and use bf16=True in TrainingArguments for autocast"
+            )
 
     def _check_input(self, x: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         if not x.is_floating_point():
@@ -315,14 +371,22 @@ reconstruction = sae.decode(top_indices, top_values)
 
     def _encode_scaled(self, scaled: torch.Tensor, k: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """top_indices and top_values, (tokens, k), in units of the scaled input, with gradients."""
-        k = self.config.check_k(k)
-        with torch.no_grad():
-            if self.config.has_budgets:
-                values, indices = strongest_latents(self._chunks(scaled), k)
-            else:
-                values, indices = self._batch_topk(scaled, k)
+        values, indices = self._select(scaled, self.config.check_k(k))
         values = values.to(scaled.dtype)
         return indices, SparseEncoder.apply(scaled, self.encoder_weight, self.b_enc, self.b_dec, values, indices)
+
+    @torch.no_grad()
+    def _select(self, scaled: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pre-activations and indices of the latents to keep; outside training, of some inputs at a time."""
+        chunk_size = self.config.encoder_chunk_size or self.config.d_sae
+        tokens = len(scaled) if self.training else PRE_ACTIVATIONS // chunk_size
+        parts = [
+            strongest_latents(self._chunks(part), k) if self.config.has_budgets else self._batch_topk(part, k)
+            for part in scaled.split(max(1, tokens))
+        ]
+        width = max(values.shape[1] for values, _ in parts)
+        values, indices = (torch.cat([F.pad(p, (0, width - p.shape[1])) for p in part]) for part in zip(*parts))
+        return values, indices
 
     def _chunks(self, scaled: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         chunk_size = self.config.encoder_chunk_size or self.config.d_sae
@@ -360,14 +424,15 @@ reconstruction = sae.decode(top_indices, top_values)
             # A batch of padding only: a zero that keeps every parameter in the graph, as DDP needs.
             nothing: Any = sum(parameter.sum() for parameter in self.parameters()) * 0.0
             return nothing, None, scaled + nothing
-        W_dec = TangentGradient.apply(self.W_dec) if self.config.normalize_decoder else self.W_dec
+        W_dec, b_dec = (_at_least_float32(parameter) for parameter in (self.W_dec, self.b_dec))
+        W_dec = TangentGradient.apply(W_dec) if self.config.normalize_decoder else W_dec
         if self.config.matryoshka_prefixes is not None:
             errors, reconstruction = self._prefix_errors(scaled, top_indices, top_values, W_dec)
             loss = errors.mean()
         else:
             budgets, budget_weights = self._budgets_up_to(top_indices.shape[1])
-            budget_errors = choose_form("auto", top_values, W_dec, self.b_dec, scaled)
-            errors, reconstruction = budget_errors(top_indices, top_values, W_dec, self.b_dec, scaled, budgets)
+            budget_errors = choose_form("auto", top_values, W_dec, b_dec, scaled)
+            errors, reconstruction = budget_errors(top_indices, top_values, W_dec, b_dec, scaled, budgets)
             loss = (errors * normalized_weights(budget_weights, budgets, like=errors)).sum()
         if self.config.aux_loss_coefficient > 0 and self.training:
             residual = (scaled - reconstruction).detach()
@@ -435,6 +500,30 @@ reconstruction = sae.decode(top_indices, top_values)
             self.threshold.lerp_(threshold / processes, torch.where(is_first, 1.0, 0.1))
 
 
+def _objective(config: HierarchicalSaeConfig) -> str:
+    """What an autoencoder was trained for, as its model card says it."""
+    prefixes = config.matryoshka_prefixes
+    if prefixes is not None:
+        nested = (
+            f"Its first {', '.join(map(str, prefixes))} latents are dictionaries of their own (Matryoshka, {{}}). "
+        )
+        nested = nested.format("[arXiv 2503.17547](https://arxiv.org/abs/2503.17547)")
+    else:
+        nested = ""
+    if not config.has_budgets:
+        return nested + (
+            f"A threshold selects its latents, {config.k} per input on average (BatchTopK,\n"
+            "[arXiv 2412.06410](https://arxiv.org/abs/2412.06410)): it has no other budget."
+        )
+    if len(config.trained_budgets) == 1:
+        return nested + f"It is a TopK autoencoder for one budget, the {config.k} strongest latents of each input."
+    budgets = f"budgets {list(config.budgets)}" if config.budgets else f"every number of latents from 1 to {config.k}"
+    return (
+        f"One dictionary was trained for {budgets} at once, with the HierarchicalTopK\n"
+        "loss ([arXiv 2505.24473](https://arxiv.org/abs/2505.24473))."
+    )
+
+
 def _sum_over_processes(tensor: torch.Tensor) -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(tensor)
@@ -461,6 +550,10 @@ def geometric_median(points: torch.Tensor, iterations: int = 50) -> torch.Tensor
         if settled:
             break
     return center
+
+
+def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _restore(flat: torch.Tensor, keep: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:

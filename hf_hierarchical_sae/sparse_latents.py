@@ -23,10 +23,10 @@ def pre_activations(
         bias (`torch.Tensor`): (d_sae,).
         chunk_size (`int`): latents at a time; each yields (tokens, chunk).
     """
-    is_plain = x.device.type == "cpu" and x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
-    is_plain = is_plain and not torch.compiler.is_compiling()
+    is_plain = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
     for start in range(0, len(weight), chunk_size):
-        rows, offsets = weight[start : start + chunk_size], bias[start : start + chunk_size]
+        # Weights in half precision are read as float32: latents of nearly equal strength would change places.
+        rows, offsets = (part[start : start + chunk_size].to(x.dtype) for part in (weight, bias))
         if is_plain:
             # The bias comes after the product: `F.linear` writes it to memory before.
             out = empty_in_large_pages(len(x), len(rows), dtype=x.dtype, device=x.device)
@@ -75,7 +75,13 @@ def topk_of_rows(x: torch.Tensor, k: int, groups: int = 16) -> tuple[torch.Tenso
 
 
 def weighted_rows(indices: torch.Tensor, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Σ_j values_j weight[indices_j]: (tokens, k), (tokens, k) and (d_sae, d_in) to (tokens, d_in)."""
+    """
+    Σ_j values_j weight[indices_j]: (tokens, k), (tokens, k) and (d_sae, d_in) to (tokens, d_in), in the weight's dtype;
+    of weights in half precision in float32.
+    """
+    if weight.dtype.itemsize < 4:
+        used, indices = indices.unique(return_inverse=True)
+        weight = weight[used].float()
     return F.embedding_bag(indices, weight, per_sample_weights=values.to(weight.dtype), mode="sum")
 
 

@@ -156,6 +156,17 @@ def test_statistics_are_means_where_a_latent_fires_in_units_of_the_input_and_are
     assert torch.equal(loaded.mean_activation, before) and loaded.median_norm == sae.median_norm
 
 
+@pytest.mark.parametrize("shape", [(60, 6), (4, 15, 6), (1, 60, 6), (60, 1, 6), (2, 3, 10, 6)])
+def test_statistics_do_not_depend_on_the_leading_dimensions(shape):
+    sae, other, x = make_sae(d_in=6, d_sae=24, k=3), make_sae(d_in=6, d_sae=24, k=3), 5 * torch.randn(60, 6) + 2
+
+    record_statistics(sae, x)
+    record_statistics(other, x.view(shape), batch_size=7)
+
+    torch.testing.assert_close(other.mean_activation, sae.mean_activation)
+    assert other.median_norm == sae.median_norm == x.norm(dim=1).median()
+
+
 @pytest.mark.parametrize("intervene", ["splice", "ablate", "steer"])
 def test_generation_with_a_cache_a_batch_and_padding_gives_what_a_loop_without_them_gives(model, intervene):
     sae = make_sae()
@@ -364,6 +375,7 @@ def test_gradients_reach_the_inputs_through_a_splice(model):
         ),
         (lambda model, sae: record_statistics(sae, []), "got no tokens"),
         (lambda model, sae: record_statistics(sae, torch.full((2, 32), torch.nan)), "got 64 NaN"),
+        (lambda model, sae: record_statistics(sae, torch.zeros(32, 8)), r"must have shape \(..., d_in=32\), got"),
     ],
 )
 def test_what_cannot_be_done_is_refused(model, enter, message):

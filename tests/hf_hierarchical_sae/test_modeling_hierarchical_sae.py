@@ -1,8 +1,13 @@
 """The model: what it computes, keeps, saves and refuses."""
 
+import copy
+import re
+import resource
+
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -660,3 +665,222 @@ def test_stock_trainer_trains_on_a_gpu(tmp_path, bf16):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert sae.device.type == "cuda" and losses[-1] < losses[0]
     assert all(parameter.isfinite().all() for parameter in sae.parameters())
+
+
+CLAIMS = {
+    "hierarchical": ({}, ["for every number of latents from 1 to 8", "2505.24473"], ["TopK autoencoder for", "2412"]),
+    "subset": ({"budgets": [1, 4, 8]}, ["for budgets [1, 4, 8]", "2505.24473", "k=4)"], ["every number"]),
+    "topk": (
+        {"budgets": [8]},
+        ["one budget, the 8 strongest"],
+        ["every", "2505.24473", "HierarchicalTopK loss", "k="],
+    ),
+    "batch_topk": (
+        {"budgets": [8], "selection": "batch_topk"},
+        ["8 per input on average", "no other budget", "2412.06410"],
+        ["every", "2505.24473", "k="],
+    ),
+    "matryoshka": (
+        {"budgets": [8], "matryoshka_prefixes": [8, 24, 64]},
+        ["first 8, 24, 64 latents", "2503.17547", "one budget, the 8 strongest"],
+        ["every", "2505.24473", "k="],
+    ),
+}
+
+
+@pytest.mark.parametrize("claimed", CLAIMS)
+def test_a_model_card_claims_the_budgets_that_there_are_and_its_snippet_runs(tmp_path, claimed):
+    config, said, unsaid = CLAIMS[claimed]
+    make_sae(**config).save_pretrained(tmp_path)
+    text = str(make_sae(**config).model_card(str(tmp_path)).text)
+    words = " ".join(text.split())
+
+    assert all(part in words for part in said) and not any(part in words for part in unsaid)
+    found = {}
+    exec(re.search(r"```python\n(.*?)```", text, flags=re.DOTALL)[1], found)
+    assert found["reconstruction"].shape == (4, found["sae"].config.d_in)
+
+
+def saved(folder, sae, **options):
+    sae.save_pretrained(folder, **options)
+    return folder
+
+
+def change_of_weights(folder, change):
+    """The saved tensors, all in one file or those of the first file of several, after `change`."""
+    path = sorted(folder.glob("model*.safetensors"))[0]
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("load", [HierarchicalSaeModel.from_pretrained, AutoModel.from_pretrained])
+@pytest.mark.parametrize("pieces", [{}, {"max_shard_size": "5KB"}], ids=["whole", "in pieces"])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda tensors: dict(list(sorted(tensors.items()))[1:]), r"got no (encoder_weight|W_dec|b_dec|b_enc)"),
+        (
+            lambda tensors: {name: tensor[:-1].clone() for name, tensor in tensors.items()},
+            r"got another shape of .*\(",
+        ),
+        (lambda tensors: {**tensors, "W_skip": torch.zeros(16, 16)}, "got the unknown W_skip"),
+    ],
+    ids=["missing", "shape", "unknown"],
+)
+def test_weights_that_are_not_those_of_the_config_are_refused(tmp_path, load, pieces, change, message):
+    saved(tmp_path, make_sae(), **pieces)
+    change_of_weights(tmp_path, change)
+
+    with pytest.raises(ValueError, match=f"expected the weights of an autoencoder of 64 latents .* {message}"):
+        load(tmp_path)
+
+
+def test_every_single_missing_tensor_is_named(tmp_path):
+    names = list(load_file(saved(tmp_path, make_sae()) / "model.safetensors"))
+    assert len(names) == 9
+    for name in names:
+        saved(tmp_path, make_sae())
+        change_of_weights(tmp_path, lambda tensors, name=name: {one: tensors[one] for one in tensors if one != name})
+        with pytest.raises(ValueError, match=f"got no {name}$"):
+            HierarchicalSaeModel.from_pretrained(tmp_path)
+
+
+def test_a_torn_file_is_refused_by_its_name(tmp_path):
+    path = saved(tmp_path, make_sae()) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+
+    with pytest.raises(ValueError, match=f"the weights in {tmp_path} are torn"):
+        HierarchicalSaeModel.from_pretrained(tmp_path)
+
+
+def test_a_language_model_is_no_autoencoder(tiny_language_model):
+    with pytest.raises(ValueError, match="model_type 'hierarchical_sae', got model_type 'llama'"):
+        HierarchicalSaeModel.from_pretrained(tiny_language_model)
+
+
+def test_what_is_loaded_is_told_on_request(tmp_path):
+    sae, info = HierarchicalSaeModel.from_pretrained(saved(tmp_path, make_sae()), output_loading_info=True)
+
+    assert isinstance(sae, HierarchicalSaeModel) and not info["missing_keys"]
+
+
+def test_remote_code_refuses_weights_that_lack_a_tensor(tmp_path, run_isolated):
+    change_of_weights(saved(tmp_path, make_sae()), lambda tensors: {"W_dec": tensors["W_dec"]})
+    code = f"from transformers import AutoModel\nAutoModel.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)"
+
+    with pytest.raises(
+        RuntimeError, match="ValueError: expected the weights of an autoencoder .* got no b_dec, b_enc"
+    ):
+        run_isolated(code)
+
+
+def test_an_error_while_saving_leaves_the_older_model(tmp_path):
+    older = make_sae()
+    saved(tmp_path, older)
+    files = sorted(path.name for path in tmp_path.iterdir())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises((OSError, SafetensorError)):
+            make_sae(d_sae=640).save_pretrained(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
+    assert torch.equal(HierarchicalSaeModel.from_pretrained(tmp_path).W_dec, older.W_dec)
+
+
+def test_pieces_of_an_older_model_are_not_loaded_for_a_newer_one(tmp_path):
+    for options in ({}, {"max_shard_size": "5KB"}, {"max_shard_size": "9KB"}, {}):
+        sae = make_sae()
+        loaded = HierarchicalSaeModel.from_pretrained(saved(tmp_path, sae, **options))
+        assert torch.equal(loaded.W_dec, sae.W_dec)
+    assert len(list(tmp_path.glob("model*"))) == 1
+
+
+HALF = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def in_half_precision(sae, dtype):
+    """The autoencoder in half precision, and the same rounded weights in float32."""
+    half = copy.deepcopy(sae).to(dtype)
+    return half, copy.deepcopy(half).float()
+
+
+@objectives
+@pytest.mark.parametrize("dtype", HALF)
+def test_inference_in_half_precision_is_that_of_the_rounded_weights(dtype, options):
+    x = make_activations()
+    sae = make_sae(**options)
+    sae.initialize_from_activations(x)
+    half, rounded = in_half_precision(train(sae, x), dtype)
+
+    for inputs in (x, x.to(dtype)):
+        indices, values = half.encode(inputs)
+        expected_indices, expected_values = rounded.encode(inputs)
+        assert torch.equal(indices, expected_indices)
+        torch.testing.assert_close(values, expected_values, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(half.decode(indices, values), rounded.decode(indices, values), rtol=1e-6, atol=1e-5)
+        with torch.no_grad():
+            found, expected = half(inputs), rounded(inputs)
+        assert found.reconstruction.dtype == inputs.dtype
+        torch.testing.assert_close(found.reconstruction, expected.reconstruction)
+        torch.testing.assert_close(found.loss, expected.loss)
+    # and near the float32 model: each weight is off by one rounding at most
+    error = torch.linalg.vector_norm(half.decode(*half.encode(x)) - sae.decode(*sae.encode(x)), dim=1)
+    assert (error / torch.linalg.vector_norm(x, dim=1)).median() < 4 * HALF[dtype]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_gradients_through_latents_in_half_precision_are_those_of_the_rounded_weights(dtype):
+    half, rounded = in_half_precision(make_sae(), dtype)
+    x, weight = torch.randn(40, 16), torch.randn(40, 16)
+
+    found, expected = (
+        torch.autograd.grad((sae.decode(*sae.encode(inputs)) * weight).sum(), inputs)[0]
+        for sae, inputs in ((half, x.clone().requires_grad_()), (rounded, x.clone().requires_grad_()))
+    )
+
+    assert found.abs().max() > 0
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@objectives
+def test_training_in_half_precision_says_that_it_needs_float32(dtype, options):
+    sae, x = make_sae(**options).to(dtype), torch.randn(10, 16)
+
+    with pytest.raises(ValueError, match=f"training needs float32 weights, got {dtype}"):
+        sae.eval()(x).loss.backward()
+    with pytest.raises(ValueError, match=f"training needs float32 weights, got {dtype}"):
+        sae.train()(x)
+    with pytest.raises(ValueError, match=f"training needs float32 weights, got {dtype}"):
+        sae.train()(x, return_loss=False)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_normalizing_twice_changes_nothing_in_half_precision(dtype, tmp_path):
+    sae = make_sae().to(dtype)
+    before = sae.W_dec.detach().clone()
+
+    sae.normalize_decoder()
+    assert torch.equal(sae.W_dec, before)
+    loaded = HierarchicalSaeModel.from_pretrained(saved(tmp_path, sae))
+    assert loaded.W_dec.dtype == dtype and torch.equal(loaded.W_dec, before)
+    with torch.no_grad():
+        sae.W_dec.mul_(3)
+    sae.normalize_decoder()
+    torch.testing.assert_close(torch.linalg.vector_norm(sae.W_dec.float(), dim=1), torch.ones(64), rtol=0, atol=0.01)
+
+
+def test_float64_inputs_are_computed_in_float64(tmp_path):
+    sae, x = make_sae(), torch.randn(30, 16, dtype=torch.float64)
+    expected = copy.deepcopy(sae).double()
+
+    assert torch.equal(sae.encode(x)[0], expected.encode(x)[0])
+    torch.testing.assert_close(sae.encode(x)[1], expected.encode(x)[1])
+
+
+def test_an_empty_batch_is_encoded_in_half_precision():
+    sae = make_sae().to(torch.bfloat16)
+
+    assert sae.decode(*sae.encode(torch.empty(0, 16))).shape == (0, 16)
