@@ -500,7 +500,7 @@ reconstruction = sae.decode(top_indices, top_values)
             self.threshold.lerp_(threshold / processes, torch.where(is_first, 1.0, 0.1))
 
 
-def _objective(config: HierarchicalSaeConfig) -> str:
+def _objective(config: Any) -> str:
     """What an autoencoder was trained for, as its model card says it."""
     prefixes = config.matryoshka_prefixes
     if prefixes is not None:

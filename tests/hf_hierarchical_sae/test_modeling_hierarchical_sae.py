@@ -717,9 +717,9 @@ def change_of_weights(folder, change):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda tensors: dict(list(sorted(tensors.items()))[1:]), r"got no (encoder_weight|W_dec|b_dec|b_enc)"),
+        (lambda tensors: dict(sorted(tensors.items())[1:]), r"got no (encoder_weight|W_dec|b_dec|b_enc)"),
         (
-            lambda tensors: {name: tensor[:-1].clone() for name, tensor in tensors.items()},
+            lambda tensors: {name: tensor.new_zeros(3, 5) for name, tensor in tensors.items()},
             r"got another shape of .*\(",
         ),
         (lambda tensors: {**tensors, "W_skip": torch.zeros(16, 16)}, "got the unknown W_skip"),
@@ -790,11 +790,11 @@ def test_an_error_while_saving_leaves_the_older_model(tmp_path):
 
 
 def test_pieces_of_an_older_model_are_not_loaded_for_a_newer_one(tmp_path):
-    for options in ({}, {"max_shard_size": "5KB"}, {"max_shard_size": "9KB"}, {}):
+    for options in ({}, {"max_shard_size": "5KB"}, {"max_shard_size": "2KB"}, {}):
         sae = make_sae()
         loaded = HierarchicalSaeModel.from_pretrained(saved(tmp_path, sae, **options))
         assert torch.equal(loaded.W_dec, sae.W_dec)
-    assert len(list(tmp_path.glob("model*"))) == 1
+    assert len(list(tmp_path.glob("model*.safetensors*"))) == 1
 
 
 HALF = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
