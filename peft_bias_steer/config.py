@@ -1,10 +1,19 @@
-from dataclasses import dataclass
+import json
+import operator
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
+import torch
 from peft.config import PeftConfig
-from peft.utils import PeftType
+from peft.utils import CONFIG_NAME, PeftType
 
 from .guards import add_usage_to_card, saved_shapes
+from .whole_files import whole_file
 
 
 @dataclass
@@ -28,6 +37,12 @@ class BiasSteerConfig(PeftConfig):
         init_weights (`bool`, defaults to `True`):
             Start from zero vectors, i.e. from the base model. `False` draws them from a standard normal distribution,
             which is of use in tests only.
+        num_layers (`int`, *optional*):
+            Number of layers of the model. Filled in when the adapter is attached; it tells which vectors its file holds.
+
+    Raises:
+        TypeError: If a value is of another type, a boolean or a fraction for the index of a layer, say.
+        ValueError: If a regular expression is none.
 
     Example:
 
@@ -45,18 +60,42 @@ class BiasSteerConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     init_weights: bool = True
+    num_layers: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("BIAS_STEER")
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
-        if isinstance(self.layers_to_transform, range):
-            self.layers_to_transform = list(self.layers_to_transform)
         # shapes of the tensors beside a config that was loaded: PEFT reads those only once the model is changed
-        self.saved_shapes: dict[str, list[int]] = {}
+        self.saved_shapes: dict[str, list[int]] | None = None
+        # tensors that PEFT has loaded into a model, part of which it is about to put on disk
+        self.vectors_for_disk: dict[str, torch.Tensor] = {}
+        self.check()
+
+    def check(self) -> None:
+        """
+        Makes every value one that can be saved as JSON, numpy's integers among them, or refuses it.
+
+        Raises:
+            TypeError: If a value is of a type that cannot be meant.
+            ValueError: If a regular expression is none.
+        """
+        for field in ("target_modules", "exclude_modules"):
+            setattr(self, field, _names_or_pattern(field, getattr(self, field)))
+        self.layers_to_transform = _indices(self.layers_to_transform)
+        if self.layers_pattern is not None and not isinstance(self.layers_pattern, str):
+            self.layers_pattern = _names("layers_pattern", self.layers_pattern)
+        if self.modules_to_save is not None:
+            self.modules_to_save = _names("modules_to_save", self.modules_to_save)
+        for field in ("init_weights", "inference_mode"):
+            setattr(self, field, _flag(field, getattr(self, field)))
+        if isinstance(self.base_model_name_or_path, os.PathLike):
+            self.base_model_name_or_path = os.fspath(self.base_model_name_or_path)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            try:
+                json.dumps(sorted(value) if isinstance(value, set) else value)
+            except TypeError as error:
+                raise TypeError(f"{field.name} must be a value that JSON can hold, got {value!r}: {error}") from error
 
     @classmethod
     def from_pretrained(
@@ -68,5 +107,71 @@ class BiasSteerConfig(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        super().save_pretrained(save_directory, **kwargs)
+        # PEFT opens the file before it knows that it can fill it
+        with tempfile.TemporaryDirectory() as folder:
+            super().save_pretrained(folder, **kwargs)
+            text = Path(folder, CONFIG_NAME).read_text()
+        os.makedirs(save_directory, exist_ok=True)
+        with whole_file(os.path.join(save_directory, CONFIG_NAME)) as unfinished:
+            unfinished.write_text(text)
         add_usage_to_card(save_directory, self.task_type)
+
+
+def as_index(value: Any, name: str) -> int:
+    """
+    A whole number of any library as an `int`.
+
+    Args:
+        value: An integer of Python, numpy or torch.
+        name (`str`): What to call it in the error.
+
+    Raises:
+        TypeError: If it is a boolean, a fraction or anything else.
+    """
+    # a boolean of Python or torch says that it is an index
+    if not isinstance(value, bool) and getattr(value, "dtype", None) != torch.bool:
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
+def _indices(value: Any) -> list[int] | int | None:
+    if value is None:
+        return None
+    if isinstance(value, str | Mapping) or not _has_items(value):
+        return as_index(value, "layers_to_transform, or each of its items,")
+    return [as_index(item, "each item of layers_to_transform") for item in value]
+
+
+def _has_items(value: Any) -> bool:
+    # arrays and tensors without a dimension have the method, but no items
+    return isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0
+
+
+def _names_or_pattern(field: str, value: Any) -> set[str] | str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        return set(_names(field, value))
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{field} must be a list of names or a regular expression, got {value!r}: {error}") from error
+    return value
+
+
+def _names(field: str, value: Any) -> list[str]:
+    names = None if isinstance(value, str | Mapping) or not _has_items(value) else list(value)
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise TypeError(f'{field} must be a list of names such as ["lm_head"], got {value!r}')
+    return [str(name) for name in names]  # numpy's strings are a class of their own
+
+
+def _flag(field: str, value: Any) -> bool:
+    if str(getattr(value, "dtype", "")) == "bool":  # numpy's booleans
+        value = bool(value)
+    if not isinstance(value, bool):
+        raise TypeError(f"{field} must be True or False, got {value!r}")
+    return value

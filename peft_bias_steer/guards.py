@@ -24,6 +24,7 @@ from transformers.utils import cached_file
 
 from .merging import MergeSite
 from .stock_forms import find_stock_form
+from .whole_files import whole_file
 
 
 USAGE = """## Usage
@@ -37,9 +38,9 @@ model = {auto_class}.from_pretrained(".")  # this folder, or its repository id o
 """
 
 
-def saved_shapes(folder: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> dict[str, list[int]]:
+def saved_shapes(folder: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> dict[str, list[int]] | None:
     """
-    Shapes of the tensors in an adapter's file by their key; empty if there is no such file.
+    Shapes of the tensors in an adapter's file by their key; None if there is no such file.
 
     Raises:
         ValueError: If the file is damaged.
@@ -50,7 +51,7 @@ def saved_shapes(folder: str, subfolder: str | None, hub_kwargs: dict[str, Any])
     }
     path = cached_file(folder, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder or "", **missing_is_fine, **hub_kwargs)
     if path is None:
-        return {}
+        return None
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118, a file is no dict
@@ -66,13 +67,14 @@ def add_usage_to_card(folder: str, task_type: str | None) -> None:
     card = os.path.join(folder, "README.md")
     if not os.path.exists(card):
         return
-    with open(card, encoding="utf-8") as file:
+    # a card in another encoding keeps its bytes
+    with open(card, encoding="utf-8", errors="surrogateescape") as file:
         text = file.read()
     if "import peft_bias_steer" not in text:
         peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task_type, PeftModel)
         usage = USAGE.format(auto_class=f"Auto{peft_class.__name__}")
-        with open(card, "w", encoding="utf-8") as file:
-            file.write(f"{text.rstrip()}\n\n{usage}")
+        with whole_file(card) as unfinished:
+            unfinished.write_text(f"{text.rstrip()}\n\n{usage}", encoding="utf-8", errors="surrogateescape")
 
 
 def refuse_lossy_rollout_sync(sites: Iterable[MergeSite]) -> None:

@@ -1,11 +1,88 @@
+import math
+import numbers
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
+from accelerate.hooks import AlignDevicesHook
+from accelerate.utils import has_offloaded_params
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from .config import BiasSteerConfig
-from .merging import MergeSite, merge_sites
+from .merging import MergeSite, merge_sites, refuse_offloaded
+
+
+@dataclass(frozen=True)
+class Call:
+    """
+    What one caller asks of its own forward passes. Two threads that share a model must not get each other's.
+
+    Args:
+        disabled (`bool`, *optional*): Whether the layer leaves the output alone.
+        adapter_names (`tuple[str, ...]`, *optional*): One adapter (or `"__base__"`) for each row of the batch.
+        may_repeat (`bool`, *optional*): Whether every row may come several times in a row, as `generate` repeats them.
+    """
+
+    disabled: bool = False
+    adapter_names: tuple[str, ...] | None = None
+    may_repeat: bool = False
+
+
+NO_CALL = Call()
+_CALLS: ContextVar[Mapping[nn.Module, Call]] = ContextVar("bias_steer_calls", default=MappingProxyType({}))
+# by vector, so that a new adapter of an old name starts at 1
+_SCALES: ContextVar[WeakKeyDictionary[nn.Module, float] | None] = ContextVar("bias_steer_scales", default=None)
+
+
+@contextmanager
+def calling(layers: Iterable["BiasSteerLayer"], **changes: Any) -> Generator[None]:
+    """Changes the [`Call`] of these layers for the forward passes that this thread runs inside the block."""
+    before = {layer: layer.call for layer in layers}
+    during = {layer: replace(call, **changes) for layer, call in before.items()}
+    token = _CALLS.set({**_CALLS.get(), **during})
+    _show(during)
+    try:
+        yield
+    finally:
+        _CALLS.reset(token)
+        _show(before)
+
+
+def _show(calls: dict["BiasSteerLayer", Call]) -> None:
+    for layer, call in calls.items():
+        layer.latest_call = call
+
+
+def as_factor(value: Any, name: str) -> float:
+    """
+    A finite number of any library as a `float`.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is NaN or infinite.
+    """
+    number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    if isinstance(number, bool) or not isinstance(number, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return float(number)
+
+
+MERGED = "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+
+
+def wrong_length(adapter_names: Sequence[str], rows: int) -> str:
+    return (
+        "Length of `adapter_names` should be the same as the number of inputs, but got "
+        f"{len(adapter_names)} and {rows} respectively: expected one adapter per row, got {len(adapter_names)} for {rows}"
+    )
 
 
 class SteeringVector(nn.Module):
@@ -14,6 +91,18 @@ class SteeringVector(nn.Module):
     def __init__(self, size: int, device: torch.device | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(size, device=device))
+
+    def forward(self) -> torch.Tensor:
+        # a call, not an attribute: accelerate and ZeRO-3 fetch a weight that is elsewhere when its module is called
+        return self.weight
+
+    @torch.no_grad()
+    def write(self, values: torch.Tensor) -> None:
+        """Overwrites the vector, (size,), also where accelerate keeps it outside the model."""
+        if has_offloaded_params(self):
+            cast(Any, self._hf_hook).weights_map = {"weight": values.detach().to("cpu", self.weight.dtype, copy=True)}
+        else:
+            self.weight.copy_(values)
 
 
 class BiasSteerLayer(nn.Module, BaseTunerLayer):
@@ -27,16 +116,19 @@ class BiasSteerLayer(nn.Module, BaseTunerLayer):
     Args:
         host (`nn.Module`): The module whose output is steered.
         size (`int`): Width of that output.
+        execution_device (`torch.device`, *optional*):
+            Where the module runs, if its weights are elsewhere and accelerate's hooks do not tell.
     """
 
     adapter_layer_names = ("bias_steer_vector",)
     other_param_names = ("scaling",)
 
-    def __init__(self, host: nn.Module, size: int) -> None:
+    def __init__(self, host: nn.Module, size: int, execution_device: torch.device | None = None) -> None:
         super().__init__()
         # in a tuple, because as an attribute it would be registered as a child: a cycle in the module tree
         self._host = (host,)
         self.size = size
+        self._execution_device = execution_device
         # other code of PEFT asks every tuner layer for these two
         self.in_features = getattr(host, "in_features", getattr(host, "nx", size))
         self.out_features = size
@@ -44,6 +136,8 @@ class BiasSteerLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._merged_sites: list[tuple[MergeSite, nn.Parameter | None]] = []
+        # what the last caller of any thread asked for
+        self.latest_call = NO_CALL
         host.bias_steer = self
         # prepended: transformers' hooks that record hidden states have to see the steered ones
         self._hook = host.register_forward_hook(_steer_output, prepend=True)
@@ -54,7 +148,27 @@ class BiasSteerLayer(nn.Module, BaseTunerLayer):
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, None]:
         # no dtype: the vectors stay in float32 whatever the base model's dtype is
         parameter = next(base_layer.parameters(), None)
-        return (None if parameter is None else parameter.device), None
+        if parameter is None:
+            return None, None
+        if not parameter.is_meta:
+            return parameter.device, None
+        # accelerate fetches the weights for each pass: what is added to the output has to be where that runs
+        hooks = (getattr(module, "_hf_hook", None) for module in base_layer.modules())
+        devices = [hook.execution_device for hook in hooks if isinstance(hook, AlignDevicesHook)]
+        known = [torch.device(device) for device in [*devices, self._execution_device] if device is not None]
+        return (known or [parameter.device])[0], None
+
+    @property
+    def call(self) -> Call:
+        """What the caller of the present forward pass asked for."""
+        # compiled code and the replicas of DataParallel, in threads of their own, see no context
+        if torch.compiler.is_compiling() or "_is_replica" in self.__dict__:
+            return self.latest_call
+        return _CALLS.get().get(self, NO_CALL)
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disable_adapters or self.call.disabled
 
     def update_layer(self, adapter_name: str, config: BiasSteerConfig) -> None:
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
@@ -69,55 +183,77 @@ class BiasSteerLayer(nn.Module, BaseTunerLayer):
         """
         Multiplies the vector of `adapter` by `scale` in every later forward pass. Not saved with the adapter.
 
+        A thread that has set a scale keeps it; the others follow the last one that any thread has set.
+
         Raises:
-            ValueError: If the adapter is merged.
+            TypeError: If the scale is no number.
+            ValueError: If the scale is not finite, or the adapter is merged.
         """
+        scale = as_factor(scale, "scale")
         if adapter in self.merged_adapters:
             raise ValueError(f"adapter {adapter!r} is merged: call unmerge_adapter() before set_scale()")
         if adapter in self.scaling:
             self.scaling[adapter] = scale
+            # a copy: tasks that were started with a copy of this context keep theirs
+            scales = WeakKeyDictionary(_SCALES.get())
+            scales[self.bias_steer_vector[adapter]] = scale
+            _SCALES.set(scales)
 
-    def forward(self, output: Any, adapter_names: list[str] | None = None) -> Any:
+    def scale(self, adapter: str) -> float:
+        """The factor of an adapter's vector in the forward passes of this thread."""
+        latest = self.scaling[adapter]
+        own = None if torch.compiler.is_compiling() else _SCALES.get()
+        return latest if own is None else own.get(self.bias_steer_vector[adapter], latest)
+
+    def forward(self, output: Any, adapter_names: Sequence[str] | None = None) -> Any:
         """
         Args:
             output: What the steered module returned: a tensor, or a tuple or list that starts with one.
                 hidden states: (batch, ..., size)
             adapter_names (`list[str]`, *optional*): One adapter (or `"__base__"`) for each row of the batch.
         """
-        if self.disable_adapters or (self.merged and adapter_names is None):
+        call = self.call
+        names = call.adapter_names if adapter_names is None else adapter_names
+        if self._disable_adapters or call.disabled or (self.merged and names is None):
             return output
         if not isinstance(output, torch.Tensor):
             return type(output)((self(output[0], adapter_names=adapter_names), *output[1:]))
-        if adapter_names is None:
+        if names is None:
             steering = self.sum_vectors(self.active_adapters)
         else:
-            steering = self._per_row_vectors(output, adapter_names)
+            steering = self._per_row_vectors(output, names, may_repeat=call.may_repeat)
         return output if steering is None else (output + steering).to(output.dtype)
 
     def vector(self, adapter_name: str) -> nn.Parameter:
-        """The trainable vector of one adapter, unscaled: (size,)."""
+        """The trainable vector of one adapter, unscaled: (size,). On the meta device where accelerate offloads it."""
         return cast(SteeringVector, self.bias_steer_vector[adapter_name]).weight
+
+    def write(self, adapter_name: str, values: torch.Tensor) -> None:
+        """Overwrites the vector of one adapter, (size,), in place."""
+        cast(SteeringVector, self.bias_steer_vector[adapter_name]).write(values)
 
     def sum_vectors(self, adapter_names: list[str]) -> torch.Tensor | None:
         """Sum of the scaled vectors, (size,), or None if this layer has none of the adapters. Not to be written to."""
         total = None
         for name in adapter_names:
             if name in self.scaling:
-                scale, vector = self.scaling[name], self.vector(name)
+                scale, vector = self.scale(name), self.bias_steer_vector[name]()
                 vector = vector if scale == 1 else vector * scale
                 total = vector if total is None else total + vector
         return total
 
-    def _per_row_vectors(self, hidden: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+    def _per_row_vectors(
+        self, hidden: torch.Tensor, adapter_names: Sequence[str], *, may_repeat: bool = False
+    ) -> torch.Tensor:
         if self.merged:
-            raise ValueError("adapter_names cannot be combined with merged adapters: call unmerge_adapter() first")
-        if len(hidden) != len(adapter_names):
-            raise ValueError(
-                f"adapter_names must name one adapter per row, got {len(adapter_names)} for {len(hidden)}"
-            )
+            raise ValueError(MERGED)
+        repeats = len(hidden) // len(adapter_names) if may_repeat else 1
+        if len(hidden) != repeats * len(adapter_names):
+            raise ValueError(wrong_length(adapter_names, len(hidden)))
         none = torch.zeros(self.size, device=hidden.device)
         rows = [none if (v := self.sum_vectors([name])) is None else v for name in adapter_names]
-        return torch.stack(rows).view(len(rows), *[1] * (hidden.dim() - 2), self.size)
+        vectors = torch.stack(rows).repeat_interleave(repeats, dim=0)
+        return vectors.view(len(hidden), *[1] * (hidden.dim() - 2), self.size)
 
     def enable_adapters(self, enabled: bool) -> None:
         # the bias of a merged adapter acts inside the host, out of this layer's reach: take it out right away
@@ -150,6 +286,8 @@ class BiasSteerLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Puts back the very biases that were there before the first `merge`: nothing is subtracted, nothing drifts."""
+        for site, _ in self._merged_sites:
+            refuse_offloaded(site.module)
         for site, original in self._merged_sites:
             site.restore(original)
         self._merged_sites = []

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import has_offloaded_params
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -46,8 +47,29 @@ def merge_sites(module: nn.Module) -> list[MergeSite]:
     The biases that have to change so that the output of `module` moves by a vector.
 
     Raises:
-        ValueError: If there is no place in `module` where a bias does exactly that.
+        ValueError: If there is no place in `module` where a bias does exactly that, or accelerate offloads it.
     """
+    sites = _sites(module)
+    for site in sites:
+        refuse_offloaded(site.module)
+    return sites
+
+
+def refuse_offloaded(module: nn.Module) -> None:
+    """
+    Refuses a module whose weights accelerate fetches for each pass: it would not fetch another bias.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if has_offloaded_params(module):
+        raise ValueError(
+            f"a {type(module).__name__} that accelerate offloads cannot take a bias or give it back: merge and unmerge "
+            "where the layer is loaded whole, before cpu_offload(), disk_offload() or dispatch_model()"
+        )
+
+
+def _sites(module: nn.Module) -> list[MergeSite]:
     if isinstance(module, nn.Linear | Conv1D):
         return [MergeSite(module)]
     # FSDP2 puts a class of its own in front of the layer's

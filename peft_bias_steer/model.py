@@ -1,17 +1,20 @@
-from collections.abc import Generator
-from contextlib import contextmanager
+import copy
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate.utils import has_offloaded_params
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .config import BiasSteerConfig
 from .guards import keep_biases_on_save, refuse_lossy_rollout_sync
-from .layer import BiasSteerLayer
+from .layer import MERGED, BiasSteerLayer, SteeringVector, as_factor, calling, wrong_length
 from .merging import merge_sites
 from .residual import find_layers, residual_width
 
@@ -35,23 +38,30 @@ class BiasSteerModel(BaseTuner):
         modules = self.model.named_modules()
         return {name.removesuffix(".bias_steer"): m for name, m in modules if isinstance(m, BiasSteerLayer)}
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        self._check_saved_vectors(peft_config.saved_shapes)
-        # has to leave a config alone that went through here before: TRL passes the same object twice
-        if peft_config.target_modules is not None and peft_config.layers_to_transform is None:
-            return peft_config
-        path, layers = find_layers(self.model, peft_config.layers_pattern)
-        index = r"\d+"
-        if peft_config.layers_to_transform is not None:
-            peft_config.layers_to_transform = _layer_indices(peft_config.layers_to_transform, len(layers))
-            index = f"({'|'.join(map(str, peft_config.layers_to_transform))})"
-        if peft_config.target_modules is None:
-            peft_config.target_modules = f"{path}.{index}".replace(".", r"\.")
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> BiasSteerConfig:
+        peft_config.check()  # a value may have been set since it was made
+        self._check_saved_shapes(peft_config.saved_shapes or {})
+        by_layer = peft_config.target_modules is None or peft_config.layers_to_transform is not None
+        if by_layer or peft_config.num_layers is not None:
+            path, layers = find_layers(self.model, peft_config.layers_pattern)
+            peft_config.num_layers = len(layers)
+            index = r"\d+"
+            if peft_config.layers_to_transform is not None:
+                peft_config.layers_to_transform = _layer_indices(peft_config.layers_to_transform, len(layers))
+                index = f"({'|'.join(map(str, peft_config.layers_to_transform))})"
+            if peft_config.target_modules is None:
+                peft_config.target_modules = f"{path}.{index}".replace(".", r"\.")
+        if peft_config.saved_shapes is not None:
+            targets = [name for name, _ in self.model.named_modules() if self._is_target(peft_config, name)]
+            check_saved_names(targets, [host_name(key) for key in peft_config.saved_shapes if VECTOR in key])
         return peft_config
 
-    def _check_saved_vectors(self, saved_shapes: dict[str, list[int]]) -> None:
+    def _is_target(self, peft_config: BiasSteerConfig, name: str) -> bool:
+        return ".bias_steer" not in name and bool(self._check_target_module_exists(peft_config, name))
+
+    def _check_saved_shapes(self, saved_shapes: dict[str, list[int]]) -> None:
         modules = dict(self.model.named_modules())
-        shapes = {_host_name(key): shape for key, shape in saved_shapes.items() if VECTOR in key}
+        shapes = {host_name(key): shape for key, shape in saved_shapes.items() if VECTOR in key}
         if modules.keys().isdisjoint(shapes):
             return  # PEFT may yet rename the keys
         for name, shape in shapes.items():
@@ -62,19 +72,35 @@ class BiasSteerModel(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, state_dict: dict | None = None, **kwargs: Any
     ) -> None:
+        check_adapter_name(adapter_name)
+        # the caller's object may be used again, for a model with other layers
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         if state_dict is not None:
             # PEFT takes what stands before the prefix for the name of the target: the host, not our child of it
             state_dict = {key.replace(".bias_steer.bias_steer_", ".bias_steer_"): v for key, v in state_dict.items()}
-        before = set(self.steering_layers.values())
-        try:
+        with self._undone_on_error(adapter_name):
             super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
-        except (TypeError, ValueError):
-            # some modules may have been steered before the bad one was met
-            for layer in self.steering_layers.values():
-                if layer in before:
-                    layer.delete_adapter(adapter_name)
-                else:
-                    layer.detach_from_host()
+
+    @contextmanager
+    def _undone_on_error(self, adapter_name: str) -> Generator[None]:
+        # PEFT has steered some modules, and frozen the rest, before it meets the one that it cannot
+        before = set(self.model.modules())
+        trained = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        targeted = list(self.targeted_module_names)
+        try:
+            yield
+        except BaseException:
+            for name, module in list(self.model.named_modules()):
+                if isinstance(module, BiasSteerLayer):
+                    _forget(module, adapter_name) if module in before else module.detach_from_host()
+                elif isinstance(module, AuxiliaryTrainingWrapper) and module not in before:
+                    parent, _, child = name.rpartition(".")
+                    setattr(self.model.get_submodule(parent), child, module.original_module)
+                elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
+                    module.delete_adapter(adapter_name, new_active_adapters=module.active_adapters)
+            for parameter, requires_grad in trained:
+                parameter.requires_grad = requires_grad
+            self.targeted_module_names = targeted
             raise
 
     def _create_and_replace(  # PEFT passes some of these by position
@@ -90,9 +116,15 @@ class BiasSteerModel(BaseTuner):
         host = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         layer = getattr(host, "bias_steer", None)
         if layer is None:
-            layer = BiasSteerLayer(host, self._output_width(current_key))
+            layer = BiasSteerLayer(host, self._output_width(current_key), self._execution_device())
             layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, peft_config)
+
+    def _execution_device(self) -> torch.device | None:
+        # PEFT takes accelerate's hooks off a model with layers on disk while it loads an adapter
+        devices = list(getattr(self.model, "hf_device_map", {}).values())
+        running = [device for device in devices if device not in ("cpu", "disk")]
+        return torch.device((running or ["cpu"])[0]) if "disk" in devices else None
 
     def _output_width(self, name: str) -> int:
         module = self.model.get_submodule(name)
@@ -114,6 +146,7 @@ class BiasSteerModel(BaseTuner):
             model.add_model_tags(["bias-steer"])
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        self._put_back_vectors_of_disk(adapter_name)
         if autocast_adapter_dtype:
             return super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer in self.steering_layers.values():
@@ -121,14 +154,32 @@ class BiasSteerModel(BaseTuner):
                 dtype = next(p.dtype for p in layer.get_base_layer().parameters() if p.is_floating_point())
                 layer.bias_steer_vector[adapter_name].to(dtype)
 
+    def _put_back_vectors_of_disk(self, adapter_name: str) -> None:
+        # PEFT has just put layers on disk, and accelerate looks for their vectors in the files of the base model
+        config = cast(BiasSteerConfig, self.peft_config[adapter_name])
+        for key, vector in config.vectors_for_disk.items():
+            module = cast(SteeringVector, self.get_submodule(key.removeprefix("base_model.").removesuffix(".weight")))
+            module.write(vector)
+        config.vectors_for_disk = {}
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        self._check_adapters_exist([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
     def set_scale(self, adapter: str, scale: float) -> None:
         """
         Multiplies an adapter's vectors by a factor in every later forward pass: 0 is the base model, 1 the adapter.
+
+        A thread that has set a scale keeps it; the others follow the last one that any thread has set.
 
         Args:
             adapter (`str`): Name of the adapter.
             scale (`float`): The factor. It is not saved with the adapter. A CUDA graph keeps the one it was recorded
                 with, but follows a vector that is written to in place.
+
+        Raises:
+            TypeError: If the scale is no number.
+            ValueError: If the scale is not finite, or the adapter does not exist or is merged.
         """
         self._check_adapters_exist([adapter])
         for layer in self.steering_layers.values():
@@ -144,28 +195,32 @@ class BiasSteerModel(BaseTuner):
             adapter_name (`str`): Name of the new adapter. Nothing happens if it exists already, as elsewhere in PEFT.
 
         Raises:
-            ValueError: If an adapter does not exist, or there is not one weight for each.
+            TypeError: If a weight is no number.
+            ValueError: If an adapter does not exist, a weight is not finite, or there is not one weight for each.
         """
         if adapter_name in self.peft_config:
             return
         self._check_adapters_exist(adapters)
-        if len(adapters) != len(weights):
+        if len(adapters) != len(weights) or not len(adapters):
             raise ValueError(
                 f"expected one weight per adapter, got {len(weights)} weights for {len(adapters)} adapters"
             )
-        layers = self.steering_layers
-        targets = {n for n, layer in layers.items() if any(a in layer.bias_steer_vector for a in adapters)}
+        factors = {
+            adapter: as_factor(weight, f"the weight of {adapter!r}") for adapter, weight in zip(adapters, weights)
+        }
+        sums = {name: _weighted_sum(layer, factors) for name, layer in self.steering_layers.items()}
+        sums = {name: total for name, total in sums.items() if total is not None}
         self.peft_config[adapter_name] = replace(
-            self.peft_config[adapters[0]], target_modules=targets, exclude_modules=None, layers_to_transform=None
+            self.peft_config[adapters[0]], target_modules=set(sums), exclude_modules=None, layers_to_transform=None
         )
-        self.inject_adapter(self.model, adapter_name)
-        for layer in layers.values():
-            if adapter_name in layer.bias_steer_vector:
-                total = torch.zeros(layer.size, device=layer.vector(adapter_name).device)
-                for adapter, weight in zip(adapters, weights):
-                    if adapter in layer.bias_steer_vector:
-                        total += weight * layer.sum_vectors([adapter]).detach()
-                layer.vector(adapter_name).data.copy_(total)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except BaseException:
+            del self.peft_config[adapter_name]
+            raise
+        for name, layer in self.steering_layers.items():
+            if name in sums:
+                layer.write(adapter_name, sums[name])
         self.set_requires_grad(adapter_name, False)
 
     def _check_adapters_exist(self, adapters: list[str]) -> None:
@@ -179,28 +234,47 @@ class BiasSteerModel(BaseTuner):
         if adapter_names is None:
             yield
             return
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        unknown = sorted({*adapter_names} - {"__base__", *self.peft_config})
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        # beam search repeats every row in the decoder, but not in an encoder
-        repeated = [name for name in adapter_names for _ in range(kwargs.get("num_beams") or 1)]
-        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
-        encoder_modules = set() if encoder in (None, self.model) else set(encoder.modules())
+        rows = _batch_size(self.model, args, kwargs)
+        self._check_adapter_names(adapter_names, rows)
+        layers = list(self.steering_layers.values())
+        # PEFT's own wrappers, of a head say, take the names as an argument
         handles = [
-            module.register_forward_pre_hook(
-                partial(_add_adapter_names, adapter_names=adapter_names if module in encoder_modules else repeated),
-                with_kwargs=True,
-            )
+            module.register_forward_pre_hook(partial(_pass_adapter_names, layer=layers[0]), with_kwargs=True)
             for module in self.modules()
-            if isinstance(module, BiasSteerLayer | AuxiliaryTrainingWrapper)
+            if isinstance(module, AuxiliaryTrainingWrapper)
         ]
         try:
-            yield
+            # beam search and several samples repeat rows, and not in an encoder
+            with calling(layers, adapter_names=tuple(adapter_names), may_repeat=rows is not None):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _check_adapter_names(self, adapter_names: Sequence[str], rows: int | None) -> None:
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names must be a list with one name for each row, got {adapter_names!r}")
+        known = ["__base__", *self.peft_config]
+        unknown = sorted({str(name) for name in adapter_names if name not in known})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        if any(layer.merged for layer in self.steering_layers.values()):
+            raise ValueError(MERGED)
+        if rows is not None and rows != len(adapter_names):
+            raise ValueError(wrong_length(adapter_names, rows))
+
+    def disables_per_call(self) -> bool:
+        """Whether disabling needs no change of the model: nothing is merged, and no module is trained whole."""
+        return not any(
+            isinstance(module, AuxiliaryTrainingWrapper) or (isinstance(module, BiasSteerLayer) and module.merged)
+            for module in self.modules()
+        )
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """The base model, for the forward passes that this thread runs inside the block."""
+        return calling(self.steering_layers.values(), disabled=True)
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -208,6 +282,7 @@ class BiasSteerModel(BaseTuner):
         refuse_lossy_rollout_sync([site for layer in layers for site in merge_sites(layer.get_base_layer())])
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_adapters_exist(adapter_names or [])
         if safe_merge:
             self._check_finite(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -224,14 +299,15 @@ class BiasSteerModel(BaseTuner):
                     )
 
     @torch.no_grad()
-    def check_merge(self, *args: Any, tolerance: float = 1e-3, **kwargs: Any) -> float:
+    def check_merge(self, *args: Any, tolerance: float | None = None, **kwargs: Any) -> float:
         """
         Merges on trial and compares the model's output before and after. The model is left unmerged.
 
         Args:
             args, kwargs: An input for the model, as for a forward pass.
-            tolerance (`float`, *optional*, defaults to 0.001):
-                Largest difference to accept, relative to the largest number in the output. bfloat16 needs about 0.05.
+            tolerance (`float`, *optional*):
+                Largest difference to accept, relative to the largest number in the output. If unset, 0.001, or eight
+                roundings where the model computes in less than float32: 0.0078 in float16, 0.0625 in bfloat16.
 
         Returns:
             The difference that was found.
@@ -240,6 +316,8 @@ class BiasSteerModel(BaseTuner):
             ValueError: If the merged model computes something else.
         """
         expected = self.model(*args, **kwargs)[0]
+        if tolerance is None:
+            tolerance = max(1e-3, 8 * _coarsest_rounding(self.model, expected))
         self.merge_adapter(safe_merge=True)
         try:
             difference = ((self.model(*args, **kwargs)[0] - expected).abs().max() / expected.abs().max()).item()
@@ -258,6 +336,7 @@ class BiasSteerModel(BaseTuner):
     ) -> Any:
         layers = self.steering_layers.values()
         if merge:
+            self._check_adapters_exist(adapter_names or [])
             self._check_merge_allowed()
             if safe_merge:
                 self._check_finite(adapter_names)
@@ -276,7 +355,12 @@ class BiasSteerModel(BaseTuner):
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict, unwanted_adapter_names: list[str]
     ) -> dict[str, torch.Tensor]:
         # PEFT's own selection would take the weights of any other tuner that lives in the same model
-        return {key: value for key, value in state_dict.items() if VECTOR in key}
+        vectors = {key: value for key, value in state_dict.items() if VECTOR in key}
+        # accelerate may keep them outside the model
+        away = {
+            key for key, value in vectors.items() if value.is_meta and has_offloaded_params(_vector_at(model, key))
+        }
+        return {key: _vector_at(model, key)().detach() if key in away else value for key, value in vectors.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -284,13 +368,19 @@ class BiasSteerModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         own = model.state_dict()
-        for key, value in state_dict.items():
-            if VECTOR in key:
-                if key not in own:
-                    raise ValueError(
-                        f"the state dict holds {key}, but no such module is steered in this model: {HINT}"
-                    )
-                _check_shape(_host_name(key), tuple(own[key].shape), tuple(value.shape))
+        loaded = {key: value for key, value in state_dict.items() if VECTOR in key}
+        for key, value in loaded.items():
+            if key not in own:
+                raise ValueError(f"the state dict holds {key}, but no such module is steered in this model: {HINT}")
+            _check_shape(host_name(key), tuple(own[key].shape), tuple(value.shape))
+        steered = [key for key in own if key.endswith(f"{VECTOR}{adapter_name}.weight")]
+        check_saved_names([host_name(key) for key in steered], [host_name(key) for key in loaded])
+        # a weight that is elsewhere cannot be loaded in place
+        for key in loaded:
+            if has_offloaded_params(_vector_at(model, key)):
+                _vector_at(model, key).write(loaded[key])
+        if "disk" in getattr(model, "hf_device_map", {}).values():
+            config.vectors_for_disk = loaded
         return state_dict
 
 
@@ -298,7 +388,7 @@ VECTOR = ".bias_steer.bias_steer_vector."
 HINT = "load it into the base model that it was trained on (base_model_name_or_path in adapter_config.json)"
 
 
-def _host_name(key: str) -> str:
+def host_name(key: str) -> str:
     return key.removeprefix("base_model.model.").partition(VECTOR)[0]
 
 
@@ -307,10 +397,78 @@ def _check_shape(name: str, expected: tuple[int, ...], got: tuple[int, ...]) -> 
         raise ValueError(f"expected a vector of shape {expected} for {name}, got {got}: {HINT}")
 
 
-def _add_adapter_names(
-    module: nn.Module, args: tuple, kwargs: dict[str, Any], adapter_names: list[str]
+def check_saved_names(expected: list[str], saved: list[str]) -> None:
+    """
+    Compares the modules that have a vector in an adapter's file with those that should.
+
+    Args:
+        expected (`list[str]`): Names of the modules that the adapter steers.
+        saved (`list[str]`): Names of those in the file. PEFT may yet rename them if they have none in common.
+
+    Raises:
+        ValueError: If one is missing, or there is one too many.
+    """
+    renamed = bool(saved) and set(expected).isdisjoint(saved) and len(saved) == len(expected)
+    missing, extra = sorted(set(expected) - set(saved)), sorted(set(saved) - set(expected))
+    if missing and not renamed:
+        raise ValueError(f"the adapter's file holds no vector for {', '.join(missing)}: copy or save it again")
+    if extra and not renamed:
+        raise ValueError(f"the adapter's file holds a vector for {', '.join(extra)}, which its config does not steer")
+
+
+def check_adapter_name(name: str) -> None:
+    """
+    Refuses names of adapters that mean something else to PEFT, torch or the file system.
+
+    Raises:
+        TypeError: If it is no string.
+        ValueError: If it is one of these names.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"the name of an adapter must be a string, got {name!r}")
+    taken = name == "__base__" or hasattr(nn.ModuleDict(), name)
+    if taken or not name.isprintable() or not name.strip() or set(name) & set("./\\"):
+        raise ValueError(
+            f"the name of an adapter must be printable, without dots and slashes, and none that PEFT or torch use "
+            f"themselves, got {name!r}: take another one"
+        )
+
+
+def _forget(layer: BiasSteerLayer, adapter_name: str) -> None:
+    if adapter_name in layer.bias_steer_vector:
+        layer.delete_adapter(adapter_name)
+
+
+def _weighted_sum(layer: BiasSteerLayer, factors: dict[str, float]) -> torch.Tensor | None:
+    vectors = {adapter: layer.sum_vectors([adapter]) for adapter in factors}
+    terms = [factors[adapter] * vector.detach() for adapter, vector in vectors.items() if vector is not None]
+    return torch.stack(terms).sum(0) if terms else None
+
+
+def _batch_size(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> int | None:
+    names = ("input_ids", "inputs", "inputs_embeds", getattr(model, "main_input_name", "input_ids"))
+    inputs = [*args[:1], *(kwargs.get(name) for name in names)]
+    return next((len(value) for value in inputs if isinstance(value, torch.Tensor)), None)
+
+
+def _pass_adapter_names(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], layer: BiasSteerLayer
 ) -> tuple[tuple, dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": adapter_names}
+    names = layer.call.adapter_names
+    if names is None:  # another thread's pass
+        return args, kwargs
+    repeats = len(args[0]) // len(names) if layer.call.may_repeat else 1
+    return args, {**kwargs, "adapter_names": [name for name in names for _ in range(repeats)]}
+
+
+def _coarsest_rounding(model: nn.Module, output: torch.Tensor) -> float:
+    # types of one byte are storage: quantised models compute in two bytes or more
+    dtypes = {output.dtype, *(p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)}
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def _vector_at(model: nn.Module, key: str) -> SteeringVector:
+    return cast(SteeringVector, model.get_submodule(key.removesuffix(".weight")))
 
 
 def _layer_indices(indices: int | list[int], num_layers: int) -> list[int]:

@@ -1,8 +1,15 @@
 """
 Makes `BIAS_STEER` a PEFT type. PEFT has no entry points: without one more member in its enum of types, no config of this
-type can be made, and no saved adapter read.
+type can be made, and no saved adapter read. Without `_disable_per_call`, a thread that disables an adapter does so for
+all others, and two that do may leave it disabled.
 """
 
+import functools
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, cast
+
+from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
 
@@ -26,6 +33,19 @@ def _add_enum_member(name: str) -> None:
     getattr(PeftType, "_hashable_values_", []).append(name)
 
 
+def _disable_per_call() -> None:
+    for_all = PeftModel.disable_adapter
+
+    @functools.wraps(for_all)
+    @contextmanager
+    def disable_adapter(self: PeftModel) -> Generator[Any]:
+        tuner = self.base_model
+        with tuner.disabled() if isinstance(tuner, BiasSteerModel) and tuner.disables_per_call() else for_all(self):
+            yield
+
+    cast(Any, PeftModel).disable_adapter = disable_adapter
+
+
 def register() -> None:
     """
     Registers the tuner with PEFT. `import peft_bias_steer` calls this; calling it again changes nothing.
@@ -43,4 +63,5 @@ def register() -> None:
             f"PEFT's type {NAME} already belongs to {registered.__module__}.{registered.__qualname__}: "
             "use that one, or install an older peft to keep peft_bias_steer"
         )
+    _disable_per_call()
     register_peft_method(name=NAME.lower(), config_cls=BiasSteerConfig, model_cls=BiasSteerModel)

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from .architectures import LAYER_LISTS, REFUSED_TYPES
+from .architectures import LAYER_LISTS, REFUSED_TYPES, STREAM_COUNTS
 
 
 def find_layers(model: PreTrainedModel, layers_pattern: list[str] | str | None = None) -> tuple[str, nn.ModuleList]:
@@ -27,22 +27,39 @@ def find_layers(model: PreTrainedModel, layers_pattern: list[str] | str | None =
     residual_width(model)
     names = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or LAYER_LISTS
     decoder = model.get_decoder()
+    # some return a model of an encoder and a decoder
+    while isinstance(decoder, PreTrainedModel) and (inner := decoder.get_decoder()) is not decoder:
+        decoder = inner
     found = layer_lists(decoder, names) or layer_lists(model, names)
     if not found:
         raise ValueError(
             f"no nn.ModuleList named {' or '.join(names)} in {type(model).__name__}: name the list of layers in "
             "layers_pattern, or the modules to steer in target_modules"
         )
-    # the outermost list: others belong to parts of a layer
-    layers = min(found, key=lambda entry: entry[0])[1]
+    # the outermost list: others belong to parts of a layer. Of several towers, that of the text
+    text = [entry for entry in found if _model_type_at(model, entry[1]) == _text_config(model).model_type]
+    layers = min(text or found, key=lambda entry: entry[0])[1]
     return next(name for name, module in model.named_modules() if module is layers), layers
+
+
+def _model_type_at(model: PreTrainedModel, layers: nn.ModuleList) -> str:
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    holders = [part for part in parts if any(module is layers for module in part.modules())]
+    return holders[-1].config.model_type
+
+
+def _text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    return model.config.get_text_config(decoder=True)
 
 
 def layer_lists(module: nn.Module, names: Sequence[str]) -> list[tuple[int, nn.ModuleList]]:
     return [
         (name.count("."), child)
         for name, child in module.named_modules()
-        if isinstance(child, nn.ModuleList) and name.rpartition(".")[2] in names
+        # a stack of linear modules is no stack of layers
+        if isinstance(child, nn.ModuleList)
+        and name.rpartition(".")[2] in names
+        and any(list(m.children()) for m in child)
     ]
 
 
@@ -53,10 +70,18 @@ def residual_width(model: PreTrainedModel) -> int:
     Raises:
         ValueError: If the architecture has no single residual stream to add a vector to.
     """
-    config = model.config.get_text_config(decoder=True)
+    config = _text_config(model)
+    # the same name may stand for a whole model and for its text part
+    own = {name.removesuffix("_text") for name in (model.config.model_type, config.model_type)}
     for reason, model_types in REFUSED_TYPES.items():
-        if config.model_type in model_types:
+        if own & {name.removesuffix("_text") for name in model_types}:
             raise ValueError(f"{config.model_type} cannot be steered: it has {reason}")
+    for name in STREAM_COUNTS:
+        if getattr(config, name, 1) > 1:
+            raise ValueError(
+                f"{config.model_type} cannot be steered: its config counts {getattr(config, name)} residual streams "
+                f"({name}), so there is no one vector to add"
+            )
     if getattr(config, "hidden_size", None) is None:
         raise ValueError(f"{config.model_type} cannot be steered: its config names no hidden_size")
     return config.hidden_size

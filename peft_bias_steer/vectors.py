@@ -1,20 +1,18 @@
 """The vectors of a steered model as plain tensors by the index of their layer."""
 
-import re
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from peft import PeftModel, PeftType
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import load_peft_weights
 from transformers import PreTrainedModel
 
-from .config import BiasSteerConfig
+from .config import BiasSteerConfig, as_index
 from .layer import BiasSteerLayer
+from .model import VECTOR, BiasSteerModel, check_saved_names, host_name
 from .residual import find_layers
 
-
-if TYPE_CHECKING:
-    from .model import BiasSteerModel
 
 __all__ = ["check_vectors", "load_vectors", "set_steering_vectors", "steering_vectors"]
 
@@ -29,9 +27,14 @@ def check_vectors(vectors: dict[int, torch.Tensor], *, num_layers: int, width: i
         width (`int`): Width of its residual stream.
 
     Raises:
+        TypeError: If the index of a layer is no integer, or a vector no tensor of real numbers.
         ValueError: If a layer does not exist, or a vector has another shape or is not finite.
     """
     for index, vector in vectors.items():
+        as_index(index, "the index of a layer")
+        if not isinstance(vector, torch.Tensor) or vector.is_complex() or vector.dtype == torch.bool:
+            got = vector.dtype if isinstance(vector, torch.Tensor) else type(vector).__name__
+            raise TypeError(f"expected a tensor of real numbers for layer {index}, got {got}")
         if not 0 <= index < num_layers:
             raise ValueError(
                 f"expected vectors for layers 0 to {num_layers - 1}, got one for layer {index}: take those of this base "
@@ -46,26 +49,42 @@ def check_vectors(vectors: dict[int, torch.Tensor], *, num_layers: int, width: i
             raise ValueError(f"expected finite vectors, got NaN or infinity in that of layer {index}")
 
 
-def load_vectors(adapter: str) -> dict[int, torch.Tensor]:
+def load_vectors(adapter: str, skip_modules: bool = False) -> dict[int, torch.Tensor]:
     """
     The vectors of a saved adapter by the index of their layer, without its base model.
 
     Args:
         adapter (`str`): Folder or Hub id of the adapter.
+        skip_modules (`bool`, *optional*, defaults to `False`):
+            Leave out modules that were trained whole (`modules_to_save`) instead of refusing the adapter.
 
     Raises:
-        ValueError: If it is an adapter of another kind, or steers modules other than layers.
+        ValueError: If it is an adapter of another kind, steers modules other than layers, has trained modules beside
+            the vectors, or if one of its vectors is missing or not finite.
     """
     config = BiasSteerConfig.from_pretrained(adapter)
     if not isinstance(config, BiasSteerConfig):
         raise ValueError(f"expected a BiasSteer adapter, got one of type {config.peft_type} in {adapter}")
-    vectors = {}
-    for key, weight in load_peft_weights(adapter, device="cpu").items():
-        match = re.search(r"\.(\d+)\.bias_steer\.bias_steer_vector\.weight$", key)
-        if match is None:
-            raise ValueError(f"expected vectors on layers only, got {key} in {adapter}")
-        vectors[int(match[1])] = weight
-    return dict(sorted(vectors.items()))
+    weights = load_peft_weights(adapter, device="cpu")
+    vectors = {host_name(key): weight for key, weight in weights.items() if VECTOR in key}
+    others = sorted(key for key in weights if VECTOR not in key)
+    others += [name for name in vectors if not name.rpartition(".")[2].isdecimal()]
+    if others and not (skip_modules and all(key in weights for key in others)):
+        raise ValueError(f"expected vectors on layers only, got {others[0]} in {adapter}")
+    check_saved_names(_steered_layers(config, list(vectors)), list(vectors))
+    by_index = {int(name.rpartition(".")[2]): vector for name, vector in vectors.items()}
+    width = len(next(iter(by_index.values())))
+    check_vectors(by_index, num_layers=config.num_layers or max(by_index) + 1, width=width)
+    return dict(sorted(by_index.items()))
+
+
+def _steered_layers(config: BiasSteerConfig, saved: list[str]) -> list[str]:
+    if not saved:
+        raise ValueError("the adapter's file holds no vector: copy or save it again")
+    indices = [int(name.rpartition(".")[2]) for name in saved]
+    path = saved[0].rpartition(".")[0]
+    layers = [f"{path}.{index}" for index in range(config.num_layers or max(indices) + 1)]
+    return [name for name in layers if config.target_modules is None or check_target_module_exists(config, name)]
 
 
 def steering_vectors(model: PeftModel, adapter_name: str = "default") -> dict[int, torch.Tensor]:
@@ -83,7 +102,7 @@ def steering_vectors(model: PeftModel, adapter_name: str = "default") -> dict[in
         ValueError: If there is no such adapter, or if it steers modules other than layers.
     """
     layers = _layers_by_index(model, [adapter_name])
-    return {index: layer.vector(adapter_name).detach().clone() for index, layer in layers.items()}
+    return {index: layer.bias_steer_vector[adapter_name]().detach().clone() for index, layer in layers.items()}
 
 
 def set_steering_vectors(model: PeftModel, vectors: dict[int, torch.Tensor], adapter_name: str = "default") -> None:
@@ -99,14 +118,14 @@ def set_steering_vectors(model: PeftModel, vectors: dict[int, torch.Tensor], ada
         ValueError: If a layer is not steered, a vector does not fit or the adapter is merged. Nothing is changed then.
     """
     layers = _layers_by_index(model, [adapter_name])
+    check_vectors(vectors, num_layers=max(layers) + 1, width=next(iter(layers.values())).size)
     unknown = sorted(set(vectors) - set(layers))
     if unknown:
         raise ValueError(f"expected vectors for layers among {sorted(layers)}, got some for {unknown}")
-    check_vectors(vectors, num_layers=max(layers) + 1, width=next(iter(layers.values())).size)
     if any(adapter_name in layers[index].merged_adapters for index in vectors):
         raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge_adapter() before changing its vectors")
     for index, vector in vectors.items():
-        layers[index].vector(adapter_name).data.copy_(vector)
+        layers[index].write(adapter_name, vector)
 
 
 def active_vectors(model: PeftModel) -> dict[int, torch.Tensor]:
@@ -150,7 +169,7 @@ def check_adapters(model: PeftModel, adapter_names: list[str]) -> None:
 
 
 def steering_layers(model: PeftModel) -> dict[str, BiasSteerLayer]:
-    return cast("BiasSteerModel", model.base_model).steering_layers
+    return cast(BiasSteerModel, model.base_model).steering_layers
 
 
 def unwrap(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
