@@ -42,7 +42,7 @@ demo-steer: model  ## GRPO with one bias vector per layer: arithmetic before and
 	$(LAUNCH) examples/peft_bias_steer/train_grpo.py --model $(MODEL) --output_dir $(OUT)/steer
 
 demo-sae: model  ## A sparse autoencoder for every budget up to 64: explained variance at each
-	$(LAUNCH) examples/hf_hierarchical_sae/train_sae.py --model $(MODEL) --output_dir $(OUT)/sae
+	$(LAUNCH) examples/hf_hierarchical_sae/train_sae.py --model $(MODEL) --output_dir $(OUT)/sae --overwrite
 
 demo-rebased: model  ## A small ReBased language model, and associative recall
 	$(LAUNCH) examples/hf_based_kernel/train_language_model.py --train_tokenizer 2048 --output_dir $(OUT)/rebased
@@ -103,7 +103,7 @@ gpu-steer:
 
 gpu-train:
 	$(GPU_PYTHON) examples/peft_bias_steer/train_grpo.py --model $(MODEL) --output_dir $(OUT)/gpu/steer
-	$(GPU_PYTHON) examples/hf_hierarchical_sae/train_sae.py --model $(MODEL) --output_dir $(OUT)/gpu/sae
+	$(GPU_PYTHON) examples/hf_hierarchical_sae/train_sae.py --model $(MODEL) --output_dir $(OUT)/gpu/sae --overwrite
 	$(GPU_PYTHON) examples/hf_based_kernel/train_associative_recall.py --output_dir $(OUT)/gpu/recall
 
 browser:  ## Headless Chromium, which the dashboard's tests need (Debian or Ubuntu, as root)

@@ -2,8 +2,9 @@
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -12,8 +13,8 @@ import torch
 from huggingface_hub import create_repo, upload_folder
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.integrations import get_available_reporting_integrations
 
 from .activation_shards import ActivationShards, save_shards
 from .activations import iterate_activations
@@ -21,9 +22,8 @@ from .configuration_hierarchical_sae import HierarchicalSaeConfig
 from .dashboard import write_dashboard
 from .evaluation import evaluate_budgets, evaluate_in_model, plot_evaluations
 from .interop import load_saelens, load_sparsify, save_saelens, save_sparsify
-from .interventions import record_statistics
 from .modeling_hierarchical_sae import HierarchicalSaeModel
-from .training_callback import HierarchicalSaeCallback
+from .training import starting_point, train_sae, training_arguments
 
 
 EXAMPLES = """
@@ -49,8 +49,9 @@ examples:
 
 # Tokens that typical activations and the starting point of training are measured on.
 SAMPLE_TOKENS = 65_536
-# Characters of a file that are tokenised at a time.
+# Characters of a file that are tokenised at a time; as many again until the line ends.
 PASSAGE = 10_000
+DTYPES = ["float32", "bfloat16", "float16", "auto"]
 LOADERS = {"hierarchical": HierarchicalSaeModel.from_pretrained, "saelens": load_saelens, "sparsify": load_sparsify}
 SAVERS = {"saelens": save_saelens, "sparsify": save_sparsify}
 
@@ -83,12 +84,6 @@ def harvest(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace) -> None:
     set_seed(args.seed)
     shards = ActivationShards(args.harvest, args.layer)
-    if len(shards) < args.batch_size:
-        raise ValueError(
-            f"expected at least one batch of {args.batch_size} tokens in {args.harvest}, got {len(shards)}"
-        )
-    if args.resume and not (Path(args.output).is_dir() and get_last_checkpoint(args.output)):
-        raise ValueError(f"--resume goes on from a checkpoint in {args.output}, which has none: leave it out to start")
     harvested = shards.description
     d_in = harvested["hidden_size"]
     config = HierarchicalSaeConfig(
@@ -101,34 +96,26 @@ def train(args: argparse.Namespace) -> None:
         hook_point="output",
         dataset_name=args.dataset_name,
     )
-    sae = HierarchicalSaeModel(config)
-    sample = shards.rows(torch.randperm(len(shards))[:SAMPLE_TOKENS])
-    sae.initialize_from_activations(sample[:8192])
-    training = TrainingArguments(
-        output_dir=args.output,
+    arguments = training_arguments(
+        args.output,
         max_steps=args.steps,
-        per_device_train_batch_size=args.batch_size,
+        batch_size=args.batch_size,
         learning_rate=args.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=max(1, args.steps // 20),
-        weight_decay=0.0,
         bf16=args.bf16,
-        logging_steps=max(1, args.steps // 10),
         save_steps=args.save_steps,
-        save_total_limit=1,
-        dataloader_drop_last=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
         seed=args.seed,
+        report_to=check_reporters(args.report_to),
     )
-    trainer = Trainer(model=sae, args=training, train_dataset=shards, callbacks=[HierarchicalSaeCallback()])
-    trainer.train(resume_from_checkpoint=args.resume)
+    starting_point(args.output, resume=args.resume, overwrite=args.overwrite)
+    if args.push_to_hub:
+        # What would fail after hours of training fails here.
+        create_repo(args.push_to_hub, exist_ok=True)
+    sample = shards.rows(torch.randperm(len(shards))[:SAMPLE_TOKENS])
+    sae = HierarchicalSaeModel(config)
+    sae.initialize_from_activations(sample[:8192])
+    trainer = train_sae(sae, shards, sample, arguments, resume=args.resume, overwrite=args.overwrite)
     if not trainer.is_world_process_zero():
         return
-    sae.eval()
-    sae.fold_input_scale()
-    record_statistics(sae, sample)
-    sae.save_pretrained(args.output)
     print(f"{evaluate_budgets(sae, sample)}\non training data; saved in {args.output}")
     if args.push_to_hub:
         print(f"uploaded: {sae.push_to_hub(args.push_to_hub)}")
@@ -200,10 +187,24 @@ def convert(args: argparse.Namespace) -> None:
 
 def load_language_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """The language model that `--model` names, in evaluation mode and on the GPU if there is one, and its tokenizer."""
-    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval()
-    if torch.cuda.is_available():
-        model.cuda()
-    return model, AutoTokenizer.from_pretrained(args.model)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval()
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+    except (ImportError, OSError):
+        raise
+    except Exception as error:
+        # Readers of weights and tokenizers raise types of their own, some plain `Exception`.
+        raise ValueError(f"{args.model} cannot be read as a language model and its tokenizer: {error}") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def check_reporters(names: list[str]) -> list[str]:
+    """The names of `--report_to`; raises a `ValueError` for one that is not installed."""
+    known = ["none", "all", *get_available_reporting_integrations()]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"--report_to takes {', '.join(known)} or what else you install, got {', '.join(unknown)}")
+    return names
 
 
 def read_texts(args: argparse.Namespace) -> Any:
@@ -220,11 +221,14 @@ def read_texts(args: argparse.Namespace) -> Any:
 
 
 def passages(files: list[Path]) -> Iterator[str]:
-    """Each file in pieces, so that a large one is not tokenised at once."""
+    """Each file in pieces, so that a large one is not tokenised at once, whether or not it has lines."""
     for file in files:
         with open(file, encoding="utf-8") as lines:
-            while piece := lines.read(PASSAGE):
-                yield piece + lines.readline()
+            try:
+                while piece := lines.read(PASSAGE):
+                    yield piece + lines.readline(PASSAGE)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"expected UTF-8 text in {file}, got {error}") from error
 
 
 def trained_layer(args: argparse.Namespace, sae: HierarchicalSaeModel) -> int:
@@ -258,34 +262,36 @@ def _parser() -> argparse.ArgumentParser:
 def _harvest_options(part: argparse.ArgumentParser) -> None:
     part.add_argument("folder", type=Path, help="where to write")
     _text_options(part, required=True, tokens=None)
-    _option(part, "layer", type=int, nargs="+", required=True, help="decoder layers, counted from 0")
-    _option(part, "shard_tokens", type=int, default=65_536, help="tokens per file (default: 65536)")
+    _option(part, "layer", type=_integer(), nargs="+", required=True, help="decoder layers, counted from 0")
+    _option(part, "shard_tokens", type=_integer(1), default=65_536, help="tokens per file (default: 65536)")
     _option(
         part,
         "max_norm_ratio",
-        type=float,
+        type=_positive,
         default=5.0,
         help="leave out tokens above so many median norms (default: 5)",
     )
-    _option(part, "num_processes", type=int, default=1, help="processes that share the work (default: 1)")
-    _option(part, "process_index", type=int, default=0, help="number of this one, from 0 (default: 0)")
+    _option(part, "num_processes", type=_integer(1), default=1, help="processes that share the work (default: 1)")
+    _option(part, "process_index", type=_integer(0), default=0, help="number of this one, from 0 (default: 0)")
 
 
 def _train_options(part: argparse.ArgumentParser) -> None:
     part.add_argument("harvest", type=Path, help="folder that harvest wrote")
     part.add_argument("output", help="where to write checkpoints and the result")
-    _option(part, "layer", type=int, help="which one, if several were harvested")
-    _option(part, "d_sae", type=int, help="number of latents (default: 8 times the hidden size)")
-    _option(part, "k", type=int, default=64, help="largest number of latents per token (default: 64)")
-    _option(part, "budgets", type=int, nargs="+", help="budgets to train for (default: every one up to k)")
-    _option(part, "steps", type=int, default=1000, help="optimizer steps (default: 1000)")
-    _option(part, "batch_size", type=int, default=1024, help="tokens per step and process (default: 1024)")
-    _option(part, "learning_rate", type=float, default=3e-3, help="peak learning rate (default: 3e-3)")
+    _option(part, "layer", type=_integer(), help="which one, if several were harvested")
+    _option(part, "d_sae", type=_integer(1), help="number of latents (default: 8 times the hidden size)")
+    _option(part, "k", type=_integer(1), default=64, help="largest number of latents per token (default: 64)")
+    _option(part, "budgets", type=_integer(1), nargs="+", help="budgets to train for (default: every one up to k)")
+    _option(part, "steps", type=_integer(1), default=1000, help="optimizer steps (default: 1000)")
+    _option(part, "batch_size", type=_integer(1), default=1024, help="tokens per step and process (default: 1024)")
+    _option(part, "learning_rate", type=_positive, default=3e-3, help="peak learning rate (default: 3e-3)")
     _option(part, "bf16", action="store_true", help="bfloat16 autocast; weights and moments stay float32")
-    _option(part, "save_steps", type=int, default=200, help="steps between checkpoints (default: 200)")
-    _option(part, "seed", type=int, default=0, help="seed of the weights and batches (default: 0)")
+    _option(part, "save_steps", type=_integer(1), default=200, help="steps between checkpoints (default: 200)")
+    _option(part, "seed", type=_integer(0, 2**32 - 1), default=0, help="seed of the weights and batches (default: 0)")
     _option(part, "dataset_name", help="name of the text, for the model card")
-    _option(part, "resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    _option(part, "report_to", nargs="+", default=["none"], help="where to log: tensorboard, wandb, … (default: none)")
+    _option(part, "resume", action="store_true", help="go on from the last whole checkpoint in the output folder")
+    _option(part, "overwrite", action="store_true", help="start afresh in a folder that holds a training")
     _option(part, "push_to_hub", metavar="REPO_ID", help="upload the result, with a model card, to this repository")
 
 
@@ -293,8 +299,14 @@ def _evaluate_options(part: argparse.ArgumentParser) -> None:
     part.add_argument("sae", help="folder or Hub id of the autoencoder")
     _option(part, "harvest", type=Path, help="folder that harvest wrote, instead of --model")
     _text_options(part, required=False, tokens=16_384)
-    _option(part, "layer", type=int, help="decoder layer, if not the one in the autoencoder's config")
-    _option(part, "budgets", type=int, nargs="+", help="numbers of latents per token (default: powers of two and k)")
+    _option(part, "layer", type=_integer(), help="decoder layer, if not the one in the autoencoder's config")
+    _option(
+        part,
+        "budgets",
+        type=_integer(1),
+        nargs="+",
+        help="numbers of latents per token (default: powers of two and k)",
+    )
     _option(part, "plot", type=Path, metavar="FILE", help="draw quality against budget into this image file")
     _option(part, "json", action="store_true", help="print JSON instead of a table")
 
@@ -302,10 +314,10 @@ def _evaluate_options(part: argparse.ArgumentParser) -> None:
 def _dashboard_options(part: argparse.ArgumentParser) -> None:
     part.add_argument("sae", help="folder or Hub id of the autoencoder")
     _text_options(part, required=True, tokens=100_000, context_length=128)
-    _option(part, "layer", type=int, help="decoder layer, if not the one in the autoencoder's config")
+    _option(part, "layer", type=_integer(), help="decoder layer, if not the one in the autoencoder's config")
     _option(part, "output", type=Path, default=Path("dashboard.html"), help="file to write (default: dashboard.html)")
-    _option(part, "latents", type=int, nargs="+", help="show these only")
-    _option(part, "max_megabytes", type=float, default=32.0, help="largest size of the page (default: 32)")
+    _option(part, "latents", type=_integer(0), nargs="+", help="show these only")
+    _option(part, "max_megabytes", type=_positive, default=32.0, help="largest size of the page (default: 32)")
 
 
 def _convert_options(part: argparse.ArgumentParser) -> None:
@@ -314,8 +326,38 @@ def _convert_options(part: argparse.ArgumentParser) -> None:
     _option(part, "from", choices=list(LOADERS), default="hierarchical", help="what the source is (ours)")
     _option(part, "to", choices=list(LOADERS), default="hierarchical", help="what to write (ours)")
     _option(part, "subfolder", default="", help="where in the source it is")
-    _option(part, "k", type=int, help="budget that saelens or sparsify get (default: the trained one)")
+    _option(part, "k", type=_integer(1), help="budget that saelens or sparsify get (default: the trained one)")
     _option(part, "push_to_hub", metavar="REPO_ID", help="upload the result to this repository")
+
+
+def _integer(least: int | None = None, most: int | None = None) -> Callable[[str], int]:
+    """A type of argparse: an integer in [least, most]."""
+    bounds = [] if least is None else [f"of at least {least}"]
+    bounds += [] if most is None else [f"at most {most}"]
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = None
+        if number is None or (least is not None and number < least) or (most is not None and number > most):
+            raise argparse.ArgumentTypeError(
+                f"expected an integer {' and '.join(bounds)}".rstrip() + f", got {text!r}"
+            )
+        return number
+
+    return parse
+
+
+def _positive(text: str) -> float:
+    """A type of argparse: a positive and finite number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return number
 
 
 def _option(parser: argparse.ArgumentParser, name: str, **settings: Any) -> None:
@@ -332,18 +374,20 @@ def _text_options(
     _option(parser, "split", default="train", help="which part of the dataset (default: train)")
     _option(parser, "text_column", default="text", help="column of the dataset (default: text)")
     _option(
-        parser, "tokens", type=int, default=tokens, help=f"read exactly so many (default: {tokens or 'all of them'})"
+        parser,
+        "tokens",
+        type=_integer(1),
+        default=tokens,
+        help=f"read exactly so many (default: {tokens or 'all of them'})",
     )
     _option(
         parser,
         "context_length",
-        type=int,
+        type=_integer(2),
         default=context_length,
         help=f"longest piece of text in tokens (default: {context_length})",
     )
-    _option(
-        parser, "dtype", default="float32", help="of the language model: float32, bfloat16 or auto (default: float32)"
-    )
+    _option(parser, "dtype", choices=DTYPES, default="float32", help="of the language model (default: float32)")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,12 +1,16 @@
 """What every example script promises: one file, its command in its docstring, declared dependencies, helpful --help."""
 
 import ast
+import importlib.util
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -14,8 +18,6 @@ REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY / "examples" / "shared"
 EXAMPLES = sorted(path for path in (REPOSITORY / "examples").rglob("*.py") if path.parent != SHARED)
 PACKAGES = ["peft_bias_steer", "hf_hierarchical_sae", "hf_based_kernel"]
-# Examples to copy that are longer still.
-NOT_SHORT_YET = {"train_sae.py"}
 examples = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(REPOSITORY / "examples")))
 
 
@@ -41,9 +43,8 @@ def test_example_imports_nothing_private(path):
 def test_what_users_copy_is_short(package):
     for path in (REPOSITORY / "examples" / package).glob("*.py"):
         text = path.read_text()
-        is_short = len(text.splitlines()) <= 250 and text.count(".add_argument(") <= 15
 
-        assert is_short or path.name in NOT_SHORT_YET, path.name
+        assert len(text.splitlines()) <= 250 and text.count(".add_argument(") <= 15, path.name
 
 
 def test_readme_has_a_line_for_every_example():
@@ -67,3 +68,35 @@ def test_help_explains_every_option(path):
 
     assert done.returncode == 0, done.stderr
     assert options and all(option in done.stdout for option in options)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda checkpoint: (checkpoint / "trainer_state.json").unlink(),
+        lambda checkpoint: cut(checkpoint / "trainer_state.json"),
+        lambda checkpoint: cut(checkpoint / "model.safetensors"),
+        lambda checkpoint: cut(checkpoint / "optimizer.pt"),
+    ],
+    ids=["no state", "state", "weights", "optimizer"],
+)
+def test_examples_go_on_from_the_newest_checkpoint_that_was_written_to_its_end(tmp_path, damage):
+    specification = importlib.util.spec_from_file_location("interrupts", SHARED / "interrupts.py")
+    interrupts = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(interrupts)
+    for step in (5, 40, 100):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        save_file({"weight": torch.ones(100)}, checkpoint / "model.safetensors")
+        torch.save({"moment": torch.ones(100)}, checkpoint / "optimizer.pt")
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (tmp_path / "checkpoint-best").mkdir()
+
+    assert interrupts.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
+    damage(tmp_path / "checkpoint-100")
+    assert interrupts.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-40")
+    assert interrupts.last_checkpoint(tmp_path / "nothing") is None

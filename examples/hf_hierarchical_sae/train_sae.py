@@ -5,11 +5,13 @@
 
     accelerate launch examples/hf_hierarchical_sae/train_sae.py --model HuggingFaceTB/SmolLM2-135M-Instruct
 
-Ctrl-C saves a checkpoint and stops; the same command with --resume_from_checkpoint goes on from there.
+Ctrl-C saves a checkpoint and stops; the same command with --resume_from_checkpoint goes on from there. The command
+`hierarchical-sae` has more options, and reads activations from disk: more of them than memory holds.
 """
 
 import argparse
 import json
+import math
 import random
 import sys
 import time
@@ -19,28 +21,14 @@ from typing import Any
 import matplotlib
 import torch
 from huggingface_hub import create_repo, upload_folder
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from hf_hierarchical_sae import (
-    HierarchicalSaeCallback,
-    HierarchicalSaeConfig,
-    HierarchicalSaeModel,
-    explained_variance,
-    iterate_activations,
-    record_statistics,
-)
+from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, explained_variance, iterate_activations
+from hf_hierarchical_sae.training import starting_point, train_sae, training_arguments
 
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
-from interrupts import StopOnInterrupt, add_resume_option, find_checkpoint
+from interrupts import StopOnInterrupt, add_resume_option
 from plays import PLAYS, find_plays
 
 
@@ -58,24 +46,28 @@ def parse_arguments():
     parser.add_argument("--eval_tokens", type=int, default=8_192, help="tokens held out (default: 8192)")
     parser.add_argument("--k", type=int, default=64, help="largest number of latents per token (default: 64)")
     parser.add_argument("--d_sae", type=int, help="number of latents (default: 8 times the model's hidden size)")
-    parser.add_argument("--budgets", nargs="+", type=int, help="budgets to train for (default: every one up to k)")
     parser.add_argument("--max_steps", type=int, default=300, help="optimizer steps (default: 300)")
     parser.add_argument("--batch_size", type=int, default=1024, help="tokens per step and process (default: 1024)")
     parser.add_argument("--learning_rate", type=float, default=3e-3, help="peak learning rate (default: 3e-3)")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast; weights and moments stay float32")
-    parser.add_argument("--save_steps", type=int, default=100, help="steps between checkpoints (default: 100)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the weights, text order and batches (default: 0)")
     parser.add_argument("--output_dir", default="outputs/sae", help="where everything is written (outputs/sae)")
     parser.add_argument("--hub_model_id", help="repository on the Hub to upload the result to (default: no upload)")
+    parser.add_argument("--overwrite", action="store_true", help="start afresh where --output_dir holds a training")
     add_resume_option(parser)
     arguments = parser.parse_args()
-    find_checkpoint(parser, arguments)
+    for name in ("tokens", "eval_tokens", "max_steps", "batch_size", "learning_rate"):
+        if not 0 < getattr(arguments, name) < math.inf:
+            parser.error(f"--{name} must be positive, got {getattr(arguments, name)}")
+    try:
+        starting_point(arguments.output_dir, resume=arguments.resume_from_checkpoint, overwrite=arguments.overwrite)
+    except ValueError as error:
+        parser.error(str(error))
     try:
         config = AutoConfig.from_pretrained(arguments.model).get_text_config(decoder=True)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         parser.error(f"--model: expected a hub id or a folder with a model, got {arguments.model!r}: {reason}")
-    arguments.d_sae = arguments.d_sae or 8 * config.hidden_size
+    arguments.d_in = config.hidden_size
+    arguments.d_sae = 8 * arguments.d_in if arguments.d_sae is None else arguments.d_sae
     arguments.layer = config.num_hidden_layers // 2 if arguments.layer is None else arguments.layer
     if not 0 <= arguments.layer < config.num_hidden_layers:
         parser.error(f"--layer must be in [0, {config.num_hidden_layers - 1}], got {arguments.layer}")
@@ -98,7 +90,7 @@ def read_texts(arguments):
         raise SystemExit(f"--text_files: expected files, got {', '.join(missing)}, which do not exist")
     texts = [file.read_text(encoding="utf-8") for file in files]
     passages = [text[start : start + 2000] for text in texts for start in range(0, len(text), 2000)]
-    random.Random(arguments.seed).shuffle(passages)
+    random.Random(0).shuffle(passages)
     return passages, name
 
 
@@ -138,52 +130,42 @@ def plot(before, after, path):
 
 def main():
     arguments = parse_arguments()
-    started = time.time()
-    set_seed(arguments.seed)
+    started, output = time.time(), Path(arguments.output_dir)
+    set_seed(0)
+    if arguments.hub_model_id:
+        # What would fail after training fails here.
+        create_repo(arguments.hub_model_id, exist_ok=True)
     texts, dataset_name = read_texts(arguments)
+    activations = harvest(arguments, texts)
+    train, held_out = activations[: -arguments.eval_tokens], activations[-arguments.eval_tokens :]
+
     config = HierarchicalSaeConfig(
-        d_in=AutoConfig.from_pretrained(arguments.model).get_text_config(decoder=True).hidden_size,
+        d_in=arguments.d_in,
         d_sae=arguments.d_sae,
         k=arguments.k,
-        budgets=arguments.budgets,
         model_name=arguments.model,
         layer=arguments.layer,
         hook_point="output",
         dataset_name=dataset_name,
     )
-    output = Path(arguments.output_dir)
-    training = TrainingArguments(
-        output_dir=arguments.output_dir,
-        max_steps=arguments.max_steps,
-        per_device_train_batch_size=arguments.batch_size,
-        learning_rate=arguments.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=max(1, arguments.max_steps // 20),
-        weight_decay=0.0,
-        bf16=arguments.bf16,
-        logging_steps=max(1, arguments.max_steps // 10),
-        save_steps=arguments.save_steps,
-        save_total_limit=1,
-        dataloader_drop_last=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
-        seed=arguments.seed,
-    )
-    activations = harvest(arguments, texts)
-    train, held_out = activations[: -arguments.eval_tokens], activations[-arguments.eval_tokens :]
-
-    sae = HierarchicalSaeModel(config)
+    sae, interrupt = HierarchicalSaeModel(config), StopOnInterrupt()
     sae.initialize_from_activations(train[:8192])
     before = explained_variance(sae, held_out)
-    interrupt = StopOnInterrupt()
-    trainer = Trainer(
-        model=sae,
-        args=training,
-        train_dataset=torch.utils.data.StackDataset(hidden_states=train),
-        callbacks=[HierarchicalSaeCallback(), interrupt],
+    training = training_arguments(
+        output,
+        max_steps=arguments.max_steps,
+        batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
+        save_steps=max(1, arguments.max_steps // 3),
+        seed=0,
     )
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-    if interrupt.interrupted:
+    data = torch.utils.data.StackDataset(hidden_states=train)
+    going_on = {"resume": arguments.resume_from_checkpoint, "overwrite": arguments.overwrite}
+    try:
+        trainer = train_sae(sae, data, train[:65536], training, callbacks=[interrupt], **going_on)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    if trainer.state.global_step < arguments.max_steps:
         print(
             f"Stopped at step {trainer.state.global_step} of {arguments.max_steps}; checkpoint in {output}. "
             "Run the same command with --resume_from_checkpoint to go on."
@@ -192,10 +174,7 @@ def main():
     if not trainer.is_world_process_zero():
         return
 
-    sae.fold_input_scale()
-    record_statistics(sae, train[:65536])
     after = explained_variance(sae, held_out)
-    sae.save_pretrained(output)
     reloaded = explained_variance(AutoModel.from_pretrained(output).to(sae.device), held_out)
     if reloaded != after:
         raise SystemExit(f"the reloaded autoencoder differs: expected {after}, got {reloaded}")
@@ -218,7 +197,7 @@ def main():
     card.save(output / "README.md")
     if arguments.hub_model_id:
         repo_id = create_repo(arguments.hub_model_id, exist_ok=True).repo_id
-        upload_folder(repo_id=repo_id, folder_path=output, ignore_patterns=["checkpoint-*"])
+        upload_folder(repo_id=repo_id, folder_path=output, ignore_patterns=["checkpoint-*", "training.json"])
 
     lines = [
         f"Trained:    a sparse autoencoder, {arguments.d_sae} latents, on layer {arguments.layer} of {arguments.model}: "

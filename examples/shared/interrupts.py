@@ -1,13 +1,16 @@
 """Ctrl-C and resuming, for the examples that train with `Trainer`."""
 
 import argparse
+import json
 import signal
+import zipfile
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 
 class StopOnInterrupt(TrainerCallback):
@@ -39,8 +42,22 @@ class StopOnInterrupt(TrainerCallback):
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint in a folder, which need not exist."""
-    return get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
+    """The newest checkpoint in a folder, which need not exist, that was written to its end."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    newest_first = sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    return next((str(path) for path in newest_first if is_whole(path)), None)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether the file that `Trainer` writes last is there, and none of the others is cut short."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        for weights in checkpoint.glob("*.safetensors"):
+            with safe_open(weights, framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return all(zipfile.is_zipfile(path) for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth"))
 
 
 def add_resume_option(parser: argparse.ArgumentParser) -> None:
@@ -49,16 +66,21 @@ def add_resume_option(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=True,
         default=False,
-        help="go on from the last checkpoint in --output_dir, or from the one given",
+        help="go on from the last whole checkpoint in --output_dir, or from the one given",
     )
 
 
 def find_checkpoint(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Put the last checkpoint in `output_dir` where the option was given without one."""
+    """Put the last checkpoint in `output_dir` where the option was given without one; refuse one that is not whole."""
     if arguments.resume_from_checkpoint is True:
         arguments.resume_from_checkpoint = last_checkpoint(arguments.output_dir)
         if arguments.resume_from_checkpoint is None:
             parser.error(
-                f"--resume_from_checkpoint: {arguments.output_dir} holds no checkpoint; leave the option out to start "
-                "afresh"
+                f"--resume_from_checkpoint: {arguments.output_dir} holds no checkpoint that was written to its end; leave "
+                "the option out to start afresh"
             )
+    elif arguments.resume_from_checkpoint and not is_whole(Path(arguments.resume_from_checkpoint)):
+        parser.error(
+            "--resume_from_checkpoint: expected a checkpoint that was written to its end, got "
+            f"{arguments.resume_from_checkpoint}"
+        )

@@ -3,6 +3,9 @@
 import importlib
 import json
 import shlex
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_hierarchical_sae import ActivationShards, HierarchicalSaeModel, cli, evaluate_budgets
+from hf_hierarchical_sae import ActivationShards, HierarchicalSaeCallback, HierarchicalSaeModel, cli, evaluate_budgets
 from hf_hierarchical_sae.cli import main
 
 
@@ -88,7 +91,7 @@ def test_training_goes_on_from_its_checkpoint(states, tmp_path, capsys):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli.HierarchicalSaeCallback, "on_save", stop_after_20, raising=False)
+        patch.setattr(HierarchicalSaeCallback, "on_save", stop_after_20, raising=False)
         with pytest.raises(SystemExit) as stopped:
             main(other)
     assert stopped.value.code == 130 and "train: with --resume" in capsys.readouterr().err
@@ -168,7 +171,17 @@ def test_a_dataset_of_the_hub_is_read_as_a_stream(tiny_language_model, tmp_path,
         ("train {states} {out}/sae", r"layer must be one of the harvested layers \[0, 1\], got None"),
         ("train {states} {out}/sae --layer 0 --k 9 --d_sae 8", r"k must be in \[1, d_sae=8\], got 9"),
         ("train {states} {out}/sae --layer 0 --batch_size 100000", "expected at least one batch of 100000 tokens"),
-        ("train {states} {out}/sae --layer 0 --resume", "--resume goes on from a checkpoint in .*, which has none"),
+        (
+            "train {states} {out}/sae --layer 0 --resume",
+            "resume goes on from a whole checkpoint in .*, which has none",
+        ),
+        ("train {states} {sae} --layer 1", "holds a finished autoencoder: give resume to go on, overwrite to start"),
+        ("train {states} {sae} --layer 1 --resume --k 4 --d_sae 64", "holds a training with k=8, got k=4"),
+        ("train {states} {sae} --layer 0 --resume --k 8 --d_sae 64", "holds a training with layer=1, got layer=0"),
+        ("train {states} {out}/x --layer 0 --report_to nothing", "--report_to takes none, all.*, got nothing"),
+        ("harvest {out} --model {model} --layer 0 --text {binary}", "expected UTF-8 text in .*binary, got"),
+        ("harvest {out} --model {model} --layer 0 --text {out}", "Is a directory"),
+        ("harvest {out}/x --model {torn} --layer 0 --text {text}", "torn cannot be read as a language model and its"),
         ("evaluate {sae}", "give either --harvest, or --model with --text or --dataset"),
         ("evaluate {sae} --harvest {states} --budgets 9", r"budgets must be in \[1, 8\], the trained budget"),
         ("dashboard {sae} --model {model}", "give either --text with files, or --dataset"),
@@ -178,13 +191,123 @@ def test_a_dataset_of_the_hub_is_read_as_a_stream(tiny_language_model, tmp_path,
     ],
 )
 def test_bad_input_ends_in_one_sentence(arguments, message, text, tiny_language_model, tmp_path, request):
-    values = {"out": tmp_path, "model": tiny_language_model, "text": text}
+    torn, binary = tmp_path / "torn", tmp_path / "binary"
+    shutil.copytree(tiny_language_model, torn)
+    (torn / "tokenizer.json").write_text((torn / "tokenizer.json").read_text()[:-50])
+    binary.write_bytes(b"\xff" * 100)
+    values = {"out": tmp_path, "model": tiny_language_model, "text": text, "torn": torn, "binary": binary}
     for name in ("states", "sae"):
         if "{" + name + "}" in arguments:
             values[name] = request.getfixturevalue(name)
 
     with pytest.raises(SystemExit, match=f"^hierarchical-sae: .*{message}"):
         main(shlex.split(arguments.format(**values)))
+
+
+TEXT_OPTIONS = {
+    "--tokens": (["0", "-1", "1.5", "many", "inf"], "an integer of at least 1"),
+    "--context_length": (["1", "0", "-3", "2.0"], "an integer of at least 2"),
+    "--layer": (["x", "1.5", "nan"], "an integer"),
+}
+OPTIONS = {
+    "harvest states --model m --layer 0": {
+        **TEXT_OPTIONS,
+        "--shard_tokens": (["0", "-1", "1e3"], "an integer of at least 1"),
+        "--num_processes": (["0", "-1"], "an integer of at least 1"),
+        "--process_index": (["-1", "0.5"], "an integer of at least 0"),
+        "--max_norm_ratio": (["-1", "0", "nan", "inf", "x"], "a positive number"),
+    },
+    "train states sae": {
+        "--layer": (["x", "1.5", "nan"], "an integer"),
+        **dict.fromkeys(
+            ("--d_sae", "--k", "--budgets", "--steps", "--batch_size", "--save_steps"),
+            (["0", "-5", "1.5", "nan", ""], "an integer of at least 1"),
+        ),
+        "--learning_rate": (["0", "-1e-3", "inf", "nan", "fast"], "a positive number"),
+        "--seed": (["-1", "4294967296", "0.5"], "an integer of at least 0 and at most 4294967295"),
+    },
+    "evaluate sae": {**TEXT_OPTIONS, "--budgets": (["0", "-1", "2.5"], "an integer of at least 1")},
+    "dashboard sae --model m": {
+        **TEXT_OPTIONS,
+        "--latents": (["-1", "0.5"], "an integer of at least 0"),
+        "--max_megabytes": (["0", "-1", "nan", "inf"], "a positive number"),
+    },
+    "convert sae out": {"--k": (["0", "-1", "1.5"], "an integer of at least 1")},
+}
+NUMBERS = [
+    (command, option, value, expected)
+    for command, options in OPTIONS.items()
+    for option, (values, expected) in options.items()
+    for value in values
+]
+
+
+@pytest.mark.parametrize("command, option, value, expected", NUMBERS)
+def test_every_number_is_checked(command, option, value, expected, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*command.split(), f"{option}={value}"])
+
+    assert stopped.value.code == 2
+    names = f"{option}/{option.replace('_', '-')}" if "_" in option else option
+    assert f"argument {names}: expected {expected}, got {value!r}" in capsys.readouterr().err
+
+
+def test_numbers_are_all_of_a_checked_type():
+    parts = cli._parser()._subparsers._group_actions[0].choices
+    unchecked = [
+        (name, action.dest) for name, part in parts.items() for action in part._actions if action.type in (int, float)
+    ]
+
+    assert not unchecked
+
+
+@pytest.mark.parametrize("value", ["foo", "float64", "torch.float32", "int8"])
+def test_a_dtype_is_one_of_those_that_language_models_are_run_in(value, capsys):
+    with pytest.raises(SystemExit):
+        main(["harvest", "states", "--model", "m", "--layer", "0", "--dtype", value])
+
+    assert "choose from" in capsys.readouterr().err
+
+
+def test_what_cannot_be_uploaded_is_refused_before_training(states, tmp_path, hub):
+    with pytest.raises(SystemExit, match="^hierarchical-sae: "):
+        main(["train", states, str(tmp_path / "sae"), "--layer", "1", *SMALL, "--push-to-hub", "not//an id"])
+
+    assert not (tmp_path / "sae").exists()
+
+
+@pytest.mark.parametrize("text", ["x" * 100_000, "word " * 20_000, "line\n" * 20_000])
+def test_a_file_is_read_in_pieces_with_and_without_lines(tmp_path, text):
+    (tmp_path / "text").write_text(text)
+
+    pieces = list(cli.passages([tmp_path / "text"]))
+
+    assert "".join(pieces) == text and max(map(len, pieces)) <= 2 * cli.PASSAGE
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_on_a_cpu_train_one_autoencoder(states, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29417", "-m"]
+    command = ["hf_hierarchical_sae.cli", "train", states, str(tmp_path / "two"), "--layer", "1", *SMALL]
+    done = subprocess.run(
+        [*torchrun, *command, "--batch-size", "32"], cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    main(["train", states, str(tmp_path / "one"), "--layer", "1", *SMALL])
+
+    assert done.stdout.count("on training data; saved in") == 1
+    # Both saw 40 batches of 64 tokens.
+    fired = [
+        torch.load(path / "checkpoint-40" / "optimizer.pt")["state"][0]["step"]
+        for path in (tmp_path / "one", tmp_path / "two")
+    ]
+    assert fired[0] == fired[1] == 40
+    assert (tmp_path / "two" / "checkpoint-40" / "rng_state_1.pth").exists()
+    one, two = (HierarchicalSaeModel.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    x = torch.cat(list(ActivationShards(states, 1).batches()))
+    quality = [evaluate_budgets(sae, x, [8]).explained_variance[0] for sae in (one, two)]
+    # The same tokens in other batches.
+    assert quality[0] == pytest.approx(quality[1], abs=0.03)
 
 
 @pytest.mark.parametrize("project", ["pyproject.toml", "hf_hierarchical_sae/pyproject.toml"])

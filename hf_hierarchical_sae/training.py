@@ -1,0 +1,224 @@
+"""Training with stock `Trainer`: the settings that suit an autoencoder, going on after a stop, and what comes at the end."""
+
+import json
+import math
+import re
+import shutil
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from .configuration_hierarchical_sae import HierarchicalSaeConfig
+from .interventions import record_statistics
+from .modeling_hierarchical_sae import HierarchicalSaeModel
+from .training_callback import HierarchicalSaeCallback
+from .whole_files import whole_file
+
+
+# What a folder's training was started with.
+RECORD = "training.json"
+# Tokens whose norms tell one set of activations from another, and how far they may differ between machines.
+PROBES, TOLERANCE = 8, 0.01
+
+
+def training_arguments(
+    output_dir: str | Path, *, max_steps: int, batch_size: int, learning_rate: float, **others: Any
+) -> TrainingArguments:
+    """
+    Arguments of `Trainer` that suit an autoencoder: linear decay after a short warm-up, no weight decay, which would
+    pull on the bias, and one checkpoint kept.
+
+    Args:
+        output_dir (`str` or `Path`): for checkpoints and the result.
+        max_steps (`int`): optimizer steps.
+        batch_size (`int`): tokens per step and process.
+        learning_rate (`float`): the peak.
+        others (*optional*): further ones of `TrainingArguments`, such as `save_steps`.
+
+    Returns:
+        `TrainingArguments`
+    """
+    settings: dict[str, Any] = {
+        "lr_scheduler_type": "linear",
+        "warmup_steps": max(1, max_steps // 20),
+        "weight_decay": 0.0,
+        "logging_steps": max(1, max_steps // 10),
+        "save_total_limit": 1,
+        "dataloader_drop_last": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        # Without it, processes that torchrun starts on CPUs would each train an autoencoder of their own.
+        "use_cpu": not torch.accelerator.is_available(),
+        "report_to": "none",
+    }
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        max_steps=max_steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        **{**settings, **others},
+    )
+
+
+def train_sae(
+    sae: HierarchicalSaeModel,
+    dataset: Dataset,
+    sample: torch.Tensor,
+    arguments: TrainingArguments,
+    *,
+    resume: bool | str = False,
+    overwrite: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trainer:
+    """
+    Train with stock `Trainer`. At the last step, and not if a callback stops it before, the autoencoder is made ready
+    for use and saved in `arguments.output_dir`, by the first process: `input_scale` folded, statistics recorded.
+
+    Args:
+        sae ([`HierarchicalSaeModel`]): a new one, after `initialize_from_activations`.
+        dataset (`Dataset`): of `{"hidden_states": (d_in,)}`, such as [`ActivationShards`].
+        sample (`torch.Tensor`): (tokens, d_in), some of it, which statistics are recorded of.
+        arguments (`TrainingArguments`): such as [`training_arguments`] gives.
+        resume (`bool` or `str`, defaults to `False`): as in [`starting_point`]. More steps than before are allowed,
+            everything else has to be as it was.
+        overwrite (`bool`, defaults to `False`): as in [`starting_point`].
+        callbacks (`Sequence[TrainerCallback]`, *optional*): besides [`HierarchicalSaeCallback`].
+
+    Returns:
+        `Trainer`: after training.
+
+    Raises:
+        `ValueError`: If [`starting_point`] raises it, there is less than one batch, or the folder's training was
+            started with other settings or data.
+    """
+    if len(dataset) < arguments.train_batch_size:  # ty: ignore[invalid-argument-type]
+        raise ValueError(
+            f"expected at least one batch of {arguments.train_batch_size} tokens, got {len(dataset)}"  # ty: ignore[invalid-argument-type]
+        )
+    folder, record = Path(str(arguments.output_dir)), _record(sae, dataset, sample, arguments)
+    with arguments.main_process_first(local=False):
+        checkpoint = starting_point(folder, resume=resume, overwrite=overwrite)
+        if checkpoint is not None:
+            _check_same(folder, record)
+            _check_steps(checkpoint, arguments.max_steps)
+        elif arguments.process_index == 0:
+            _start(folder, record)
+    callbacks = [HierarchicalSaeCallback(), *callbacks]
+    trainer = Trainer(model=sae, args=arguments, train_dataset=dataset, callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.state.global_step >= arguments.max_steps and trainer.is_world_process_zero():
+        sae.eval()
+        sae.fold_input_scale()
+        record_statistics(sae, sample)
+        sae.save_pretrained(folder)
+    return trainer
+
+
+def starting_point(output_dir: str | Path, *, resume: bool | str = False, overwrite: bool = False) -> str | None:
+    """
+    The checkpoint that training goes on from, if it does; nothing is changed.
+
+    Args:
+        output_dir (`str` or `Path`): of the training.
+        resume (`bool` or `str`, defaults to `False`): go on from its newest whole checkpoint, or from this one.
+        overwrite (`bool`, defaults to `False`): start afresh, whatever is there.
+
+    Raises:
+        `ValueError`: If there is no whole checkpoint to resume from, or a training is there and neither is asked for.
+    """
+    folder = Path(output_dir)
+    if resume:
+        found = last_checkpoint(folder) if resume is True else resume
+        if found is None or not _is_whole(Path(found)):
+            raise ValueError(
+                f"resume goes on from a whole checkpoint in {folder}, which has none: leave it out to start"
+                if found is None
+                else f"resume goes on from a whole checkpoint, got {found}, which is none"
+            )
+        return found
+    if not overwrite and ((folder / SAFE_WEIGHTS_NAME).exists() or _checkpoints(folder)):
+        state = "a finished autoencoder" if (folder / SAFE_WEIGHTS_NAME).exists() else "an unfinished training"
+        raise ValueError(f"{folder} holds {state}: give resume to go on, overwrite to start afresh, or another folder")
+    return None
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest checkpoint of `Trainer` in a folder that was written to its end; the folder need not exist."""
+    return next((str(path) for path in reversed(_checkpoints(Path(output_dir))) if _is_whole(path)), None)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the file that `Trainer` writes last is there, and none of the others is cut short."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        for weights in checkpoint.glob("*.safetensors"):
+            with safe_open(weights, framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return all(zipfile.is_zipfile(path) for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth"))
+
+
+def _record(sae: HierarchicalSaeModel, dataset: Any, sample: torch.Tensor, arguments: TrainingArguments) -> dict:
+    """What has to be the same for a training to go on, ready for JSON."""
+    config = {name: getattr(sae.config, name) for name in HierarchicalSaeConfig.__annotations__}
+    settings = {
+        name: getattr(arguments, name) for name in ("per_device_train_batch_size", "learning_rate", "seed", "bf16")
+    }
+    probes = sample[:: max(1, len(sample) // PROBES)][:PROBES]
+    norms = torch.linalg.vector_norm(probes.float(), dim=1).tolist()
+    return json.loads(json.dumps({**config, **settings, "tokens": len(dataset), "norms": norms}))
+
+
+def _check_same(folder: Path, record: dict) -> None:
+    try:
+        started = json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / RECORD} has to say what a training was started with: {error}") from error
+    if not isinstance(started, dict) or started.keys() != record.keys():
+        raise ValueError(f"{folder / RECORD} does not say what a training was started with: start afresh")
+    differing = [name for name in record if name != "norms" and started[name] != record[name]]
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"{folder} holds a training with {name}={started[name]!r}, got {name}={record[name]!r}: give what it was "
+            "started with to go on, or another folder"
+        )
+    norms = zip(started["norms"], record["norms"], strict=True)
+    if not all(math.isclose(one, other, rel_tol=TOLERANCE) for one, other in norms):
+        raise ValueError(f"{folder} holds a training on other activations: give those to go on, or another folder")
+
+
+def _check_steps(checkpoint: str, max_steps: int) -> None:
+    done = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())["global_step"]
+    if max_steps < done:
+        raise ValueError(f"{checkpoint} has made {done} steps already, got {max_steps} in all: give at least as many")
+
+
+def _start(folder: Path, record: dict) -> None:
+    """Leaves nothing of an earlier training that this one could be taken for."""
+    for checkpoint in _checkpoints(folder):
+        shutil.rmtree(checkpoint)
+    (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
+    with whole_file(folder / RECORD) as file:
+        file.write_text(json.dumps(record, indent=2) + "\n")
+
+
+__all__ = ["last_checkpoint", "starting_point", "train_sae", "training_arguments"]

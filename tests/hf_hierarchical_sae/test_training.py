@@ -1,0 +1,247 @@
+"""Training that goes on after a stop or a kill, that no other training is taken for, and what is left at its end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, record_statistics
+from hf_hierarchical_sae.training import last_checkpoint, starting_point, train_sae, training_arguments
+
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def activations(seed=0, tokens=200):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tokens, 8, generator=generator) @ torch.randn(8, 8, generator=generator) + 3
+
+
+def train(folder, x=None, *, steps=8, resume=False, overwrite=False, callbacks=(), settings=None, **config):
+    x = activations() if x is None else x
+    torch.manual_seed(0)
+    sae = HierarchicalSaeModel(HierarchicalSaeConfig(**{"d_in": 8, "d_sae": 32, "k": 4, **config}))
+    sae.initialize_from_activations(x)
+    options = {
+        "batch_size": 50,
+        "learning_rate": 1e-2,
+        "save_steps": 2,
+        "save_total_limit": None,
+        "disable_tqdm": True,
+    }
+    arguments = training_arguments(folder, max_steps=steps, **{**options, **(settings or {})})
+    data = torch.utils.data.StackDataset(hidden_states=x)
+    return train_sae(sae, data, x, arguments, resume=resume, overwrite=overwrite, callbacks=callbacks)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    train(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """Of a finished folder with a checkpoint every second step."""
+    subprocess.run(["cp", "-r", finished, tmp_path / "run"], check=True)
+    return tmp_path / "run"
+
+
+def test_training_ends_in_an_autoencoder_that_is_ready_for_use(finished):
+    sae = HierarchicalSaeModel.from_pretrained(finished)
+    expected, x = HierarchicalSaeModel.from_pretrained(finished), activations()
+    record_statistics(expected, x)
+
+    assert sae.input_scale == 1 and sae.median_norm == expected.median_norm > 0
+    torch.testing.assert_close(sae.mean_activation, expected.mean_activation)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda checkpoint: (checkpoint / "trainer_state.json").unlink(),
+        lambda checkpoint: cut(checkpoint / "trainer_state.json"),
+        lambda checkpoint: cut(checkpoint / "model.safetensors"),
+        lambda checkpoint: cut(checkpoint / "optimizer.pt"),
+        lambda checkpoint: cut(checkpoint / "rng_state.pth"),
+    ],
+    ids=["no state", "state", "weights", "optimizer", "random state"],
+)
+def test_training_goes_on_from_the_newest_whole_checkpoint(copy, finished, damage):
+    damage(copy / "checkpoint-8")
+
+    assert last_checkpoint(copy) == str(copy / "checkpoint-6")
+    train(copy, resume=True)
+
+    expected = load_file(finished / "model.safetensors")
+    assert all(tensor.equal(expected[name]) for name, tensor in load_file(copy / "model.safetensors").items())
+    assert last_checkpoint(copy) == str(copy / "checkpoint-8")
+
+
+KILLED = """
+import os, signal, torch
+from tests.hf_hierarchical_sae.test_training import train
+
+save = torch.save
+def die(content, path, *args, **kwargs):
+    if str(path).endswith("checkpoint-4/{file}"):
+        save(content, path, *args, **kwargs)
+        open(path, "rb+").truncate(os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(content, path, *args, **kwargs)
+torch.save = die
+train({folder!r})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt"])
+def test_a_kill_while_a_checkpoint_is_written_costs_that_checkpoint_only(tmp_path, finished, file):
+    folder = str(tmp_path / "run")
+    code = KILLED.format(file=file, folder=folder)
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True)
+    assert done.returncode == -signal.SIGKILL and os.path.exists(f"{folder}/checkpoint-4")
+
+    with pytest.raises(ValueError, match="holds an unfinished training: give resume to go on, overwrite to start"):
+        train(folder)
+    assert last_checkpoint(folder) == f"{folder}/checkpoint-2"
+    train(folder, resume=True)
+
+    expected = load_file(finished / "model.safetensors")
+    assert all(tensor.equal(expected[name]) for name, tensor in load_file(f"{folder}/model.safetensors").items())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"k": 3}, "holds a training with k=4, got k=3: give what it was started with to go on"),
+        ({"d_sae": 64}, "holds a training with d_sae=32, got d_sae=64"),
+        ({"budgets": [1, 4]}, r"holds a training with budgets=None, got budgets=\[1, 4\]"),
+        ({"layer": 2}, "holds a training with layer=None, got layer=2"),
+        ({"settings": {"learning_rate": 1e-3}}, "holds a training with learning_rate=0.01, got learning_rate=0.001"),
+        ({"settings": {"batch_size": 25}}, "per_device_train_batch_size=50, got per_device_train_batch_size=25"),
+        ({"settings": {"seed": 1}}, "holds a training with seed=42, got seed=1"),
+        ({"x": activations(tokens=190)}, "holds a training with tokens=200, got tokens=190"),
+        ({"x": activations(seed=1)}, "holds a training on other activations"),
+        ({"steps": 4}, "checkpoint-8 has made 8 steps already, got 4 in all"),
+    ],
+)
+def test_another_training_is_not_gone_on_with(copy, finished, change, message):
+    with pytest.raises(ValueError, match=message):
+        train(copy, resume=True, **change)
+
+    assert (copy / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
+def test_a_finished_training_may_get_more_steps(copy):
+    assert train(copy, steps=10, resume=True).state.global_step == 10
+
+
+def test_the_same_activations_from_another_machine_are_gone_on_with(copy):
+    assert train(copy, activations() + 1e-4, resume=True).state.global_step == 8
+
+
+def test_a_training_is_replaced_only_if_told_and_then_whole(copy):
+    with pytest.raises(ValueError, match="holds a finished autoencoder: give resume to go on, overwrite to start"):
+        train(copy, d_sae=64)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(copy, d_sae=64, overwrite=True, callbacks=[Stop(3)])
+
+    # What the old training left would be newer than this one's checkpoint.
+    assert last_checkpoint(copy) == str(copy / "checkpoint-2") and not (copy / "model.safetensors").exists()
+    train(copy, d_sae=64, resume=True)
+    assert HierarchicalSaeModel.from_pretrained(copy).config.d_sae == 64
+
+
+class Stop(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_a_callback_that_stops_training_leaves_it_unfinished(tmp_path):
+    class Early(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    trainer = train(tmp_path, callbacks=[Early()])
+
+    assert trainer.state.global_step == 1 and not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "resume, message",
+    [
+        (True, "resume goes on from a whole checkpoint in .*, which has none"),
+        ("nothing", "got nothing, which is none"),
+    ],
+)
+def test_without_a_checkpoint_there_is_nothing_to_go_on_from(tmp_path, resume, message):
+    (tmp_path / "checkpoint-3").mkdir()
+
+    with pytest.raises(ValueError, match=message):
+        starting_point(tmp_path, resume=resume)
+
+
+@pytest.mark.parametrize("record", [None, "{", "[]", "{}"])
+def test_a_checkpoint_of_something_else_is_not_gone_on_with(copy, record):
+    (copy / "training.json").unlink()
+    if record is not None:
+        (copy / "training.json").write_text(record)
+
+    with pytest.raises(ValueError, match=r"training.json"):
+        train(copy, resume=True)
+
+
+def test_less_than_one_batch_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected at least one batch of 50 tokens, got 40"):
+        train(tmp_path, activations(tokens=40))
+
+
+MEMORY = """
+import resource, torch
+from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, evaluate_budgets, record_statistics
+
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+sae, x = HierarchicalSaeModel(HierarchicalSaeConfig(d_in=16, d_sae=32768, k=8)), torch.randn(4096, 16)
+sae.initialize_from_activations(x)
+sae.train()
+optimizer = torch.optim.Adam(sae.parameters())
+for _ in range(2):
+    sae(x[:1024]).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+trained = peak()
+sae.eval()
+sae.fold_input_scale()
+record_statistics(sae, x)
+evaluate_budgets(sae, x, [8])
+sae(x)
+print(trained, peak())
+"""
+
+
+@pytest.mark.slow
+def test_nothing_after_training_needs_more_memory_than_training_did():
+    """In MiB: scores of 4096 tokens for 32,768 latents at once would be 512, those of a training batch are 128."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], cwd=REPOSITORY, capture_output=True, text=True)
+    trained, after = map(float, done.stdout.split())
+
+    # The allocator's own rounding.
+    assert after <= trained + 8, json.dumps([trained, after])
