@@ -13,7 +13,9 @@ from .rebased_features import (
     REBASED,
     Coefficients,
     accumulation_dtype,
+    add_floor,
     polynomial,
+    squared_length,
     state_size,
     unweighted_features,
     unweighted_features_backward,
@@ -120,6 +122,8 @@ class _Chunk(NamedTuple):
     queries: torch.Tensor  # (batch * num_heads, tokens, feature_dim), scaled
     keys: torch.Tensor  # (batch * num_heads, tokens, feature_dim)
     values: torch.Tensor  # (batch * num_heads, tokens, head_dim)
+    query_lengths: torch.Tensor  # (batch * num_heads, tokens, 1): |q|²
+    key_lengths: torch.Tensor  # (batch * num_heads, 1, tokens): |k|²
     padding: torch.Tensor | None  # (batch * num_heads, tokens, 1)
     segments: _Segments | None
 
@@ -129,10 +133,13 @@ def _chunk(inputs: _Inputs, start: int, stop: int, scale: float) -> _Chunk:
     padding = None
     if inputs.attention_mask is not None:
         padding = ~inputs.attention_mask[:, start:stop].repeat_interleave(num_heads, dim=0)[..., None]
+    queries, keys = _heads_first(inputs.q[:, start:stop]) * scale, _heads_first(inputs.k[:, start:stop])
     return _Chunk(
-        queries=_heads_first(inputs.q[:, start:stop]) * scale,
-        keys=_heads_first(inputs.k[:, start:stop]),
+        queries=queries,
+        keys=keys,
         values=_heads_first(inputs.v[:, start:stop]),
+        query_lengths=squared_length(queries),
+        key_lengths=squared_length(keys).mT.contiguous(),
         padding=padding,
         segments=_segments(inputs.segment_ids, start, stop, num_heads),
     )
@@ -157,12 +164,21 @@ def _scores(chunk: _Chunk, rows: slice) -> torch.Tensor:
     return torch.bmm(chunk.queries[:, rows], chunk.keys[:, : rows.stop].mT)
 
 
+def _hide(x: torch.Tensor, chunk: _Chunk, rows: slice) -> torch.Tensor:
+    """x: (batch * num_heads, rows, keys) with 0, in place, where a query comes before a key or is of another segment."""
+    x.tril_(rows.start)
+    if chunk.segments is not None:
+        x.masked_fill_(chunk.segments.other[:, rows, : rows.stop], 0)
+    return x
+
+
 def _visible_weights(scores: torch.Tensor, chunk: _Chunk, rows: slice, coefficients: Coefficients) -> torch.Tensor:
     """The kernel of the scores, 0 where a query does not see a key. Overwrites the scores: memory costs time here."""
-    weights = scores.square_() if coefficients == REBASED else polynomial(scores, coefficients)
-    weights.tril_(rows.start)
-    if chunk.segments is not None:
-        weights.masked_fill_(chunk.segments.other[:, rows, : rows.stop], 0)
+    c0, c1, c2, floor = coefficients
+    weights = scores.square_() if (c0, c1, c2) == REBASED[:3] else polynomial(scores, coefficients)
+    if floor:
+        weights.addcmul_(chunk.query_lengths[:, rows], chunk.key_lengths[..., : rows.stop], value=c2 * floor)
+    _hide(weights, chunk, rows)
     # Padding has zero keys, so that only a constant term of the kernel gives it a weight.
     if chunk.padding is not None and coefficients[0]:
         weights.masked_fill_(chunk.padding[:, : rows.stop].mT, 0)
@@ -183,22 +199,27 @@ def _scores_backward(
     chunk: _Chunk, grad_numerators: torch.Tensor, grad_totals: torch.Tensor, coefficients: Coefficients
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of a chunk's queries, keys and values, each (tokens, dim), that come through its own scores."""
+    _, c1, c2, floor = coefficients
     grad_queries = torch.empty_like(chunk.queries)
     grad_keys, grad_values = torch.zeros_like(chunk.keys), torch.zeros_like(chunk.values)
     for rows in _query_rows(chunk):
         seen = slice(rows.stop)
-        scores = _scores(chunk, rows)
-        slopes = scores * (2 * coefficients[2])
-        if coefficients[1]:
-            slopes += coefficients[1]
-        grad_scores = torch.bmm(grad_numerators[:, rows], chunk.values[:, seen].mT).add_(grad_totals[:, rows])
-        grad_scores.mul_(slopes).tril_(rows.start)
-        if chunk.segments is not None:
-            grad_scores.masked_fill_(chunk.segments.other[:, rows, seen], 0)
+        queries, keys, scores = chunk.queries[:, rows], chunk.keys[:, seen], _scores(chunk, rows)
+        grad_weights = torch.bmm(grad_numerators[:, rows], chunk.values[:, seen].mT).add_(grad_totals[:, rows])
+        _hide(grad_weights, chunk, rows)
+        if floor:
+            # Products and sums: of matrices with one column, bmm takes four times as long.
+            grad_query_lengths = (grad_weights * chunk.key_lengths[..., seen]).sum(2, keepdim=True)
+            grad_key_lengths = (grad_weights * chunk.query_lengths[:, rows]).sum(1, keepdim=True).mT
+        # The kernel's slope is 2 c2 (s + c1 / (2 c2)); the factor comes with the products.
+        grad_scores = grad_weights.mul_(scores + c1 / (2 * c2) if c1 else scores)
+        grad_queries[:, rows] = torch.bmm(grad_scores, keys).mul_(2 * c2)
+        grad_keys[:, seen].baddbmm_(grad_scores.mT, queries, alpha=2 * c2)
+        if floor:
+            grad_queries[:, rows].addcmul_(grad_query_lengths, queries, value=2 * c2 * floor)
+            grad_keys[:, seen].addcmul_(grad_key_lengths, keys, value=2 * c2 * floor)
         weights = _visible_weights(scores, chunk, rows, coefficients)
-        grad_queries[:, rows] = torch.bmm(grad_scores, chunk.keys[:, seen])
-        grad_keys[:, seen] += torch.bmm(grad_scores.mT, chunk.queries[:, rows])
-        grad_values[:, seen] += torch.bmm(weights.mT, grad_numerators[:, rows])
+        grad_values[:, seen].baddbmm_(weights.mT, grad_numerators[:, rows])
     return grad_queries, grad_keys, grad_values
 
 
@@ -217,15 +238,26 @@ def _added_to_state(chunk: _Chunk, coefficients: Coefficients) -> tuple[torch.Te
     return unweighted_features(keys.mT.contiguous(), coefficients), values
 
 
+def _query_features(queries: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
+    """queries: (…, feature_dim, tokens) -> (…, state_size, tokens)"""
+    return add_floor(unweighted_features(queries, coefficients), queries.shape[-2], coefficients, dim=-2)
+
+
 def _feature_weights(feature_dim: int, coefficients: Coefficients, like: torch.Tensor) -> torch.Tensor:
     return weigh(like.new_ones(state_size(feature_dim, coefficients)), feature_dim, coefficients)[:, None]
 
 
-def _damaged_segments(segment_ids: torch.Tensor | None, *tensors: torch.Tensor) -> torch.Tensor | None:
-    """(batch, seq, num_heads, 1): True in segments where some element of the tensors is not finite; None if all are."""
-    if segment_ids is None or all(x.sum(dtype=accumulation_dtype(x)).isfinite() for x in tensors):
+def _damaged_segments(inputs: _Inputs, *others: torch.Tensor) -> torch.Tensor | None:
+    """(batch, seq, num_heads, 1): True in segments where |q|², |k|², v or one of the others is not finite; None if all are."""
+    if inputs.segment_ids is None:
+        return None
+    # The squares of q and k are factors of the floor's gradient.
+    lengths = [x.to(accumulation_dtype(x)).square().sum(-1, keepdim=True) for x in inputs[:2]]
+    tensors = (*lengths, inputs.v, *others)
+    if all(x.sum(dtype=accumulation_dtype(x)).isfinite() for x in tensors):
         return None
     damaged = torch.stack([~x.isfinite().all(dim=-1) for x in tensors]).any(dim=0)
+    segment_ids = inputs.segment_ids
     number = torch.nn.functional.pad(segment_ids.diff(dim=1) != 0, (1, 0)).cumsum(dim=1)
     number = number[..., None].expand_as(damaged)
     in_segment = torch.zeros_like(damaged, dtype=torch.uint8).scatter_reduce_(1, number, damaged.byte(), "amax")
@@ -235,7 +267,7 @@ def _damaged_segments(segment_ids: torch.Tensor | None, *tensors: torch.Tensor) 
 def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Output, denominators (batch, seq, num_heads, 1), final state (empty if unwanted), states before the later chunks."""
     inputs, options = _Inputs(*arguments[:6]), _Options(*arguments[6:])
-    damaged = _damaged_segments(inputs.segment_ids, *inputs[:3])
+    damaged = _damaged_segments(inputs)
     if damaged is not None:
         inputs = _Inputs(*(x.masked_fill(damaged, 0) for x in inputs[:3]), *inputs[3:])
     coefficients = tuple(options.coefficients)
@@ -251,7 +283,7 @@ def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor,
         segments = chunk.segments
         numerators, totals = _scores_forward(chunk, coefficients)
         if state is not None:
-            features = unweighted_features(chunk.queries.mT.contiguous(), coefficients)
+            features = _query_features(chunk.queries.mT.contiguous(), coefficients)
             earlier = _only(segments and segments.first, torch.bmm(features.mT, state))
             numerators += earlier[..., :-1]
             totals += earlier[..., -1:]
@@ -276,7 +308,7 @@ def _backward(grad_out: torch.Tensor, grad_state: torch.Tensor | None, *argument
     """Gradients of q, k, v, and of the state before the first chunk: an empty one if there is none."""
     inputs, options = _Inputs(*arguments[:6]), _Options(*arguments[6:12])
     out, denominators, states = arguments[12:]
-    damaged = _damaged_segments(inputs.segment_ids, *inputs[:3], out, grad_out)
+    damaged = _damaged_segments(inputs, out, grad_out)
     if damaged is not None:
         inputs = _Inputs(*(x.masked_fill(damaged, 0) for x in inputs[:3]), *inputs[3:])
         out, grad_out, denominators = (
@@ -311,9 +343,9 @@ def _backward(grad_out: torch.Tensor, grad_state: torch.Tensor | None, *argument
             first = segments and segments.first
             queries = _only(first, chunk.queries).mT.contiguous()
             grad_earlier = _only(first, torch.cat([grad_numerators, grad_totals], dim=-1))
-            grad_features = torch.bmm(state, grad_earlier.mT)
+            grad_features = add_floor(torch.bmm(state, grad_earlier.mT), feature_dim, coefficients, dim=-2)
             grad_queries += _only(first, unweighted_features_backward(grad_features, queries, coefficients).mT)
-            added = torch.bmm(unweighted_features(queries, coefficients), grad_earlier)
+            added = torch.bmm(_query_features(queries, coefficients), grad_earlier)
             grad_state = added if grad_state is None else added.add_(grad_state)
         grad_q[:, start:stop] = _heads_last(grad_queries.mul_(options.scale), batch_size)
         grad_k[:, start:stop] = _heads_last(grad_keys, batch_size)

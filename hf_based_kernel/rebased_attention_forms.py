@@ -1,7 +1,7 @@
 """
 Causal linear attention with a quadratic kernel: ReBased (arXiv 2402.10644) and Based (arXiv 2402.18668).
 
-Both kernels are a polynomial c0 + c1 s + c2 s² of the score s = scale q·k, so both have a state of constant size. The
+Both kernels are a polynomial of degree 2 in q and in k, so both have a state of constant size. The
 forms of the operation agree in value and gradient:
 
 - `rebased_attention_reference`: quadratic in length, the specification;
@@ -24,9 +24,11 @@ from .rebased_features import (
     TAYLOR,
     Coefficients,
     accumulation_dtype,
+    features,
     key_features,
     polynomial,
     query_features,
+    squared_length,
     state_size,
     weigh,
     with_ones,
@@ -58,7 +60,10 @@ def rebased_attention(
     r"""
     ReBased attention (arXiv 2402.10644, section 3), linear in the sequence length:
 
-    out_i = Σ_{j≤i} (scale q_i·k_j)² v_j / (Σ_{j≤i} (scale q_i·k_j)² + eps)
+    out_i = Σ_{j≤i} w_ij v_j / (Σ_{j≤i} w_ij + eps),    w_ij = scale² ((q_i·k_j)² + 1e-4 |q_i|² |k_j|²)
+
+    The second term is not the paper's. It keeps the output within the values, and its gradient exact, where a query is
+    nearly orthogonal to all keys: float32 sums of products would leave rounding of either sign in the place of (q·k)².
 
     q: (batch, seq, num_heads, feature_dim)
     k: (batch, seq, num_heads, feature_dim)
@@ -119,7 +124,7 @@ def taylor_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     r"""
     The attention of Based (arXiv 2402.18668): `rebased_attention` with the kernel 1 + s + s²/2, the Taylor polynomial of
-    exp(s), in the place of s². Arguments, results and errors are the same; the state has `feature_dim + 1` more rows.
+    exp(s) with s = scale q·k, in the place of w. Arguments, results and errors are the same; the state has `feature_dim + 1` more rows.
     """
     return _attention(
         q,
@@ -280,7 +285,9 @@ def rebased_attention_reference(
     visible = (position[:, None] >= position) & same_segment & attention_mask[:, None, :]
 
     scores = torch.einsum("bihf,bjhf->bhij", queries, keys)
-    weights = torch.where(visible[:, None], polynomial(scores, coefficients), 0)
+    lengths = torch.einsum("bihx,bjhx->bhij", squared_length(queries), squared_length(keys))
+    kernel = polynomial(scores, coefficients) + coefficients[2] * coefficients[3] * lengths
+    weights = torch.where(visible[:, None], kernel, 0)
     sums = torch.einsum("bhij,bjhd->bihd", weights, values)
     if initial_state is not None:
         earlier = torch.einsum("bihp,bhpd->bihd", query_features(queries, coefficients), initial_state)
@@ -316,16 +323,23 @@ def rebased_attention_step(
     queries, keys = (x.reshape(-1, x.shape[-1]).to(dtype) for x in (q, k))
     queries = queries * scale
     values = with_ones(v, attention_mask).view(-1, 1, v.shape[-1] + 1)
-    rows = query_features(torch.stack([queries, keys]), coefficients)
-    weigh(rows[1], q.shape[-1], coefficients)
+    rows = features(torch.stack([queries, keys]), coefficients)
     # The token's own term comes from its score: through the features, a score near zero would lose its digits.
-    sums = polynomial((queries * keys).sum(-1)[:, None, None], coefficients) * values
+    own = polynomial((queries * keys).sum(-1, keepdim=True), coefficients)
+    _, _, c2, floor = coefficients
+    if floor:
+        squares = rows[..., : q.shape[-1]]
+        lengths = squares.sum(-1, keepdim=True)
+        own = torch.addcmul(own, lengths[0], lengths[1], value=c2 * floor)
+        squares[0].add_(lengths[0], alpha=floor)
+    weigh(rows[1], q.shape[-1], coefficients)
+    sums = own[..., None] * values
     state = None if initial_state is None else initial_state.flatten(0, 1)
     if state is not None:
         sums = torch.baddbmm(sums, rows[0][:, None], state)
     out = (sums[..., :-1] / (sums[..., -1:] + eps)).to(v.dtype).view_as(v)
     if not return_state:
         return out
-    features = rows[1][..., None]
-    state = features * values if state is None else torch.addcmul(state, features, values)
+    added = rows[1][..., None]
+    state = added * values if state is None else torch.addcmul(state, added, values)
     return out, state.unflatten(0, (q.shape[0], q.shape[2]))

@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     raise ImportError("backend='triton' needs triton: pip install triton, or use backend='torch'") from error
 
-from .rebased_features import packed_size, state_size
+from .rebased_features import REBASED, Coefficients, packed_size, state_size
 from .rebased_kernels_triton import (
     deltas_kernel,
     forward_kernel,
@@ -54,13 +54,13 @@ def rebased_attention_triton(
     attention_mask: torch.Tensor | None = None,
     segment_ids: torch.Tensor | None = None,
     chunk_size: int | None = None,
-    coefficients: tuple[float, float, float] = (0.0, 0.0, 1.0),
+    coefficients: Coefficients = REBASED,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """
     `rebased_attention` in Triton kernels, with the arguments of the other forms; float32, bfloat16 and float16.
 
-    float32 inputs keep float32 accuracy. Of half-precision inputs, the features and the state are rounded to TF32 (11 bits)
-    where they enter a tensor core, the scores' squares to the input's dtype if it is bfloat16; every sum is in float32.
+    float32 inputs keep float32 accuracy. Where they enter a tensor core, the features and the state are rounded to 16 bits for
+    bfloat16, and weights and their gradients to 8 bits for bfloat16 and 11 for float16; every sum is in float32.
     """
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
@@ -141,6 +141,8 @@ def _constants(
         # Squared scores leave the range of float16. The interpreter (CPU) multiplies bfloat16 as if it were integers.
         "OPERAND": tl.bfloat16 if q.dtype == torch.bfloat16 and q.is_cuda else tl.float32,
         "PRECISION": full_precision if q.dtype == torch.float32 else half_precision,
+        # What is read from a state may be small beside the products that it is the sum of.
+        "STATE_PRECISION": full_precision,
     }
 
 

@@ -1,20 +1,25 @@
 """
 The kernels of ReBased and Based as polynomials of the score, the features behind them, and the layout of their state.
 
-Both are c0 + c1 s + c2 s² of s = scale q·k = query_features(q) · key_features(k). A state is (batch, num_heads, state_size,
-head_dim + 1), contiguous, in float32. Column d < head_dim of row p holds the sum over past tokens of key_features(k)_p v_d,
-the last column that of key_features(k)_p. Row r feature_dim + i, r = 0 … feature_dim // 2, is the product
-k_i k_((i + r) mod feature_dim), with the weight c2, doubled where 0 < r < feature_dim / 2; then, for a kernel that has these
-terms, feature_dim rows c1 k_i and one row c0. Weights are on the key's side only; `scale` is on the query's.
+With q scaled and s = q·k, both are c0 + c1 s + c2 (s² + floor |q|² |k|²) = query_features(q) · key_features(k). A state is
+(batch, num_heads, state_size, head_dim + 1), contiguous, in float32. Column d < head_dim of row p holds the sum over past
+tokens of key_features(k)_p v_d, the last column that of key_features(k)_p. Row r feature_dim + i, r = 0 … feature_dim // 2, is
+the product k_i k_((i + r) mod feature_dim), with the weight c2, doubled where 0 < r < feature_dim / 2; then, for a kernel that
+has these terms, feature_dim rows c1 k_i and one row c0. Weights are on the key's side only, `scale` and the floor on the
+query's: |k|² is the sum of the rows with r = 0, so the floor adds floor |q|² to these features of the query.
+
+The floor is there because s² comes out of a state as a sum of products of order |q|² |k|² that cancel: of queries nearly
+orthogonal to all keys, float32 would leave rounding, of either sign, where the denominator should be.
 """
 
 import torch
 
 
-# (c0, c1, c2) of the kernel c0 + c1 s + c2 s².
-Coefficients = tuple[float, float, float]
-REBASED = (0.0, 0.0, 1.0)
-TAYLOR = (1.0, 1.0, 0.5)
+# (c0, c1, c2, floor) of the kernel c0 + c1 s + c2 (s² + floor |q|² |k|²).
+Coefficients = tuple[float, float, float, float]
+REBASED = (0.0, 0.0, 1.0, 1e-4)
+# Its least weight is 1/2.
+TAYLOR = (1.0, 1.0, 0.5, 0.0)
 
 
 def packed_size(feature_dim: int) -> int:
@@ -27,20 +32,38 @@ def state_size(feature_dim: int, coefficients: Coefficients = REBASED) -> int:
     return packed_size(feature_dim) + feature_dim * (coefficients[1] != 0) + (coefficients[0] != 0)
 
 
-def query_features(x: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
+def features(x: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
     """x: (..., feature_dim) -> (..., state_size): every product once, then x and 1 if the kernel has such terms."""
     windows = torch.cat([x, x[..., : x.shape[-1] // 2]], dim=-1).unfold(-1, x.shape[-1], 1)
     return _with_lower_terms((x[..., None, :] * windows).flatten(-2), x, coefficients, dim=-1)
 
 
+def query_features(x: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
+    """x: (..., feature_dim) -> (..., state_size): `features` with the kernel's floor."""
+    return add_floor(features(x, coefficients), x.shape[-1], coefficients, dim=-1)
+
+
 def key_features(x: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
-    """x: (..., feature_dim) -> (..., state_size): as `query_features`, weighted so that the product is the kernel."""
-    return weigh(query_features(x, coefficients), x.shape[-1], coefficients)
+    """x: (..., feature_dim) -> (..., state_size): `features`, weighted so that the product with a query's is the kernel."""
+    return weigh(features(x, coefficients), x.shape[-1], coefficients)
+
+
+def add_floor(features: torch.Tensor, feature_dim: int, coefficients: Coefficients, dim: int) -> torch.Tensor:
+    """Add floor |x|² in place to the squares among a query's features; a symmetric map, so of their gradient as well."""
+    if coefficients[3]:
+        squares = features.narrow(dim, 0, feature_dim)
+        squares.add_(squares.sum(dim, keepdim=True), alpha=coefficients[3])
+    return features
+
+
+def squared_length(x: torch.Tensor) -> torch.Tensor:
+    """x: (..., feature_dim) -> (..., 1): |x|². The kernel's floor is c2 floor |q|² |k|²."""
+    return x.square().sum(-1, keepdim=True)
 
 
 def weigh(features: torch.Tensor, feature_dim: int, coefficients: Coefficients) -> torch.Tensor:
     """Multiply features (..., state_size) in place by the weights that belong to the keys' side."""
-    c0, c1, c2 = coefficients
+    c0, c1, c2, _ = coefficients
     packed = packed_size(feature_dim)
     # A product with 0 < r < feature_dim / 2 stands for itself and its mirror image.
     features[..., feature_dim : feature_dim * ((feature_dim + 1) // 2)].mul_(2)
@@ -65,7 +88,7 @@ def _doubled(x: torch.Tensor) -> torch.Tensor:
 
 
 def unweighted_features(x: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
-    """x: (..., feature_dim, tokens) -> (..., state_size, tokens), unweighted: `query_features`, tokens last."""
+    """x: (..., feature_dim, tokens) -> (..., state_size, tokens), unweighted: `features`, tokens last."""
     windows = _doubled(x).unfold(-2, x.shape[-2], 1).transpose(-1, -2)
     return _with_lower_terms((x.unsqueeze(-3) * windows).flatten(-3, -2), x, coefficients, dim=-2)
 
@@ -89,7 +112,8 @@ def unweighted_features_backward(grad: torch.Tensor, x: torch.Tensor, coefficien
 
 
 def polynomial(scores: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
-    c0, c1, c2 = coefficients
+    """The kernel of the scores without its floor."""
+    c0, c1, c2, _ = coefficients
     if c0 == c1 == 0:
         return scores.square() if c2 == 1 else c2 * scores.square()
     return (c2 * scores + c1) * scores + c0

@@ -2,9 +2,9 @@
 Triton kernels of ReBased and Taylor attention: linear in the sequence length.
 
 B batch, L tokens, H heads, D feature_dim, V head_dim, P rows of a state, N spans. C tokens of a block, BV values of a
-block. KERNEL is (D, padded D, c0, c1, c2, number of products of two elements) of the kernel c0 + c1 s + c2 s². In memory a
-state is its sums of features times values (P, V), as float32 or as a bfloat16 number and the bfloat16 rest (2, P, V), and its
-sums of features (P).
+block. KERNEL is (D, padded D, c0, c1, c2, floor, number of products of two elements) of the kernel c0 + c1 s +
+c2 (s² + floor |q|² |k|²), where |q| is scaled as s is. In memory a state is its sums of features times values (P, V), as
+float32 or as a bfloat16 number and the bfloat16 rest (2, P, V), and its sums of features (P).
 
 The sequence is cut into spans. `span_sums_kernel` sums the features of every span on its own, `scan_kernel` turns the sums
 into the state before each span (or, for the backward pass, its gradient after each span), and then every block of tokens
@@ -31,6 +31,7 @@ from .rebased_state_triton import (
     read_state_backward,
     segment_of,
     slope,
+    squared_length,
     store,
     store_state,
     zero_shift,
@@ -62,6 +63,7 @@ def forward_kernel(
     BV: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    STATE_PRECISION: tl.constexpr,
 ):
     batch_head, start, first_token, token, head = _block_of_program(L, span_tokens, H, C)
     column, element = tl.program_id(1) * BV + tl.arange(0, BV), tl.arange(0, KERNEL[1])
@@ -72,7 +74,7 @@ def forward_kernel(
     if HAS_STATE:
         span = _span_number(batch_head, first_token, L, span_tokens)
         value, total = read_state(
-            value, states, totals, span, queries, column, scale, P, V, R, KERNEL, OPERAND, PRECISION, True
+            value, states, totals, span, queries, column, scale, P, V, R, KERNEL, OPERAND, STATE_PRECISION, True
         )
         if SEGMENTED:
             uses_state = ids == segment_of(segments, token, tl.maximum(first_token - 1, 0), True)
@@ -122,6 +124,8 @@ def _attend(
     keys = load(k, token, key_start, head, element, L, H, KERNEL[0], C).to(OPERAND)
     values = load(v, token, key_start, head, column, L, H, V, C).to(OPERAND)
     weights = polynomial(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale, KERNEL)
+    if KERNEL[5] != 0:
+        weights += _floor_lengths(queries, scale, KERNEL)[:, None] * squared_length(keys)[None, :]
     finite_values, finite = finite_rows(values, SEGMENTED)
     if SEGMENTED:
         weights = tl.where(finite[None, :], weights, float("nan"))
@@ -159,6 +163,7 @@ def query_gradient_kernel(
     BV: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    STATE_PRECISION: tl.constexpr,
 ):
     batch_head, start, first_token, token, head = _block_of_program(L, span_tokens, H, C)
     column, element = tl.program_id(1) * BV + tl.arange(0, BV), tl.arange(0, KERNEL[1])
@@ -174,21 +179,24 @@ def query_gradient_kernel(
     if HAS_STATE:
         span = _span_number(batch_head, first_token, L, span_tokens)
         _, grad = read_state_backward(
-            0.0, grads, -delta, states, totals, span, queries, column, scale, P, V, R, KERNEL, OPERAND, PRECISION, True, False
+            0.0, grads, -delta, states, totals, span, queries, column, scale, P, V, R, KERNEL, OPERAND,
+            STATE_PRECISION, True, False,
         )  # fmt: skip
         if SEGMENTED:
             uses_state = ids == segment_of(segments, token, tl.maximum(first_token - 1, 0), True)
             grad = tl.where(uses_state[None, :], grad, 0.0)
-    inner = tl.zeros([element.shape[0], C], tl.float32)
+    inner, length = tl.zeros([element.shape[0], C], tl.float32), tl.zeros([C], tl.float32)
     for key_start in range(first_token, start, C):
-        inner = _pull(
-            inner, queries, grads, delta, ids, k, v, segments, token, start, key_start, head, element, column, scale, L,
+        inner, length = _pull(
+            inner, length, queries, grads, delta, ids, k, v, segments, token, start, key_start, head, element, column, scale, L,
             H, V, SEGMENTED, SEGMENTED, KERNEL, C, OPERAND, PRECISION,
         )  # fmt: skip
-    inner = _pull(
-        inner, queries, grads, delta, ids, k, v, segments, token, start, start, head, element, column, scale, L,
+    inner, length = _pull(
+        inner, length, queries, grads, delta, ids, k, v, segments, token, start, start, head, element, column, scale, L,
         H, V, True, SEGMENTED, KERNEL, C, OPERAND, PRECISION,
     )  # fmt: skip
+    if KERNEL[5] != 0:
+        inner += tl.trans((2.0 * KERNEL[4] * KERNEL[5]) * scale * length[:, None] * queries.to(tl.float32))
     factor = 1.0 / load_scalars(denominators, token, start, head, L, H, 1.0, C)
     grad_q += tl.program_id(1) * value_block_stride.to(tl.int64)
     store(grad_q, tl.trans((grad + inner * scale) * factor[None, :]), token, start, head, element, L, H, KERNEL[0], C)
@@ -197,6 +205,7 @@ def query_gradient_kernel(
 @triton.jit
 def _pull(
     grad,
+    length,
     queries,
     grads,
     delta,
@@ -221,17 +230,24 @@ def _pull(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradient (padded D, C) of a block of queries plus what a block of keys adds, but for `scale` and the factor."""
+    """
+    The gradient (padded D, C) of a block of queries plus what a block of keys adds, but for `scale` and the factor; and that of
+    the floor (C), as a factor of the queries.
+    """
     keys = load(k, token, key_start, head, element, L, H, KERNEL[0], C).to(OPERAND)
     values = load(v, token, key_start, head, column, L, H, V, C).to(OPERAND)
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
-    grad_scores = tl.dot(grads, tl.trans(values), input_precision=PRECISION) - delta[:, None]
-    grad_scores *= slope(scores, KERNEL)
+    grad_weights = tl.dot(grads, tl.trans(values), input_precision=PRECISION) - delta[:, None]
+    grad_scores, grad_floor = grad_weights * slope(scores, KERNEL), grad_weights * squared_length(keys)[None, :]
     if MASKED:
         key_ids, valid = load_segments(segments, token, key_start, L, C, SEGMENTED)
-        grad_scores = tl.where(_visible(start, key_start, ids, key_ids, valid, C, SEGMENTED), grad_scores, 0.0)
+        visible = _visible(start, key_start, ids, key_ids, valid, C, SEGMENTED)
+        grad_scores, grad_floor = tl.where(visible, grad_scores, 0.0), tl.where(visible, grad_floor, 0.0)
+    if KERNEL[5] != 0:
+        length += tl.sum(grad_floor, axis=1)
     finite_keys, _ = finite_rows(keys, SEGMENTED)
-    return tl.dot(tl.trans(finite_keys), tl.trans(grad_scores.to(OPERAND)), acc=grad, input_precision=PRECISION)
+    grad = tl.dot(tl.trans(finite_keys), tl.trans(grad_scores.to(OPERAND)), acc=grad, input_precision=PRECISION)
+    return grad, length
 
 
 @triton.jit
@@ -262,6 +278,7 @@ def key_value_gradient_kernel(
     BV: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    STATE_PRECISION: tl.constexpr,
 ):
     batch_head, start, first_token, token, head = _block_of_program(L, span_tokens, H, C)
     column, element = tl.program_id(1) * BV + tl.arange(0, BV), tl.arange(0, KERNEL[1])
@@ -276,25 +293,27 @@ def key_value_gradient_kernel(
         span = _span_number(batch_head, first_token, L, span_tokens)
         one = tl.where(is_first_block & valid, 1.0, 0.0)
         grad_value, grad_key = read_state_backward(
-            grad_value, values, one, grad_states, grad_totals, span, keys, column, 1.0, P, V, R, KERNEL, OPERAND, PRECISION,
-            False, True,
+            grad_value, values, one, grad_states, grad_totals, span, keys, column, 1.0, P, V, R, KERNEL, OPERAND,
+            STATE_PRECISION, False, True,
         )  # fmt: skip
         in_state = valid
         if SEGMENTED:
             in_state = valid & (ids == segment_of(segments, token, tl.minimum(stop, L - 1), True))
         grad_value = tl.where(in_state[:, None], grad_value, 0.0)
         grad_key = tl.where(in_state[None, :], grad_key, 0.0)
-    inner = tl.zeros([element.shape[0], C], tl.float32)
-    grad_value, inner = _push(
-        grad_value, inner, keys, values, ids, valid, q, grad_out, segments, denominators, deltas, token, start, start,
+    inner, length = tl.zeros([element.shape[0], C], tl.float32), tl.zeros([C], tl.float32)
+    grad_value, inner, length = _push(
+        grad_value, inner, length, keys, values, ids, valid, q, grad_out, segments, denominators, deltas, token, start, start,
         head, element, column, scale, L, H, V, True, SEGMENTED, KERNEL, C, OPERAND, PRECISION,
     )  # fmt: skip
     for query_start in range(start + C, stop, C):
-        grad_value, inner = _push(
-            grad_value, inner, keys, values, ids, valid, q, grad_out, segments, denominators, deltas, token,
+        grad_value, inner, length = _push(
+            grad_value, inner, length, keys, values, ids, valid, q, grad_out, segments, denominators, deltas, token,
             query_start, start, head, element, column, scale, L, H, V, SEGMENTED, SEGMENTED, KERNEL, C, OPERAND,
             PRECISION,
         )  # fmt: skip
+    if KERNEL[5] != 0:
+        grad_key += tl.trans(2.0 * length[:, None] * keys.to(tl.float32))
     store(grad_v, grad_value, token, start, head, column, L, H, V, C)
     grad_k += tl.program_id(1) * value_block_stride.to(tl.int64)
     store(grad_k, tl.trans(grad_key + inner * scale), token, start, head, element, L, H, KERNEL[0], C)
@@ -304,6 +323,7 @@ def key_value_gradient_kernel(
 def _push(
     grad_value,
     grad_key,
+    length,
     keys,
     values,
     ids,
@@ -330,7 +350,10 @@ def _push(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients (C, BV), (padded D, C) of a block of values and keys plus what a block of queries adds, but for `scale`."""
+    """
+    Gradients (C, BV), (padded D, C) of a block of values and keys plus what a block of queries adds, but for `scale`; and that
+    of the floor (C), as a factor of the keys.
+    """
     queries = load(q, token, query_start, head, element, L, H, KERNEL[0], C).to(OPERAND)
     grads = load(grad_out, token, query_start, head, column, L, H, V, C).to(OPERAND)
     factor = 1.0 / load_scalars(denominators, token, query_start, head, L, H, 1.0, C)
@@ -339,11 +362,14 @@ def _push(
     # Rows are keys, columns are queries. Past the end of the sequence, queries and gradients are zeros.
     scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale
     finite_grads, finite = finite_rows(grads, SEGMENTED)
+    floor = _floor_lengths(queries, scale, KERNEL) * factor
     weights = polynomial(scores, KERNEL) * factor[None, :]
+    if KERNEL[5] != 0:
+        weights += squared_length(keys)[:, None] * floor[None, :]
     if SEGMENTED:
         weights = tl.where(finite[None, :], weights, float("nan"))
-    grad_scores = tl.dot(values, tl.trans(grads), input_precision=PRECISION) - delta[None, :]
-    grad_scores *= slope(scores, KERNEL) * factor[None, :]
+    grad_weights = tl.dot(values, tl.trans(grads), input_precision=PRECISION) - delta[None, :]
+    grad_scores, grad_floor = grad_weights * (slope(scores, KERNEL) * factor[None, :]), grad_weights * floor[None, :]
     if MASKED:
         i = tl.arange(0, C)
         visible = (start + i)[:, None] <= (query_start + i)[None, :]
@@ -351,11 +377,20 @@ def _push(
             query_ids, _ = load_segments(segments, token, query_start, L, C, SEGMENTED)
             visible = visible & (ids[:, None] == query_ids[None, :]) & valid[:, None]
         weights = tl.where(visible, weights, 0.0)
-        grad_scores = tl.where(visible, grad_scores, 0.0)
+        grad_scores, grad_floor = tl.where(visible, grad_scores, 0.0), tl.where(visible, grad_floor, 0.0)
+    if KERNEL[5] != 0:
+        length += tl.sum(grad_floor, axis=1)
     grad_value = tl.dot(weights.to(OPERAND), finite_grads, acc=grad_value, input_precision=PRECISION)
     finite_queries, finite = finite_rows(queries, SEGMENTED)
     grad_scores = tl.trans(grad_scores.to(OPERAND))
-    return grad_value, tl.dot(tl.trans(finite_queries), grad_scores, acc=grad_key, input_precision=PRECISION)
+    grad_key = tl.dot(tl.trans(finite_queries), grad_scores, acc=grad_key, input_precision=PRECISION)
+    return grad_value, grad_key, length
+
+
+@triton.jit
+def _floor_lengths(queries, scale, KERNEL: tl.constexpr):
+    """(C): what |k|² is multiplied by in the kernel's floor."""
+    return (KERNEL[4] * KERNEL[5]) * scale * scale * squared_length(queries)
 
 
 @triton.jit
@@ -403,6 +438,7 @@ def span_sums_kernel(
     BV: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    STATE_PRECISION: tl.constexpr,
 ):
     spans = (L + span_tokens - 1) // span_tokens
     batch_head, first_token = (tl.program_id(0) // spans).to(tl.int64), tl.program_id(0) % spans * span_tokens
@@ -435,7 +471,7 @@ def span_sums_kernel(
             STARTS,
             KERNEL,
             OPERAND,
-            PRECISION,
+            STATE_PRECISION,
             OF_QUERIES,
             SEGMENTED,
         )

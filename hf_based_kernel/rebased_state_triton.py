@@ -2,8 +2,8 @@
 What the Triton kernels of ReBased and Taylor attention are made of: tiles of tokens, features, and the state on chip.
 
 B batch, L tokens, H heads, D feature_dim, V head_dim, P rows of a state (`rebased_features.py` lists them), N spans.
-C tokens of a block, BV values of a block. KERNEL is (D, padded D, c0, c1, c2, number of products of two elements) of the
-kernel c0 + c1 s + c2 s². A state is made in blocks of its rows, of which block b has the rows STARTS[b] to STARTS[b + 1],
+C tokens of a block, BV values of a block. KERNEL is (D, padded D, c0, c1, c2, floor, number of products of two elements) of
+the kernel c0 + c1 s + c2 (s² + floor |q|² |k|²), where |q| is scaled as s is. A state is made in blocks of its rows, of which block b has the rows STARTS[b] to STARTS[b + 1],
 and read R rows at a time.
 
 Features are products of two elements of x. Both factors are picked from x by a matrix product with 0/1 selectors, which is
@@ -28,6 +28,13 @@ def slope(scores, KERNEL: tl.constexpr):
 
 
 @triton.jit
+def squared_length(x):
+    """x: (C, padded D) -> (C): |x|²."""
+    x = x.to(tl.float32)
+    return tl.sum(x * x, axis=1)
+
+
+@triton.jit
 def zero_shift(start, KERNEL: tl.constexpr, OPERAND: tl.constexpr):
     """Zero. It depends on the chunk where selectors are large, so that they are made anew and not kept on the chip."""
     return tl.minimum(start, 0) if KERNEL[1] > 16 or tl.float32 == OPERAND else 0
@@ -36,7 +43,7 @@ def zero_shift(start, KERNEL: tl.constexpr, OPERAND: tl.constexpr):
 @triton.jit
 def _degrees(KERNEL: tl.constexpr):
     """How many rows have 2 factors, 1 factor or more, and how many there are."""
-    packed: tl.constexpr = KERNEL[5]
+    packed: tl.constexpr = KERNEL[6]
     linear = packed + (KERNEL[0] if KERNEL[3] != 0 else 0)
     return packed, linear, linear + (1 if KERNEL[2] != 0 else 0)
 
@@ -78,6 +85,12 @@ def _factors(x, row, KERNEL: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: 
         first += one_first[:, None] if TRANSPOSED else one_first[None, :]
         second += one_second[:, None] if TRANSPOSED else one_second[None, :]
     return first, second
+
+
+@triton.jit
+def _floor_factors(row, scale, KERNEL: tl.constexpr):
+    """What |q|² is multiplied by where it is added to a query's features: the squares among them carry the floor."""
+    return tl.where(row < KERNEL[0], KERNEL[5] * scale * scale, 0.0)
 
 
 @triton.jit
@@ -125,6 +138,8 @@ def read_state(
         high, low, row_totals = _load_rows(states, totals, span, row, column, P, V, OPERAND)
         first, second = _factors(x, row, KERNEL, PRECISION, False)
         features = first * second * _row_factors(row, scale, KERNEL, OF_QUERIES)[None, :]
+        if OF_QUERIES and KERNEL[5] != 0:
+            features += squared_length(x)[:, None] * _floor_factors(row, scale, KERNEL)[None, :]
         value = _product_with_state(features, high, low, value, OPERAND, PRECISION)
         total += tl.sum(features * row_totals[None, :], axis=1)
     return value, total
@@ -156,6 +171,7 @@ def read_state_backward(
     And WITH_VALUE, `value` plus what `read_state` adds to it, in the same walk over the state.
     """
     grad_x = tl.zeros([x.shape[1], x.shape[0]], tl.float32)
+    grad_length = tl.zeros([x.shape[0]], tl.float32)
     for first_row in range(0, P, R):
         row = first_row + tl.arange(0, R)
         high, low, row_totals = _load_rows(states, totals, span, row, column, P, V, OPERAND)
@@ -164,10 +180,15 @@ def read_state_backward(
         if WITH_VALUE:
             value = _product_with_state(first * second * row_factors, high, low, value, OPERAND, PRECISION)
         grad = grad_total[:, None] * row_totals[None, :]
-        grad = _product_with_state(grad_value, tl.trans(high), tl.trans(low), grad, OPERAND, PRECISION) * row_factors
+        grad = _product_with_state(grad_value, tl.trans(high), tl.trans(low), grad, OPERAND, PRECISION)
+        if OF_QUERIES and KERNEL[5] != 0:
+            grad_length += tl.sum(grad * _floor_factors(row, scale, KERNEL)[None, :], axis=1)
+        grad *= row_factors
         pick_first, pick_second = _selectors(row, KERNEL, OPERAND)
         grad_x = _transposed_product(pick_first, grad * second, grad_x, OPERAND, PRECISION)
         grad_x = _transposed_product(pick_second, grad * first, grad_x, OPERAND, PRECISION)
+    if OF_QUERIES and KERNEL[5] != 0:
+        grad_x += tl.trans(2.0 * grad_length[:, None] * x.to(tl.float32))
     return value, grad_x
 
 
@@ -217,6 +238,8 @@ def add_to_state(
         row = STARTS[b] + shift + tl.arange(0, STARTS[b + 1] - STARTS[b])
         first, second = _factors(x, row, KERNEL, PRECISION, True)
         features = first * second * _row_factors(row, scale, KERNEL, OF_QUERIES)[:, None]
+        if OF_QUERIES and KERNEL[5] != 0:
+            features += _floor_factors(row, scale, KERNEL)[:, None] * squared_length(x)[None, :]
         features *= weight[None, :]
         new_sums = new_sums + (product(features, value, sums[b], OPERAND, PRECISION),)
         new_totals = new_totals + (totals[b] + tl.sum(features * total[None, :], axis=1),)

@@ -1,5 +1,6 @@
 """Every form of the operation against a plain loop over tokens, through value, state and every gradient."""
 
+import functools
 import subprocess
 import sys
 
@@ -46,7 +47,7 @@ def loop_over_tokens(q, k, v, kernel, *, scale, eps, mask=None, segments=None):
         numerator, denominator = torch.zeros_like(v[0, 0, 0]), torch.zeros((), dtype=v.dtype)
         for j in range(i + 1):
             seen = (mask is None or mask[b, j]) and (segments is None or segments[b, i] == segments[b, j])
-            weight = kernel(scale * q[b, i, h].dot(k[b, j, h])) if seen else torch.zeros((), dtype=v.dtype)
+            weight = kernel(scale * q[b, i, h], k[b, j, h]) if seen else torch.zeros((), dtype=v.dtype)
             numerator, denominator = numerator + weight * v[b, j, h], denominator + weight
         out[b, i, h] = numerator / (denominator + eps)
     return out
@@ -74,7 +75,10 @@ SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 3, 3], [5, 5, 5, 5, 5, 6, 7, 7, 7
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one", "packed"])
 @pytest.mark.parametrize(
     ("kernel", "formula"),
-    [("rebased", lambda s: s * s), ("taylor", lambda s: 1 + s + s * s / 2)],
+    [
+        ("rebased", lambda q, k: q.dot(k) ** 2 + 1e-4 * q.dot(q) * k.dot(k)),
+        ("taylor", lambda q, k: 1 + q.dot(k) + q.dot(k) ** 2 / 2),
+    ],
     ids=["rebased", "taylor"],
 )
 def test_reference_is_the_formula(kernel, formula, mask, segments):
@@ -216,6 +220,60 @@ def test_packed_segments_match_separate_sequences(kernel):
     pieces = [attention(*parts, return_state=True) for parts in zip(*(x.split(lengths, dim=1) for x in (q, k, v)))]
     expected = torch.cat([out for out, _ in pieces], dim=1)
     assert_same((got, state), (expected, pieces[-1][1]), [q, k, v], **TIGHT)
+
+
+def nearly_orthogonal(*, seq_len, component, dtype=torch.float32):
+    """Queries and keys of LayerNorm's size, in two halves of the space but for a `component` of the keys; any values."""
+    generator = torch.Generator().manual_seed(0)
+    rotation = torch.linalg.qr(torch.randn(16, 16, generator=generator))[0]
+    q, k = torch.zeros(2, 1, seq_len, 1, 16)
+    q[..., :8], k[..., 8:] = torch.randn(2, 1, seq_len, 1, 8, generator=generator)
+    k[..., 0] = component
+    q, k = (torch.nn.functional.normalize(x @ rotation, dim=-1) * 4 for x in (q, k))
+    v = torch.randn(1, seq_len, 1, 8, generator=generator)
+    return [x.to(dtype).requires_grad_() for x in (q, k, v)]
+
+
+def in_steps(q, k, v, **options):
+    state, outputs = None, []
+    for token in zip(*(x.split(1, dim=1) for x in (q, k, v))):
+        out, state = rebased_attention(*token, initial_state=state, return_state=True, **options)
+        outputs.append(out)
+    return torch.cat(outputs, dim=1)
+
+
+FLOAT32_FORMS = {
+    "reference": functools.partial(rebased_attention_reference, scale=0.25, eps=1e-6),
+    "chunks of 1": functools.partial(rebased_attention, chunk_size=1),
+    "chunks of 16": functools.partial(rebased_attention, chunk_size=16),
+    "one chunk": functools.partial(rebased_attention, chunk_size=512),
+    "steps": in_steps,
+}
+NEAR_ORTHOGONAL_OPTIONS = {
+    "one": {},
+    "packed": {"segment_ids": torch.arange(300)[None] // 130},
+    "padded": {"attention_mask": torch.arange(300)[None] > 40},
+}
+
+
+@pytest.mark.parametrize("form", FLOAT32_FORMS)
+@pytest.mark.parametrize("component", [0.0, 0.001, 0.01, 0.3])
+@pytest.mark.parametrize("case", NEAR_ORTHOGONAL_OPTIONS)
+def test_queries_nearly_orthogonal_to_all_keys_are_exact(form, component, case):
+    # Without a floor, outputs were 27 here where all values are below 4, and gradients 100 times too large.
+    options = NEAR_ORTHOGONAL_OPTIONS[case] if form != "steps" else {}
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = nearly_orthogonal(seq_len=300, component=component, dtype=dtype)
+        attention = FLOAT32_FORMS[form] if dtype == torch.float32 else rebased_attention
+        out = attention(*inputs, **options)
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        results.append([out, *torch.autograd.grad(out, inputs, weights)])
+    # What float32 leaves of sums of products of order |q|² |k|², relative to the floor: 6e-8 / 1e-4.
+    for got, expected in zip(*results):
+        torch.testing.assert_close(
+            got.double(), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().clamp(min=1).item()
+        )
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
