@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import cached_file
 
-from .configuration_hierarchical_sae import HierarchicalSaeConfig
+from .configuration_hierarchical_sae import HierarchicalSaeConfig, integer
 from .modeling_hierarchical_sae import HierarchicalSaeModel
+from .whole_files import whole_folder
 
 
 CONFIG = "cfg.json"
@@ -42,7 +44,7 @@ def save_saelens(sae: HierarchicalSaeModel, folder: str | Path, k: int | None = 
         "sae_lens_version": SAELENS_VERSION,
         "sae_lens_training_version": None,
         "model_name": config.model_name,
-        "hook_name": config.hook_point if config.layer is None else f"blocks.{config.layer}.hook_resid_post",
+        "hook_name": _hook_name(config),
         "dataset_path": config.dataset_name,
     }
     settings = {
@@ -77,11 +79,11 @@ def load_saelens(source: str | Path, subfolder: str = "") -> HierarchicalSaeMode
             file and at smaller ones.
 
     Raises:
-        `ValueError`: If it is of another architecture, has missing or unknown keys, transposed weights, a setting that
-            cannot be represented, or a pickle, which is never loaded.
+        `ValueError`: If it is of another architecture, has missing or unknown keys, transposed or torn weights, a
+            setting that cannot be represented, or a pickle, which is never loaded.
     """
     settings, tensors = _read(source, subfolder, SAELENS_WEIGHTS)
-    metadata = settings.get("metadata") or {}
+    metadata = _section(settings, "metadata")
     version = str(metadata.get("sae_lens_version") or settings.get("sae_lens_version"))
     if not re.match(r"[6-9]\.|\d\d+\.", version):
         raise ValueError(
@@ -109,7 +111,7 @@ def load_saelens(source: str | Path, subfolder: str = "") -> HierarchicalSaeMode
             raise ValueError(
                 f"expected {name}='none', got {settings[name]!r}: fold it into the weights with SAELens first"
             )
-    d_in, d_sae = settings["d_in"], settings["d_sae"]
+    d_in, d_sae = (integer(f"{name} in {CONFIG}", settings[name], 1) for name in ("d_in", "d_sae"))
     shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
     if architecture == "jumprelu":
         shapes["threshold"] = (d_sae,)
@@ -131,14 +133,14 @@ def load_saelens(source: str | Path, subfolder: str = "") -> HierarchicalSaeMode
     if architecture == "topk":
         k = settings["k"]
     else:
-        threshold, k = tensors["threshold"], (metadata.get("training_architecture_details") or {}).get("k")
+        threshold, k = tensors["threshold"], _section(metadata, "training_architecture_details").get("k")
         if k is None or not bool((threshold == threshold[0]).all()):
             raise ValueError(
                 "a JumpReLU SAE with a threshold for each latent has no budget: expected a TopK SAE, or a BatchTopK "
                 "SAE with one threshold and its k in metadata.training_architecture_details"
             )
         origin["selection"] = "batch_topk"
-    return _build(int(k), W_enc.T, W_dec, b_enc, b_dec=tensors["b_dec"], threshold=threshold, **origin)
+    return _build(k, W_enc.T, W_dec, b_enc, b_dec=tensors["b_dec"], threshold=threshold, **origin)
 
 
 def save_sparsify(sae: HierarchicalSaeModel, folder: str | Path, k: int | None = None) -> None:
@@ -148,15 +150,17 @@ def save_sparsify(sae: HierarchicalSaeModel, folder: str | Path, k: int | None =
     Args:
         sae ([`HierarchicalSaeModel`]): its decoder rows are normalised first, as by `save_pretrained`.
         folder (`str` or `Path`): gets `cfg.json` and `sae.safetensors`; made if it is not there. sparsify calls it
-            after the module whose output is reconstructed, such as `layers.9`.
+            after the module whose output is reconstructed, such as `layers.9`: nothing else in it says so.
         k (`int`, *optional*): latents per input, at most `sae.config.k`, which is the default.
 
     Raises:
-        `ValueError`: If `k` is out of range, or for a batch_topk SAE, which the format cannot hold.
+        `ValueError`: If `k` is out of range, the folder is called after another module than the autoencoder's, or for
+            a batch_topk SAE, which the format cannot hold.
     """
     k, config, tensors = sae.config.check_k(k), sae.config, _tensors(sae)
     if not config.has_budgets:
         raise ValueError("sparsify holds a fixed number of latents per input, this autoencoder selects by a threshold")
+    _check_name(folder, config)
     tensors["encoder.weight"], tensors["encoder.bias"] = tensors.pop("encoder_weight"), tensors.pop("b_enc")
     settings = {
         "activation": "topk",
@@ -186,8 +190,8 @@ def load_sparsify(source: str | Path, subfolder: str = "") -> HierarchicalSaeMod
             file and at smaller ones.
 
     Raises:
-        `ValueError`: If it is a transcoder, has another activation function, missing or unknown keys, transposed weights,
-            or a pickle, which is never loaded.
+        `ValueError`: If it is a transcoder, has another activation function, missing or unknown keys, transposed or
+            torn weights, or a pickle, which is never loaded.
     """
     settings, tensors = _read(source, subfolder, SPARSIFY_WEIGHTS)
     defaults: dict[str, Any] = {
@@ -207,22 +211,22 @@ def load_sparsify(source: str | Path, subfolder: str = "") -> HierarchicalSaeMod
             raise ValueError(
                 f"expected a TopK autoencoder with {name}={defaults[name]!r}, got {name}={settings[name]!r}"
             )
-    d_in = settings["d_in"]
-    d_sae = settings["num_latents"] or d_in * settings["expansion_factor"]
+    d_in = integer(f"d_in in {CONFIG}", settings["d_in"], 1)
+    d_sae = integer(f"num_latents in {CONFIG}", settings["num_latents"], 0)
+    d_sae = d_sae or d_in * integer(f"expansion_factor in {CONFIG}", settings["expansion_factor"], 1)
     tensors = _checked(
         tensors,
         {"encoder.weight": (d_sae, d_in), "encoder.bias": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)},
     )
-    name = Path(subfolder or source).name
-    match = re.fullmatch(r"(?:.*\.)?layers\.(\d+)", name)
-    origin: dict[str, Any] = {"layer": int(match[1]), "hook_point": "output"} if match else {"hook_point": name}
+    layer, hook_point = _place(Path(subfolder or source).name)
     return _build(
         settings["k"],
         tensors["encoder.weight"],
         tensors["W_dec"],
         tensors["encoder.bias"],
         b_dec=tensors["b_dec"],
-        **origin,
+        layer=layer,
+        hook_point=hook_point,
     )
 
 
@@ -236,7 +240,7 @@ def _tensors(sae: HierarchicalSaeModel) -> dict[str, torch.Tensor]:
 
 
 def _build(
-    k: int,
+    k: Any,
     encoder_weight: torch.Tensor,
     W_dec: torch.Tensor,
     b_enc: torch.Tensor,
@@ -247,9 +251,12 @@ def _build(
 ) -> HierarchicalSaeModel:
     d_sae, d_in = W_dec.shape
     is_unit = bool(((torch.linalg.vector_norm(W_dec, dim=1) - 1).abs() <= 1e-6).all())
-    sae = HierarchicalSaeModel(
-        HierarchicalSaeConfig(d_in=d_in, d_sae=d_sae, k=k, budgets=[k], normalize_decoder=is_unit, **origin)
-    ).eval()
+    k = integer(f"k in {CONFIG}", k, 1)
+    try:
+        config = HierarchicalSaeConfig(d_in=d_in, d_sae=d_sae, k=k, budgets=[k], normalize_decoder=is_unit, **origin)
+    except StrictDataclassError as error:
+        raise ValueError(f"{CONFIG} does not describe an autoencoder: {error.__cause__}") from error
+    sae = HierarchicalSaeModel(config).eval()
     with torch.no_grad():
         sae.encoder_weight.copy_(encoder_weight)
         sae.W_dec.copy_(W_dec)
@@ -260,19 +267,42 @@ def _build(
     return sae
 
 
-def _place(hook_name: str | None) -> tuple[int | None, str | None]:
-    """Layer and hook point of a name of TransformerLens; the input of a layer is the output of the one before."""
-    match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook_name or "")
-    if match is None or (match[1], match[2]) == ("0", "pre"):
-        return None, hook_name
-    return int(match[1]) - (match[2] == "pre"), "output"
+def _place(name: str | None) -> tuple[int | None, str | None]:
+    """
+    Layer and hook point of a name of TransformerLens or of a module, as config has them. The input of a layer is the
+    output of the one before; what is not the output of a layer keeps its name.
+    """
+    match = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)|blocks\.(\d+)\.hook_resid_(pre|post)", name or "")
+    if match is None or (match[2], match[3]) == ("0", "pre"):
+        return None, name
+    return int(match[1] or match[2]) - (match[3] == "pre"), "output"
+
+
+def _hook_name(config: Any) -> str | None:
+    """The other way round."""
+    if config.layer is None or re.search(rf"\b{config.layer}\b", config.hook_point or ""):
+        return config.hook_point
+    if config.hook_point in (None, "output"):
+        return f"blocks.{config.layer}.hook_resid_post"
+    return f"layers.{config.layer}.{config.hook_point}"
+
+
+def _check_name(folder: str | Path, config: Any) -> None:
+    """Raise a `ValueError` if a folder's name calls it one of layer outputs and the config does not, or the other way round."""
+    name, (layer, own) = Path(folder).name, _place(_hook_name(config))
+    named = _place(name)[1] if re.match(r"(?:.*\.)?(?:layers|h)\.\d+", name) else None
+    if None not in (own, named) and own != named and "output" in (own, named):
+        place = f"layers.{layer}" if own == "output" else own
+        raise ValueError(
+            f"sparsify takes the folder's name for the place of the autoencoder, which is {place}, got {name}: give "
+            "the folder that name"
+        )
 
 
 def _write(folder: str | Path, settings: dict, weights_name: str, tensors: dict[str, torch.Tensor]) -> None:
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / weights_name)
-    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    with whole_folder(folder) as unfinished:
+        save_file(tensors, unfinished / weights_name)
+        (unfinished / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _read(source: str | Path, subfolder: str, weights_name: str) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -289,9 +319,22 @@ def _read(source: str | Path, subfolder: str, weights_name: str) -> tuple[dict, 
         cached_file(str(source), name, subfolder=subfolder) for name in (CONFIG, weights_name)
     )
     try:
-        return json.loads(Path(str(config_path)).read_text()), load_file(str(weights_path))
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"expected JSON in {CONFIG} and safetensors in {weights_name}, got {error}") from error
+        settings, tensors = json.loads(Path(str(config_path)).read_text()), load_file(str(weights_path))
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"expected JSON in {CONFIG} and safetensors in {weights_name} of {folder}, got {error}"
+        ) from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{CONFIG} in {folder} must hold settings by name, got {settings!r}")
+    return settings, tensors
+
+
+def _section(settings: dict, name: str) -> dict:
+    """Settings within settings, which may be missing."""
+    found = settings.get(name) or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} in {CONFIG} must hold settings by name, got {found!r}")
+    return found
 
 
 def _check_keys(where: str, found: dict, needed: set[str], optional: Iterable[str] = ()) -> None:
@@ -311,6 +354,10 @@ def _checked(tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]
         if found != shape:
             hint = ", which is transposed" if found == shape[::-1] else ""
             raise ValueError(f"{name} must have shape {shape}, got {found}{hint}")
+        if not tensors[name].is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensors[name].dtype}")
+        if not bool(tensors[name].isfinite().all()):
+            raise ValueError(f"{name} must be finite, got NaN or infinity")
     return {name: tensor.float() for name, tensor in tensors.items()}
 
 

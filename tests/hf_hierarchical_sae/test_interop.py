@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, evaluate_budgets
+from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, evaluate_budgets, interop
 from hf_hierarchical_sae.interop import load_saelens, load_sparsify, save_saelens, save_sparsify
 
 
@@ -193,6 +193,20 @@ TRANSPOSED = {"W_dec": torch.zeros(D_IN, D_SAE)}
         ({"reshape_activations": "hook_z"}, "reshape_activations='none', got 'hook_z'"),
         ({"metadata": {"sae_lens_version": "5.10.1"}}, "SAELens 6 or later, got version 5.10.1"),
         ({"metadata": {}}, "SAELens 6 or later, got version None"),
+        ({"metadata": []}, "SAELens 6 or later, got version None"),
+        ({"metadata": "gpt2"}, "metadata in cfg.json must hold settings by name, got 'gpt2'"),
+        ({"k": True}, "k in cfg.json must be an integer, got True"),
+        ({"k": 2.5}, "k in cfg.json must be an integer, got 2.5"),
+        ({"k": None}, "k in cfg.json must be an integer, got None"),
+        ({"k": 0}, "k in cfg.json must be at least 1, got 0"),
+        ({"k": 41}, r"does not describe an autoencoder: k must be in \[1, d_sae=40\], got 41"),
+        ({"d_in": "12"}, "d_in in cfg.json must be an integer, got '12'"),
+        ({"d_sae": -40}, "d_sae in cfg.json must be at least 1, got -40"),
+        ({"weights": {"b_dec": torch.full((D_IN,), torch.nan)}}, "b_dec must be finite, got NaN or infinity"),
+        (
+            {"weights": {"b_enc": torch.zeros(D_SAE, dtype=torch.int32)}},
+            "b_enc must be floating point, got torch.int32",
+        ),
     ],
 )
 def test_what_saelens_files_cannot_hold_is_refused(tmp_path, changes, message):
@@ -225,6 +239,9 @@ def test_a_jumprelu_sae_has_no_budget(tmp_path):
         ({"transcode": True}, "got transcode=True"),
         ({"skip_connection": True}, "got skip_connection=True"),
         ({"signed": True}, "got signed=True"),
+        ({"k": False}, "k in cfg.json must be an integer, got False"),
+        ({"d_in": None}, "d_in in cfg.json must be an integer, got None"),
+        ({"num_latents": 0, "expansion_factor": 1.5}, "expansion_factor in cfg.json must be an integer, got 1.5"),
         ({"weights": TRANSPOSED}, r"W_dec must have shape \(40, 12\), got \(12, 40\), which is transposed"),
         ({"drop": ["W_dec"]}, r"the weights must have the keys .* got none for \['W_dec'\]"),
     ],
@@ -256,6 +273,102 @@ def test_a_torn_file_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="expected JSON in cfg.json and safetensors in sae_weights.safetensors"):
         load_saelens(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", '{"k"', "[]", "3", "null"])
+@pytest.mark.parametrize("save, load", [(save_saelens, load_saelens), (save_sparsify, load_sparsify)])
+def test_settings_that_are_none_are_refused(tmp_path, save, load, content):
+    save(make_sae(), tmp_path)
+    (tmp_path / "cfg.json").write_text(content)
+
+    with pytest.raises(ValueError, match=r"expected JSON in cfg.json|must hold settings by name, got"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("save, load", [(save_saelens, load_saelens), (save_sparsify, load_sparsify)])
+def test_weights_cut_short_are_refused(tmp_path, save, load):
+    save(make_sae(), tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+
+    with pytest.raises(ValueError, match=r"safetensors in sae.* of .*, got"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options, hook_name",
+    [
+        ({}, "blocks.3.hook_resid_post"),
+        ({"hook_point": None}, "blocks.3.hook_resid_post"),
+        ({"hook_point": "blocks.3.hook_mlp_out"}, "blocks.3.hook_mlp_out"),
+        ({"hook_point": "blocks.3.hook_mlp_out", "layer": None}, "blocks.3.hook_mlp_out"),
+        ({"hook_point": "layers.3.self_attn"}, "layers.3.self_attn"),
+        ({"hook_point": "mlp"}, "layers.3.mlp"),
+        ({"hook_point": "blocks.0.hook_resid_pre", "layer": None}, "blocks.0.hook_resid_pre"),
+        ({"hook_point": None, "layer": None}, None),
+    ],
+)
+def test_an_autoencoder_of_something_else_than_layer_outputs_stays_one(tmp_path, options, hook_name):
+    save_saelens(make_sae(**options), tmp_path / "saelens")
+
+    assert json.loads((tmp_path / "saelens" / "cfg.json").read_text())["metadata"]["hook_name"] == hook_name
+    loaded = load_saelens(tmp_path / "saelens").config
+    is_output = hook_name == "blocks.3.hook_resid_post"
+    assert (loaded.layer, loaded.hook_point) == ((3, "output") if is_output else (None, hook_name))
+    save_saelens(load_saelens(tmp_path / "saelens"), tmp_path / "again")
+    assert (tmp_path / "again" / "cfg.json").read_text() == (tmp_path / "saelens" / "cfg.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        ({"hook_point": "layers.3.mlp"}, "layers.3"),
+        ({"hook_point": "blocks.3.hook_attn_out", "layer": None}, "layers.3"),
+        ({}, "layers.3.mlp"),
+    ],
+)
+def test_a_folder_called_after_another_place_is_refused(tmp_path, options, name):
+    with pytest.raises(
+        ValueError, match=r"takes the folder's name for the place of the autoencoder, which is .*, got"
+    ):
+        save_sparsify(make_sae(**options), tmp_path / name)
+
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize(
+    "options, name, place",
+    [
+        ({"hook_point": "layers.3.mlp"}, "layers.3.mlp", (None, "layers.3.mlp")),
+        ({"hook_point": "blocks.3.hook_mlp_out"}, "layers.3.mlp", (None, "layers.3.mlp")),
+        ({}, "model.layers.3", (3, "output")),
+        ({}, "h.3", (3, "output")),
+        ({"layer": None, "hook_point": None}, "layers.5", (5, "output")),
+    ],
+)
+def test_a_folder_of_sparsify_says_the_place(tmp_path, options, name, place):
+    save_sparsify(make_sae(**options), tmp_path / name)
+
+    loaded = load_sparsify(tmp_path / name).config
+    assert (loaded.layer, loaded.hook_point) == place
+
+
+@pytest.mark.parametrize("save", [save_saelens, save_sparsify])
+def test_an_export_that_fails_leaves_the_older_one(tmp_path, save, monkeypatch):
+    save(make_sae(), tmp_path / "there")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()}
+
+    def fail(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(interop, "save_file", fail)
+    for folder in ("there", "new"):
+        with pytest.raises(OSError, match="No space left"):
+            save(make_sae(), tmp_path / folder, 2)
+
+    assert {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()} == before
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("k", [0, K + 1])
