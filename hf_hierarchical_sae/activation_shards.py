@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +17,8 @@ from transformers.utils import logging
 
 from .activations import ActivationStream, Inputs
 from .configuration_hierarchical_sae import integer
+from .language_model import check_site
+from .modeling_hierarchical_sae import HierarchicalSaeModel
 from .whole_files import whole_file
 
 
@@ -179,6 +181,7 @@ class ActivationShards(torch.utils.data.Dataset):
                 f"the harvest in {folder} is not finished, it has {written} shards so far: run it again, it goes on "
                 "where it stopped"
             )
+        self.layer = int(layer)
         complete = _read_json(self.folder / COMPLETE, num_shards=int, tokens=int)
         count = complete["num_shards"]
         self._paths = [self.folder / _shard_name(number) for number in range(count)]
@@ -237,6 +240,20 @@ class ActivationShards(torch.utils.data.Dataset):
                 "delete what is not of it"
             )
 
+    def check_reads(self, sae: HierarchicalSaeModel) -> None:
+        """Raise a `ValueError` unless these are activations of the kind that an autoencoder was trained on."""
+        check_site(sae)
+        trained = (sae.config.d_in, self.layer if sae.config.layer is None else sae.config.layer)
+        found = (self.description["hidden_size"], self.layer)
+        if found != trained:
+            raise ValueError(
+                f"the autoencoder was trained on activations of size {trained[0]} of layer {trained[1]}, {self.folder} "
+                f"holds those of size {found[0]} of layer {found[1]}"
+            )
+        named, harvested = sae.config.model_name, self.description.get("model_name")
+        if named not in (None, harvested):
+            logger.warning(f"the autoencoder was trained on {named}, {self.folder} was harvested from {harvested}")
+
     def _layer(self, path: Path, name: str) -> torch.Tensor:
         """(tokens, hidden_size) of a shard."""
         tensor, width = _read_shard(path)[0].get(name), self.description["hidden_size"]
@@ -244,6 +261,17 @@ class ActivationShards(torch.utils.data.Dataset):
             found = None if tensor is None else tuple(tensor.shape)
             raise ValueError(f"{path} must hold {name} of shape (tokens, {width}), got {found}: {DAMAGED}")
         return tensor
+
+
+def pieces_of(
+    activations: torch.Tensor | Iterable[torch.Tensor] | ActivationShards, sae: HierarchicalSaeModel
+) -> Iterable[torch.Tensor]:
+    """Activations piece by piece, if a stream or a harvest of them is of what the autoencoder was trained on."""
+    if isinstance(activations, torch.Tensor):
+        return [activations]
+    if isinstance(activations, ActivationStream | ActivationShards):
+        activations.check_reads(sae)
+    return activations.batches() if isinstance(activations, ActivationShards) else activations
 
 
 def _description(stream: ActivationStream, shard_tokens: int, dtype: torch.dtype) -> dict:

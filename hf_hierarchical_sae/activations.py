@@ -167,7 +167,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         *,
         settings: ActivationSettings,
     ):
-        _check_dataset(dataset)
+        check_dataset(dataset)
         check_length(model, "context_length", settings.context_length)
         self.model, self.tokenizer, self.dataset, self.settings = model, tokenizer, dataset, settings
         self.layers, self._single = layer_indices(model, layer), not isinstance(layer, Iterable)
@@ -345,7 +345,8 @@ class ActivationStream(Iterator[torch.Tensor]):
             self._buffer = self._buffer[order.to(self._buffer.device)]
 
 
-def _check_dataset(dataset: Any) -> None:
+def check_dataset(dataset: Any) -> None:
+    """Raise a `ValueError` for one text, or for the splits of a dataset, in the place of texts."""
     if isinstance(dataset, Mapping):
         raise ValueError(
             f"expected texts or rows with a text, got a {type(dataset).__name__} of {list(dataset)[:10]}: choose one "

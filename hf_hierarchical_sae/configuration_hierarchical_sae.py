@@ -117,6 +117,25 @@ class HierarchicalSaeConfig(PreTrainedConfig):
             raise ValueError(f"budgets must be in [{least}, {self.k}], the trained budget, got {budgets}")
         return budgets
 
+    def check_latents(self, latents: Any) -> list[int]:
+        """
+        Args:
+            latents (`int` or `Iterable[int]`): one or several, a tensor or an array too.
+
+        Returns:
+            `list[int]`: the same, in their order.
+
+        Raises:
+            `ValueError`: If there are none, or one is no integer or not a latent of this autoencoder.
+        """
+        if isinstance(latents, torch.Tensor | numpy.ndarray):
+            latents = latents.reshape(-1)
+        latents = integers("latents", latents if isinstance(latents, Iterable) else [latents])
+        wrong = [latent for latent in latents if not 0 <= latent < self.d_sae]
+        if wrong or not latents:
+            raise ValueError(f"latents must be in [0, d_sae={self.d_sae}), got {wrong or 'none'}")
+        return latents
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """[`~PreTrainedConfig.from_dict`] that raises a `ValueError` for the config of another kind of model."""

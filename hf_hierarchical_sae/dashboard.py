@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -14,8 +15,12 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .activations import check_dataset
+from .configuration_hierarchical_sae import integer, integers
+from .language_model import check_predicts, hidden_size
 from .latent_activations import LatentActivations, decoded, read_latents
 from .modeling_hierarchical_sae import HierarchicalSaeModel
+from .whole_files import whole_file
 
 
 logger = logging.get_logger(__name__)
@@ -23,6 +28,7 @@ logger = logging.get_logger(__name__)
 # Latents that are compressed together: what a browser unpacks to show one of them.
 CHUNK = 32
 HISTOGRAM_BINS = 24
+JSON: dict[str, Any] = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
 TOKENS_SHOWN, NEIGHBOURS_SHOWN, LABELS_SHOWN = 10, 8, 3
 # Bytes of HTML besides the template and the data, and around each piece of data; upper bounds.
 PAGE_OVERHEAD, BLOB_OVERHEAD = 10_000, 60
@@ -61,7 +67,8 @@ def write_dashboard(
         model (`PreTrainedModel`): the causal language model that it was trained on.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         texts (`Iterable`): texts, or rows with a text in `text_column`; any language, HTML too: nothing is executed.
-        path (`str` or `Path`): file to write; its folder is made if it is not there.
+        path (`str` or `Path`): file to write; its folder is made if it is not there. An older page stays whole until the
+            new one is on disk, and after an error.
         layer (`int`, *optional*): decoder layer, counted from 0; by default the one in the autoencoder's config.
         text_column (`str`, defaults to `"text"`): where a row holds its text.
         max_tokens (`int`, *optional*, defaults to 100000): stop once exactly this many tokens were read. Activations take
@@ -79,53 +86,54 @@ def write_dashboard(
 
     Raises:
         `ImportError`: If the extra `dashboard` (jinja2, vl-convert-python) is not installed.
-        `ValueError`: If the language model, layer or tokenizer does not fit, it has no unembedding, there is no latent
-            that fires, or too little room for any latent.
+        `ValueError`: If the language model, layer or tokenizer does not fit, it has no unembedding or weights that are NaN
+            or infinite, there is no latent that fires, or too little room for any latent.
     """
     template = _template()
-    _check_arguments(sae, model, contexts_per_latent, latents)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A path that cannot be written should fail before the work, not after it.
-    path.touch()
-    activations = read_latents(
-        sae,
-        model,
-        tokenizer,
-        texts,
-        layer=layer,
-        text_column=text_column,
-        context_length=context_length,
-        max_tokens=max_tokens,
-        show_progress=show_progress,
-    )
-    live = activations.live_latents
-    wanted = live if latents is None else live[torch.isin(live, torch.tensor(list(latents)))]
-    if not len(wanted):
-        raise ValueError(f"none of the latents {list(latents or [])} fires on the {activations.tokens} tokens")
-    wanted = wanted[torch.randperm(len(wanted), generator=torch.Generator().manual_seed(seed))]
-    page = _Page(sae, model, tokenizer, activations, contexts_per_latent=contexts_per_latent)
-    blobs, shown = page.blobs(wanted, int(max_megabytes * 1e6), show_progress)
-    html = template.render(
-        config=sae.config,
-        model_name=model.config.name_or_path or type(model).__name__,
-        layer=sae.config.layer if layer is None else layer,
-        tokens=activations.tokens,
-        live=len(live),
-        wanted=len(wanted),
-        shown=shown,
-        blobs=blobs,
-        histogram_bins=HISTOGRAM_BINS,
-        settings={
-            "k": activations.k,
-            "tokens": activations.tokens,
-            "chunk": CHUNK,
-            "contexts": contexts_per_latent,
-            "hasBudgets": sae.config.has_budgets,
-        },
-    )
-    path.write_text(html, encoding="utf-8")
-    found = {"tokens": activations.tokens, "live_latents": len(live), "latents": shown, "bytes": path.stat().st_size}
+    contexts_per_latent, seed = integer("contexts_per_latent", contexts_per_latent), integer("seed", seed)
+    latents = None if latents is None else integers("latents", latents)
+    _check_arguments(sae, model, texts, contexts_per_latent, latents=latents, max_megabytes=max_megabytes)
+    # Made before the work, so that a path that cannot be written fails before it.
+    with whole_file(path) as unfinished:
+        activations = read_latents(
+            sae,
+            model,
+            tokenizer,
+            texts,
+            layer=layer,
+            text_column=text_column,
+            context_length=context_length,
+            max_tokens=max_tokens,
+            show_progress=show_progress,
+        )
+        live = activations.live_latents
+        wanted = live if latents is None else live[torch.isin(live, torch.tensor(latents))]
+        if not len(wanted):
+            raise ValueError(f"none of the latents {latents or []} fires on the {activations.tokens} tokens")
+        wanted = wanted[torch.randperm(len(wanted), generator=torch.Generator().manual_seed(seed))]
+        page = _Page(sae, model, tokenizer, activations, contexts_per_latent=contexts_per_latent)
+        blobs, shown = page.blobs(wanted, int(max_megabytes * 1e6), show_progress)
+        html = template.render(
+            config=sae.config,
+            model_name=model.config.name_or_path or type(model).__name__,
+            layer=sae.config.layer if layer is None else layer,
+            tokens=activations.tokens,
+            live=len(live),
+            wanted=len(wanted),
+            shown=shown,
+            blobs=blobs,
+            histogram_bins=HISTOGRAM_BINS,
+            settings={
+                "k": activations.k,
+                "tokens": activations.tokens,
+                "chunk": CHUNK,
+                "contexts": contexts_per_latent,
+                "hasBudgets": sae.config.has_budgets,
+            },
+        )
+        unfinished.write_text(html, encoding="utf-8")
+        size = unfinished.stat().st_size
+    found = {"tokens": activations.tokens, "live_latents": len(live), "latents": shown, "bytes": size}
     logger.info(f"{path}: {found}")
     return found
 
@@ -292,16 +300,34 @@ def _through_final_norm(model: PreTrainedModel, directions: torch.Tensor) -> tor
 
 
 def _check_arguments(
-    sae: HierarchicalSaeModel, model: PreTrainedModel, contexts_per_latent: int, latents: Sequence[int] | None
+    sae: HierarchicalSaeModel,
+    model: PreTrainedModel,
+    texts: Any,
+    contexts_per_latent: int,
+    *,
+    latents: list[int] | None,
+    max_megabytes: float,
 ) -> None:
+    check_dataset(texts)
     if contexts_per_latent < 1:
         raise ValueError(f"contexts_per_latent must be positive, got {contexts_per_latent}")
     if latents is not None and not all(0 <= latent < sae.config.d_sae for latent in latents):
-        raise ValueError(f"latents must be in [0, d_sae={sae.config.d_sae}), got {list(latents)}")
-    if model.get_output_embeddings() is None:
+        raise ValueError(f"latents must be in [0, d_sae={sae.config.d_sae}), got {latents}")
+    if isinstance(max_megabytes, bool) or not 0 < max_megabytes < math.inf:
+        raise ValueError(f"max_megabytes must be a positive number, got {max_megabytes!r}")
+    check_predicts(model)
+    _check_finite_weights(sae, model)
+
+
+def _check_finite_weights(sae: HierarchicalSaeModel, model: PreTrainedModel) -> None:
+    """JSON has no NaN: no browser would read the page."""
+    if not all(parameter.isfinite().all() for parameter in sae.parameters()):
+        raise ValueError("expected an autoencoder of finite weights, got NaN or infinite ones")
+    unembedding: Any = model.get_output_embeddings()
+    directions = _through_final_norm(model, torch.ones(1, hidden_size(model), device=unembedding.weight.device))
+    if not (directions.isfinite().all() and unembedding.weight.isfinite().all()):
         raise ValueError(
-            f"expected a language model with an unembedding, got a {type(model).__name__}: load it with "
-            "AutoModelForCausalLM"
+            "expected finite weights in the language model's final norm and unembedding, got NaN or infinite ones"
         )
 
 
@@ -315,7 +341,7 @@ def _short(value: float) -> float:
 
 def _packed(content: Any) -> str:
     """JSON, compressed, in characters that HTML leaves alone; the same content gives the same text."""
-    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    text = content if isinstance(content, str) else json.dumps(content, **JSON)
     return base64.b64encode(gzip.compress(text.encode(), compresslevel=9, mtime=0)).decode()
 
 

@@ -1,5 +1,6 @@
 """Quality of a sparse autoencoder at every sparsity budget, alone and inside its language model."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -9,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from .activation_shards import ActivationShards, pieces_of
 from .activations import ActivationStream, Pass
-from .language_model import edited_output, evaluation_mode
+from .configuration_hierarchical_sae import integer
+from .language_model import check_predicts, edited_output, evaluation_mode
 from .modeling_hierarchical_sae import HierarchicalSaeModel, check_finite
 from .sparse_latents import weighted_rows
+from .whole_files import whole_file
 
 
 # A latent that fires on more than this share of all tokens counts as dense.
@@ -91,7 +95,7 @@ class HierarchicalSaeEvaluation:
 @torch.no_grad()
 def evaluate_budgets(
     sae: HierarchicalSaeModel,
-    activations: torch.Tensor | Iterable[torch.Tensor],
+    activations: torch.Tensor | Iterable[torch.Tensor] | ActivationShards,
     budgets: Sequence[int] | None = None,
     batch_size: int = 4096,
 ) -> HierarchicalSaeEvaluation:
@@ -100,7 +104,8 @@ def evaluate_budgets(
 
     Args:
         sae ([`HierarchicalSaeModel`]): left in evaluation mode or training mode as it came.
-        activations (`torch.Tensor` or iterable of them): (tokens, d_in) each, finite, such as an [`ActivationStream`].
+        activations (`torch.Tensor` or iterable of them): (..., d_in) each, finite, such as an [`ActivationStream`]; or
+            [`ActivationShards`].
         budgets (`Sequence[int]`, *optional*): by default 1, 2, 4, … and the trained k; for a batch_topk SAE, which
             has no other, k.
         batch_size (`int`, defaults to 4096): tokens at a time.
@@ -110,16 +115,16 @@ def evaluate_budgets(
 
     Raises:
         `ValueError`: If budgets are out of range, there are fewer than 2 tokens, activations are integers, NaN or
-            infinite, or a stream is of a language model or layer that the autoencoder was not trained on.
+            infinite, or a stream or harvest is of a language model, layer or site that the autoencoder was not trained on.
     """
-    if isinstance(activations, ActivationStream):
-        activations.check_reads(sae)
-    sums = _BudgetSums(sae, sae.config.check_budgets(budgets))
+    batch_size = integer("batch_size", batch_size, 1)
+    pieces, sums = pieces_of(activations, sae), _BudgetSums(sae, sae.config.check_budgets(budgets))
     with evaluation_mode(sae):
         sae.normalize_decoder()
-        for piece in [activations] if isinstance(activations, torch.Tensor) else activations:
-            for x in piece.to(sae.W_dec.device).split(batch_size):
-                for _ in sums.reconstructions(x):
+        for piece in pieces:
+            sae._check_input(piece, None)
+            for x in piece.reshape(-1, sae.config.d_in).split(batch_size):
+                for _ in sums.reconstructions(x.to(sae.W_dec.device)):
                     pass
     return sums.result()
 
@@ -142,10 +147,15 @@ def evaluate_in_model(
         [`HierarchicalSaeEvaluation`]
 
     Raises:
-        `ValueError`: If budgets are out of range, no text has 3 tokens, activations are NaN or infinite, or the
-            autoencoder was not trained on this language model or layer.
+        `ValueError`: If budgets are out of range, no text has 3 tokens, activations are NaN or infinite, the language model
+            has no unembedding, or the autoencoder was not trained on this language model, layer or site.
     """
+    if not isinstance(stream, ActivationStream):
+        raise ValueError(
+            f"expected a stream from iterate_activations, got a {type(stream).__name__}: evaluate_budgets takes activations"
+        )
     stream.check_reads(sae)
+    check_predicts(stream.model)
     sums = _BudgetSums(sae, sae.config.check_budgets(budgets))
     with evaluation_mode(sae):
         sae.normalize_decoder()
@@ -155,7 +165,7 @@ def evaluate_in_model(
 
 def explained_variance(
     sae: HierarchicalSaeModel,
-    activations: torch.Tensor | Iterable[torch.Tensor],
+    activations: torch.Tensor | Iterable[torch.Tensor] | ActivationShards,
     budgets: Sequence[int] | None = None,
     batch_size: int = 4096,
 ) -> dict[int, float]:
@@ -189,7 +199,10 @@ def plot_evaluations(evaluations: Mapping[str, HierarchicalSaeEvaluation], path:
     for axes in (quality, density):
         axes.grid(alpha=0.3)
     quality.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    path = Path(path)
+    # The suffix is what says the format.
+    with whole_file(path if path.suffix else path.with_suffix(".png")) as unfinished:
+        figure.savefig(unfinished, dpi=150)
 
 
 class _BudgetSums:
@@ -206,7 +219,6 @@ class _BudgetSums:
 
     def reconstructions(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the reconstruction of x, (tokens, d_in), at each budget, each from the one before, and add them up."""
-        self.sae._check_input(x, None)
         check_finite(x)
         x = x.float()
         top_indices, top_values = self.sae.encode(x, self.budgets[-1])
@@ -280,6 +292,10 @@ def _language_model_sums(sae: HierarchicalSaeModel, stream: ActivationStream, su
         predicted += len(targets)
     if predicted == 0:
         raise ValueError("the language model's loss needs texts of at least 3 tokens, got none")
+    if not math.isfinite(clean):
+        raise ValueError(
+            f"expected a language model of finite loss, got {clean}: its activations are NaN or infinite in some contexts"
+        )
     return {
         "cross_entropy": (spliced / predicted).tolist(),
         "loss_recovered": ((zeros - spliced) / (zeros - clean)).tolist(),

@@ -7,6 +7,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .activation_shards import ActivationShards, pieces_of
+from .configuration_hierarchical_sae import integer
 from .language_model import check_fits, edited_output, evaluation_mode
 from .modeling_hierarchical_sae import HierarchicalSaeModel, check_finite
 
@@ -32,11 +34,13 @@ def splice(
 ) -> Generator[None, None, None]:
     """
     Inside, reconstructions stand in place of the output of a decoder layer: x̂ for x, or x̂ + (x − x̂₀) with the error
-    kept, where x̂₀ is the reconstruction before `edit`. Without an edit, keeping the error changes nothing at all.
+    kept, where x̂₀ is the reconstruction before `edit`. Without an edit, keeping the error changes nothing at all. The
+    error is a constant, so that all gradients pass through the latents (arXiv 2403.19647).
 
     Contexts can be nested, over several layers and autoencoders; on one layer they act in the order in which they
-    were entered. They hold in `generate` as well, for prompt and new tokens. Each position is treated by itself, so
-    what stands at padded positions does not matter to the others.
+    were entered. They hold in `generate` as well, for prompt and new tokens, and in the thread or task that entered
+    them, not in others that use the same model. Each position is treated by itself, so what stands at padded positions
+    does not matter to the others.
 
     Args:
         model (`PreTrainedModel`): any transformers model with a list of decoder layers, a PEFT model too. Left as it
@@ -53,21 +57,31 @@ def splice(
 
     Raises:
         `ValueError`: If there is no such layer, another hidden size than `sae.config.d_in`, an autoencoder of something
-            other than layer outputs, or `k` out of range (in the forward pass).
+            other than layer outputs, `k` out of range, or no positive norm; in the forward pass, if `edit` returns
+            something else than values.
     """
+    k = sae.config.check_k(k)
     if max_norm is None:
         max_norm = MAX_NORM_RATIO * sae.median_norm.item() or torch.inf
+    elif isinstance(max_norm, bool) or not max_norm > 0:
+        raise ValueError(f"max_norm must be a positive number or None, got {max_norm!r}")
 
     def replace(hidden_states: torch.Tensor) -> torch.Tensor:
         x = hidden_states.to(sae.W_dec.device, torch.promote_types(hidden_states.dtype, torch.float32))
         top_indices, top_values = sae.encode(x, k)
-        replacement = sae.decode(top_indices, top_values if edit is None else edit(top_indices, top_values))
+        # Before the edit, which may change the values in place.
+        unedited = sae.decode(top_indices, top_values).detach() if keep_error else x
+        edited = top_values if edit is None else edit(top_indices, top_values)
+        if not isinstance(edited, torch.Tensor):
+            raise ValueError(f"edit must return the values to reconstruct from, a tensor, got {edited!r}")
+        replacement = sae.decode(top_indices, edited)
         if keep_error:
-            replacement = x + (replacement - sae.decode(top_indices, top_values))
+            replacement = x.detach() + (replacement - unedited)
         is_usual = torch.linalg.vector_norm(x, dim=-1, keepdim=True) <= max_norm
         return torch.where(is_usual, replacement.to(x.dtype), x).to(hidden_states)
 
-    with evaluation_mode(sae), edited_output(model, _index(model, sae, layer), replace):
+    index = _index(model, sae, layer)
+    with evaluation_mode(sae), edited_output(model, index, replace):
         yield
 
 
@@ -147,6 +161,8 @@ def steer(
     else:
         typical = torch.as_tensor(typical_activation, dtype=torch.float32, device=indices.device)
     coefficients = typical * torch.as_tensor(strength, dtype=torch.float32, device=indices.device)
+    if not coefficients.isfinite().all():
+        raise ValueError(f"strength and typical_activation must be finite, got {strength} and {typical_activation}")
     if coefficients.ndim > 1 or coefficients.numel() not in (1, len(indices)):
         raise ValueError(
             f"strength and typical_activation must be one number or one for each of the {len(indices)} latents, "
@@ -164,7 +180,9 @@ def steer(
 
 @torch.no_grad()
 def record_statistics(
-    sae: HierarchicalSaeModel, activations: torch.Tensor | Iterable[torch.Tensor], batch_size: int = 4096
+    sae: HierarchicalSaeModel,
+    activations: torch.Tensor | Iterable[torch.Tensor] | ActivationShards,
+    batch_size: int = 4096,
 ) -> None:
     """
     Measure what interventions need to know, and keep it in the autoencoder, which saves it with its weights: the mean
@@ -173,16 +191,19 @@ def record_statistics(
 
     Args:
         sae ([`HierarchicalSaeModel`]): left in evaluation mode or training mode as it came.
-        activations (`torch.Tensor` or iterable of them): (..., d_in) each, finite.
+        activations (`torch.Tensor` or iterable of them): (..., d_in) each, finite, such as an
+            [`ActivationStream`]; or [`ActivationShards`].
         batch_size (`int`, defaults to 4096): tokens at a time.
 
     Raises:
-        `ValueError`: If there are no tokens, activations of another size, or NaN or infinite ones.
+        `ValueError`: If there are no tokens, activations of another size, or NaN or infinite ones, or a stream or harvest is
+            of a language model, layer or site that the autoencoder was not trained on.
     """
     total = torch.zeros(sae.config.d_sae, dtype=torch.float64, device=sae.W_dec.device)
     fired, norms = torch.zeros_like(total), []
+    batch_size = integer("batch_size", batch_size, 1)
     with evaluation_mode(sae):
-        for piece in [activations] if isinstance(activations, torch.Tensor) else activations:
+        for piece in pieces_of(activations, sae):
             sae._check_input(piece, None)
             check_finite(piece)
             for x in piece.reshape(-1, sae.config.d_in).split(batch_size):
@@ -206,11 +227,7 @@ def _index(model: PreTrainedModel, sae: HierarchicalSaeModel, layer: int) -> int
 
 
 def _indices(sae: HierarchicalSaeModel, latents: int | Sequence[int]) -> torch.Tensor:
-    indices = torch.as_tensor(latents, dtype=torch.int64, device=sae.W_dec.device).reshape(-1)
-    wrong = indices[(indices < 0) | (indices >= sae.config.d_sae)].tolist()
-    if wrong or not len(indices):
-        raise ValueError(f"latents must be in [0, d_sae={sae.config.d_sae}), got {wrong or 'none'}")
-    return indices
+    return torch.tensor(sae.config.check_latents(latents), device=sae.W_dec.device)
 
 
 __all__ = ["ablate", "record_statistics", "splice", "steer"]

@@ -78,6 +78,24 @@ def check_vocabulary(model: PreTrainedModel, ids: torch.Tensor) -> None:
         )
 
 
+def check_predicts(model: PreTrainedModel) -> None:
+    """Raise a `ValueError` if a model has no unembedding."""
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"expected a language model with an unembedding, got a {type(model).__name__}: load it with "
+            "AutoModelForCausalLM"
+        )
+
+
+def check_site(sae: HierarchicalSaeModel) -> None:
+    """Raise a `ValueError` if an autoencoder was trained on something else than the outputs of layers."""
+    if sae.config.hook_point not in (None, "output"):
+        raise ValueError(
+            f"the language model is read and changed at layer outputs, the autoencoder was trained on "
+            f"{sae.config.hook_point!r}: give one with hook_point='output'"
+        )
+
+
 def check_fits(sae: HierarchicalSaeModel, model: PreTrainedModel, layer: int) -> int:
     """
     Whether an autoencoder can read the output of a decoder layer. A language model of another name is logged.
@@ -102,11 +120,7 @@ def check_fits(sae: HierarchicalSaeModel, model: PreTrainedModel, layer: int) ->
             f"{config.model_name or 'an unnamed model'}), the language model {name} has hidden_size {size}: give the "
             "model that it was trained on"
         )
-    if config.hook_point not in (None, "output"):
-        raise ValueError(
-            f"the language model is read and changed at layer outputs, the autoencoder was trained on "
-            f"{config.hook_point!r}"
-        )
+    check_site(sae)
     if config.model_name not in (None, name):
         logger.warning(f"the autoencoder was trained on {config.model_name}, the language model is {name}")
     return index

@@ -1,10 +1,13 @@
 """The dashboard: its numbers against loops over tokens, its behaviour in a headless browser."""
 
 import base64
+import copy
 import gzip
 import json
+import math
 import os
 import re
+import resource
 import shutil
 import sys
 
@@ -427,3 +430,85 @@ def test_a_dictionary_of_100_000_latents_fits_and_stays_quick(model, tokenizer, 
     assert last == browser.run("return String(listed.at(-1).latent)")
     assert browser.search("a") > 0
     assert browser.problems() == []
+
+
+@pytest.mark.parametrize(
+    "texts, options, message",
+    [
+        ([], {}, "the texts gave no tokens"),
+        (TEXTS, {"latents": [7.5]}, r"latents must be integers, got \[7.5\]"),
+        (TEXTS, {"latents": [True]}, r"latents must be integers, got \[True\]"),
+        (TEXTS, {"contexts_per_latent": True}, "contexts_per_latent must be an integer, got True"),
+        (TEXTS, {"max_megabytes": -1}, "max_megabytes must be a positive number, got -1"),
+        (TEXTS, {"max_megabytes": math.nan}, "max_megabytes must be a positive number, got nan"),
+        (TEXTS, {"max_megabytes": 0.1}, "has no room for any latent"),
+        (TEXTS, {"max_tokens": 0}, "max_tokens must be positive or None"),
+        (TEXTS, {"layer": 1.0}, "layer must be an integer, got 1.0"),
+        (TEXTS, {"context_length": 512}, "has 256 positions: context_length must be at most 256, got 512"),
+        ({"train": TEXTS, "validation": TEXTS}, {}, "got a dict of .'train', 'validation'.: choose one of its splits"),
+        ("to be or not to be", {}, "got a single str: put a text in a list"),
+    ],
+)
+def test_a_refused_call_leaves_nothing_and_an_older_page_as_it_was(
+    model, tokenizer, tmp_path, texts, options, message
+):
+    (tmp_path / "older.html").write_text("older")
+    for path in (tmp_path / "older.html", tmp_path / "new" / "page.html"):
+        with pytest.raises(ValueError, match=message):
+            write(path, make_sae(), model, tokenizer, texts, **options)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["older.html"]
+    assert (tmp_path / "older.html").read_text() == "older"
+
+
+def test_a_full_disk_leaves_the_older_page(model, tokenizer, tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text("older")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write(path, make_sae(), model, tokenizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"] and path.read_text() == "older"
+
+
+def test_a_path_that_cannot_be_written_fails_before_the_work(model, tokenizer, tmp_path):
+    with pytest.raises(IsADirectoryError, match="expected a file to write, got the folder"):
+        write(tmp_path, make_sae(), model, tokenizer, (1 / 0 for _ in range(1)))
+
+
+@pytest.mark.parametrize(
+    "part, message",
+    [
+        ("lm_head.weight", "finite weights in the language model's final norm and unembedding"),
+        ("model.norm.weight", "finite weights in the language model's final norm and unembedding"),
+        ("W_dec", "expected an autoencoder of finite weights"),
+        ("b_enc", "expected an autoencoder of finite weights"),
+    ],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_no_page_can_hold_are_refused(model, tokenizer, tmp_path, part, message, value):
+    model, sae = copy.deepcopy(model), make_sae()
+    parameters = {**dict(model.named_parameters()), **dict(sae.named_parameters())}
+    with torch.no_grad():
+        parameters[part].view(-1)[5] = value
+
+    with pytest.raises(ValueError, match=message):
+        write(tmp_path / "page.html", sae, model, tokenizer)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_of_numpy_and_tensors_choose_latents(model, tokenizer, page, tmp_path):
+    live = page[2].live_latents[:3]
+    for latents in (live, live.numpy(), list(live.numpy())):
+        found = write(tmp_path / "page.html", make_sae(), model, tokenizer, latents=latents)
+        assert found["latents"] == 3
+
+
+def test_an_autoencoder_in_half_precision_gets_a_page(model, tokenizer, tmp_path):
+    found = write(tmp_path / "page.html", make_sae().bfloat16(), model, tokenizer)
+
+    assert found["latents"] == len(data_of(tmp_path / "page.html")[1]) > 0

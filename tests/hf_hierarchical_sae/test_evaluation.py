@@ -1,7 +1,9 @@
 """Quality at every budget: over all data, from one encoding, and inside the language model."""
 
+import copy
 import json
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -295,3 +297,74 @@ def test_what_cannot_be_evaluated_is_refused(x, budgets, message):
 def test_texts_without_a_next_token_are_refused(model, tokenizer):
     with pytest.raises(ValueError, match="at least 3 tokens"):
         evaluate_in_model(make_sae(d_in=32), read(model, tokenizer, ["ab", "cd"]))
+
+
+@pytest.mark.parametrize("budgets", [torch.tensor([1, 5]), numpy.array([5, 1]), (numpy.int64(1), 5), {1, 5}])
+def test_budgets_of_any_integer_kind_are_those_budgets(budgets):
+    sae, x = make_sae(), torch.randn(50, 6)
+
+    evaluation = evaluate_budgets(sae, x, budgets)
+
+    assert evaluation.budgets == [1, 5] and all(type(budget) is int for budget in evaluation.budgets)
+    assert evaluation.explained_variance == evaluate_budgets(sae, x, [1, 5]).explained_variance
+
+
+@pytest.mark.parametrize("budgets", [[True, 5], [2.5], torch.tensor([1.0, 5.0]), torch.tensor([True]), "15", 5])
+def test_what_is_no_list_of_integers_is_no_budget(model, tokenizer, budgets):
+    with pytest.raises(ValueError, match="budgets must be integers, got"):
+        evaluate_budgets(make_sae(), torch.randn(50, 6), budgets)
+    with pytest.raises(ValueError, match="budgets must be integers, got"):
+        evaluate_in_model(make_sae(d_in=32), read(model, tokenizer), budgets)
+
+
+def test_more_dimensions_are_more_tokens():
+    sae, x = make_sae(), torch.randn(60, 6)
+    flat = evaluate_budgets(sae, x)
+
+    for shaped in (x.view(4, 15, 6), [x.view(4, 15, 6)[:2], x[30:]]):
+        found = evaluate_budgets(sae, shaped, batch_size=7)
+        assert found.tokens == flat.tokens
+        assert found.to_dict() == {name: pytest.approx(value, abs=1e-6) for name, value in flat.to_dict().items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_autoencoder_in_half_precision_is_measured(model, tokenizer, dtype):
+    half = make_sae(d_in=32).to(dtype)
+    rounded = copy.deepcopy(half).float()
+
+    for evaluate in (evaluate_budgets, evaluate_in_model):
+        found, expected = (evaluate(sae, read(model, tokenizer)).to_dict() for sae in (half, rounded))
+        # float32 rows are brought to unit norm again, by up to a rounding to 8 bits
+        assert found == {name: pytest.approx(value, abs=2**-9) for name, value in expected.items()}
+
+
+def test_what_cannot_be_read_in_a_model_is_refused(model, tokenizer):
+    sae = make_sae(d_in=32)
+    with pytest.raises(ValueError, match="expected a stream from iterate_activations, got a Tensor"):
+        evaluate_in_model(sae, torch.randn(50, 32))
+    with pytest.raises(ValueError, match="expected a language model with an unembedding, got a LlamaModel"):
+        evaluate_in_model(sae, read(model.model, tokenizer))
+    with pytest.raises(ValueError, match="batch_size must be an integer, got 2.5"):
+        evaluate_budgets(sae, torch.randn(50, 32), batch_size=2.5)
+
+
+def test_a_language_model_without_a_finite_loss_is_refused(model, tokenizer):
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+
+    with pytest.raises(ValueError, match="expected a language model of finite loss, got nan"):
+        evaluate_in_model(make_sae(d_in=32), read(model, tokenizer))
+
+
+@pytest.mark.parametrize("name, written", [("quality.svg", "quality.svg"), ("quality", "quality.png")])
+def test_a_plot_is_whole_or_not_there(tmp_path, name, written):
+    evaluation = evaluate_budgets(make_sae(), torch.randn(50, 6))
+
+    plot_evaluations({"sae": evaluation}, tmp_path / "new" / name)
+
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [written]
+    assert (tmp_path / "new" / written).stat().st_size > 1000
+    with pytest.raises(ValueError, match="is not supported"):
+        plot_evaluations({"sae": evaluation}, tmp_path / "quality.foo")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]

@@ -1,20 +1,31 @@
 """Replacing, steering and ablating inside a running language model, against hand-written arithmetic."""
 
-from contextlib import ExitStack
+import asyncio
+import copy
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
 
+import numpy
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
 
 from hf_hierarchical_sae import (
+    ActivationShards,
     HierarchicalSaeConfig,
     HierarchicalSaeModel,
     ablate,
+    evaluate_budgets,
     evaluate_in_model,
     iterate_activations,
+    read_latents,
     record_statistics,
+    save_shards,
     splice,
     steer,
+    write_dashboard,
 )
 
 
@@ -29,6 +40,11 @@ def model(tiny_language_model):
             # Far from uniform predictions: a change of a layer's output then shows.
             parameter.mul_(6.0 if parameter.ndim == 2 else 1.0)
     return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_language_model):
+    return AutoTokenizer.from_pretrained(tiny_language_model)
 
 
 def make_sae(**options):
@@ -351,6 +367,249 @@ def test_gradients_reach_the_inputs_through_a_splice(model):
         model(inputs_embeds=embeddings).logits.square().mean().backward()
 
     assert embeddings.grad.isfinite().all() and embeddings.grad.abs().sum() > 0
+
+
+def double_some(top_indices, top_values):
+    return torch.where(top_indices < 48, 2 * top_values, top_values)
+
+
+@pytest.mark.parametrize("edit", [None, double_some])
+def test_the_error_that_is_kept_is_a_constant_to_gradients(model, edit):
+    model, sae = copy.deepcopy(model).double(), make_sae().double()
+    weight = torch.randn(2, 12, model.config.vocab_size, dtype=torch.float64)
+
+    def gradients(run):
+        seen = {}
+
+        def watch(top_indices, top_values):
+            top_values.retain_grad()
+            seen["values"] = top_values
+            return top_values if edit is None else edit(top_indices, top_values)
+
+        embeddings = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        output = run(watch, embeddings)
+        (output * weight).sum().backward()
+        return output.detach(), seen["values"].grad, embeddings.grad
+
+    def by_hand(watch, embeddings):
+        def replace(module, args, x):
+            indices, values = sae.encode(x)
+            error = (x - sae.decode(indices, values)).detach()
+            return sae.decode(indices, watch(indices, values)) + error
+
+        handle = model.model.layers[0].register_forward_hook(replace)
+        try:
+            return model(inputs_embeds=embeddings).logits
+        finally:
+            handle.remove()
+
+    def spliced(watch, embeddings):
+        with splice(model, sae, 0, keep_error=True, edit=watch):
+            return model(inputs_embeds=embeddings).logits
+
+    for found, expected in zip(gradients(spliced), gradients(by_hand)):
+        assert found.abs().max() > 0
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_an_edit_in_place_is_an_edit(model):
+    sae = make_sae()
+
+    def in_place(top_indices, top_values):
+        return top_values.mul_(2)
+
+    with torch.no_grad():
+        for keep_error in (False, True):
+            with splice(model, sae, 0, keep_error=keep_error, edit=in_place):
+                found = logits(model)
+            with splice(model, sae, 0, keep_error=keep_error, edit=lambda indices, values: 2 * values):
+                torch.testing.assert_close(found, logits(model))
+    assert not torch.allclose(found, logits(model), atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_autoencoder_in_half_precision_is_used_inside_the_model(model, dtype):
+    sae = make_sae()
+    record_statistics(sae, torch.randn(500, 32) * 3)
+    half = copy.deepcopy(sae).to(dtype)
+    rounded = copy.deepcopy(half).float()
+    live = sae.mean_activation.argmax().item()
+    uses = [
+        lambda sae: splice(model, sae, 0),
+        lambda sae: splice(model, sae, 0, k=3, keep_error=True, edit=double_some),
+        lambda sae: ablate(model, sae, 0, [live, 3]),
+        lambda sae: steer(model, sae, 0, live, strength=2.0),
+    ]
+    for use in uses:
+        with use(rounded):
+            expected = logits(model)
+        with use(half):
+            torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    with splice(model, half, 0, keep_error=True):
+        assert torch.equal(logits(model), logits(model.eval()))
+
+
+def test_statistics_are_those_of_the_autoencoder_in_half_precision():
+    sae, x = make_sae(), torch.randn(500, 32)
+    half = copy.deepcopy(sae).bfloat16()
+
+    record_statistics(sae, x), record_statistics(half, x)
+
+    # two roundings to 8 bits, of the weights and of the result
+    torch.testing.assert_close(half.median_norm.float(), sae.median_norm, rtol=2**-8, atol=0)
+    often = sae.mean_activation > 1
+    torch.testing.assert_close(half.mean_activation.float()[often], sae.mean_activation[often], rtol=0.05, atol=0.05)
+
+
+def test_threads_that_share_a_model_get_what_they_asked_for(model):
+    sae, barrier = make_sae(), threading.Barrier(4, timeout=60)
+    record_statistics(sae, torch.randn(500, 32))
+    live = sae.mean_activation.argmax().item()
+    uses = [
+        lambda: splice(model, sae, 0, k=2),
+        lambda: steer(model, sae, 1, live, strength=20.0),
+        lambda: ablate(model, sae, 0, range(96)),
+        nullcontext,
+    ]
+
+    def answers():
+        return logits(model), model.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=0)
+
+    def beside_others(use):
+        with use():
+            barrier.wait()
+            found = [answers() for _ in range(3)]
+            barrier.wait()
+        return found
+
+    expected = []
+    for use in uses:
+        with use():
+            expected.append(answers())
+    assert len({tuple(tokens.flatten().tolist()) for _, tokens in expected}) > 1
+    with ThreadPoolExecutor(4) as pool:
+        for tries, (own_logits, own_tokens) in zip(pool.map(beside_others, uses), expected):
+            for found_logits, found_tokens in tries:
+                assert torch.equal(found_logits, own_logits) and torch.equal(found_tokens, own_tokens)
+    assert torch.equal(logits(model), expected[3][0])
+
+
+def test_tasks_that_share_a_model_get_what_they_asked_for(model):
+    sae = make_sae()
+
+    async def ask(k, event, other):
+        with splice(model, sae, 0, k=k) if k else nullcontext():
+            event.set()
+            await other.wait()
+            return logits(model)
+
+    async def both():
+        first, second = asyncio.Event(), asyncio.Event()
+        return await asyncio.gather(ask(2, first, second), ask(None, second, first))
+
+    spliced, clean = asyncio.run(both())
+
+    assert torch.equal(clean, logits(model)) and not torch.equal(spliced, clean)
+    with splice(model, sae, 0, k=2):
+        assert torch.equal(spliced, logits(model))
+
+
+@pytest.mark.parametrize("options", [{"hook_point": "layers.0.mlp"}, {"hook_point": "blocks.0.hook_mlp_out"}])
+def test_an_autoencoder_of_another_site_is_refused_everywhere(model, tokenizer, tmp_path, options):
+    sae = make_sae(**options, layer=0)
+    stream = iterate_activations(model, tokenizer, ["to be or not to be"], 0, show_progress=False)
+    save_shards(stream, tmp_path / "states")
+    calls = [
+        lambda: splice(model, sae, 0).__enter__(),
+        lambda: ablate(model, sae, 0, [1]).__enter__(),
+        lambda: steer(model, sae, 0, 1, strength=1.0, typical_activation=1.0).__enter__(),
+        lambda: record_statistics(sae, stream),
+        lambda: record_statistics(sae, ActivationShards(tmp_path / "states")),
+        lambda: evaluate_budgets(sae, stream),
+        lambda: evaluate_budgets(sae, ActivationShards(tmp_path / "states")),
+        lambda: evaluate_in_model(sae, stream),
+        lambda: read_latents(sae, model, tokenizer, ["to be or not to be"], show_progress=False),
+        lambda: write_dashboard(sae, model, tokenizer, ["to be or not"], path=tmp_path / "page", show_progress=False),
+    ]
+    for call in calls:
+        with pytest.raises(
+            ValueError, match=rf"trained on '{options['hook_point']}': give one with hook_point='output'"
+        ):
+            call()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["states"]
+
+
+def test_statistics_of_a_stream_and_of_its_shards_are_the_same(model, tokenizer, tmp_path):
+    def stream():
+        return iterate_activations(model, tokenizer, ["to be or not to be"] * 4, 0, show_progress=False)
+
+    save_shards(stream(), tmp_path)
+    first, second = make_sae(layer=0), make_sae(layer=0)
+
+    record_statistics(first, stream()), record_statistics(second, ActivationShards(tmp_path))
+
+    assert torch.equal(first.median_norm, second.median_norm) and first.median_norm > 0
+    with pytest.raises(ValueError, match=r"trained on activations of size 32 of layer 1, .* of size 32 of layer 0"):
+        record_statistics(make_sae(layer=1), ActivationShards(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "enter, message",
+    [
+        (lambda model, sae: splice(model, sae, 0, k=True), r"k must be an integer in \[1, 8\], got True"),
+        (lambda model, sae: splice(model, sae, 0, k=2.5), r"k must be an integer in \[1, 8\], got 2.5"),
+        (lambda model, sae: splice(model, sae, 0, k=9), r"k must be in \[1, 8\], the trained budget, got 9"),
+        (lambda model, sae: splice(model, sae, True), "layer must be an integer, got True"),
+        (lambda model, sae: splice(model, sae, 0.0), "layer must be an integer, got 0.0"),
+        (
+            lambda model, sae: splice(model, sae, 0, max_norm=-1.0),
+            "max_norm must be a positive number or None, got -1.0",
+        ),
+        (
+            lambda model, sae: splice(model, sae, 0, max_norm=math.nan),
+            "max_norm must be a positive number or None, got",
+        ),
+        (lambda model, sae: ablate(model, sae, 0, [True, 3]), r"latents must be integers, got \[True, 3\]"),
+        (lambda model, sae: ablate(model, sae, 0, 1.7), r"latents must be integers, got \[1.7\]"),
+        (
+            lambda model, sae: ablate(model, sae, 0, torch.ones(96, dtype=torch.bool)),
+            "latents must be integers, got tens",
+        ),
+        (lambda model, sae: steer(model, sae, 0, True, strength=1.0), r"latents must be integers, got \[True\]"),
+        (
+            lambda model, sae: steer(model, sae, 0, 1, strength=math.nan, typical_activation=1.0),
+            "strength and typical_activation must be finite, got nan and 1.0",
+        ),
+        (
+            lambda model, sae: steer(model, sae, 0, 1, strength=1.0, typical_activation=math.inf),
+            "strength and typical_activation must be finite, got 1.0 and inf",
+        ),
+        (
+            lambda model, sae: record_statistics(sae, torch.randn(5, 32), batch_size=1.5),
+            "batch_size must be an integer",
+        ),
+    ],
+)
+def test_what_is_no_number_of_its_kind_is_refused(model, enter, message):
+    with pytest.raises(ValueError, match=message):
+        enter(model, make_sae()).__enter__()
+
+
+@pytest.mark.parametrize(
+    "latent", [numpy.int64(3), torch.tensor(3), torch.tensor([3]), numpy.array([3]), [3], range(3, 4)]
+)
+def test_a_latent_of_any_integer_kind_is_that_latent(model, latent):
+    sae, options = make_sae(), {"strength": 5.0, "typical_activation": 1.0}
+    with steer(model, sae, numpy.int64(0), 3, **options):
+        expected = logits(model)
+    with steer(model, sae, 0, latent, **options):
+        assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("edit", [lambda indices, values: None, lambda indices, values: values[..., :1]])
+def test_an_edit_that_returns_no_values_is_refused(model, edit):
+    with splice(model, make_sae(), 0, edit=edit), pytest.raises(ValueError, match="must return the values|one shape"):
+        logits(model)
 
 
 @pytest.mark.parametrize(
