@@ -1,13 +1,16 @@
 """How well single latents can be understood in the judgement of a language model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .language_model import evaluation_mode
+from .configuration_hierarchical_sae import integer
+from .language_model import check_vocabulary, evaluation_mode
 from .latent_activations import LatentActivations, decoded
 
 
@@ -62,6 +65,8 @@ def explain_latents(
         out.
     """
     k = activations.check_budgets(None if k is None else [k])[-1]
+    examples, window = integer("examples", examples, 1), integer("window", window, 1)
+    max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
     explanations = {}
     for latent in logging.tqdm(latents, desc="explain", unit="latent", disable=not show_progress):
         shown = _windows(activations, latent, k, window)[::2][:examples]
@@ -73,7 +78,7 @@ def explain_latents(
             "What do the words between << and >> have in common? Answer with one short phrase."
         )
         inputs = judge_tokenizer(_as_chat(judge_tokenizer, prompt), return_tensors="pt", add_special_tokens=False)
-        with torch.no_grad(), evaluation_mode(judge):
+        with torch.no_grad(), evaluation_mode(judge), _prompt(judge, inputs["input_ids"]):
             answer = judge.generate(  # ty: ignore[not-callable]
                 **inputs.to(judge.device),
                 max_new_tokens=max_new_tokens,
@@ -118,6 +123,7 @@ def detection_scores(
     Returns:
         `dict[int, JudgeScore]`: by latent; without those that leave no text of one kind.
     """
+    examples, window = integer("examples", examples, 1), integer("window", window, 1)
     question = "Text: {text}\n\nIs there anything in this text that fits the description?"
 
     def pairs(latent: int, k: int, generator: torch.Generator) -> list[list[str]]:
@@ -156,6 +162,7 @@ def fuzzing_scores(
     text comes twice: with the tokens marked on which it fires at this budget, and with as many others. Takes and
     returns what [`detection_scores`] does.
     """
+    examples, window = integer("examples", examples, 1), integer("window", window, 1)
     question = "Text: {text}\n\nDo the words between << and >> fit the description?"
 
     def pairs(latent: int, k: int, generator: torch.Generator) -> list[list[str]]:
@@ -194,7 +201,7 @@ def _judged(
     show_progress: bool,
 ) -> dict[int, JudgeScore]:
     k = activations.check_budgets(None if k is None else [k])[-1]
-    generator, found = torch.Generator().manual_seed(seed), {}
+    generator, found = torch.Generator().manual_seed(integer("seed", seed)), {}
     for latent, explanation in logging.tqdm(
         explanations.items(), desc="judge", unit="latent", disable=not show_progress
     ):
@@ -226,8 +233,23 @@ def _margin(judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: 
     start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     with evaluation_mode(judge):
         ids = torch.tensor([start + yes[:place]], device=judge.device)
-        logits = judge(input_ids=ids, logits_to_keep=1).logits[0, -1].float()
+        with _prompt(judge, ids):
+            logits = judge(input_ids=ids, logits_to_keep=1).logits[0, -1].float()
     return (logits[yes[place]] - logits[no[place]]).item()
+
+
+@contextmanager
+def _prompt(judge: Any, ids: torch.Tensor) -> Generator[None, None, None]:
+    """Says of a prompt what torch says in other words: that a language model cannot read it."""
+    if isinstance(judge, PreTrainedModel):
+        check_vocabulary(judge, ids)
+    try:
+        yield
+    except IndexError as error:
+        raise ValueError(
+            f"the judge has too few positions for a prompt of {ids.shape[1]} tokens and its answer ({error}): give "
+            "fewer examples, a smaller window, or another judge"
+        ) from error
 
 
 def _as_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:

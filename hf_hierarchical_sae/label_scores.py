@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import logging
 
+from .configuration_hierarchical_sae import integer
 from .latent_activations import LatentActivations
 
 
@@ -126,8 +127,7 @@ def score_labels(
     """
     names, labels = _check_labels(activations, labels, label_names)
     budgets = activations.check_budgets(budgets)
-    if permutations < 1:
-        raise ValueError(f"permutations must be at least 1, got {permutations}")
+    permutations, min_fires = integer("permutations", permutations, 1), integer("min_fires", min_fires)
     is_by_context = len(labels) == len(activations.context_starts) - 1
     contexts = activations.position_contexts
     per_token = labels[contexts] if is_by_context else labels
@@ -135,7 +135,7 @@ def score_labels(
     per_token, contexts = per_token[used], contexts[used]
     if len(per_token.unique()) < 2:
         raise ValueError(f"expected tokens of at least 2 labels, got {len(per_token.unique())} on {len(used)} tokens")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(integer("seed", seed))
     if is_by_context:
         shuffled = [_permuted(per_token, contexts, generator) for _ in range(permutations)]
     else:
@@ -246,11 +246,14 @@ def _check_labels(
         raise ValueError(
             "no labels: give `labels` and `label_names`, or texts as a mapping from label to texts to read_latents"
         )
+    labels = torch.as_tensor(labels)
     contexts, positions = len(activations.context_starts) - 1, len(activations.token_ids)
     if labels.shape not in ((contexts,), (positions,)):
         raise ValueError(
             f"labels must have one entry per token ({positions}) or per context ({contexts}), got {tuple(labels.shape)}"
         )
+    if not torch.equal(labels, labels.long().to(labels.dtype)):
+        raise ValueError(f"labels must be whole numbers, places in label_names, got {labels.dtype} with others")
     if len(labels) and not -1 <= int(labels.min()) <= int(labels.max()) < len(label_names):
         raise ValueError(
             f"labels must be in [-1, {len(label_names)}), places in label_names, "

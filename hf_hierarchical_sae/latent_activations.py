@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .activations import ActivationSettings, ActivationStream
-from .configuration_hierarchical_sae import powers_of_two_and
+from .configuration_hierarchical_sae import integer, integers, powers_of_two_and
 from .language_model import evaluation_mode
 from .modeling_hierarchical_sae import HierarchicalSaeModel
 
@@ -67,13 +67,16 @@ class LatentActivations:
 
     def check_budgets(self, budgets: Iterable[int] | None) -> list[int]:
         """Each of `budgets` once, increasing, by default 1, 2, 4, … and `k`; refuses one above the largest rank."""
-        budgets = powers_of_two_and(self.k) if budgets is None else sorted(set(budgets))
+        budgets = powers_of_two_and(self.k) if budgets is None else sorted(set(integers("budgets", budgets)))
         if not budgets or not 1 <= budgets[0] <= budgets[-1] <= self.k:
             raise ValueError(f"budgets must be in [1, {self.k}], the largest rank on record, got {budgets}")
         return budgets
 
     def latent(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Positions, values and ranks of one latent's activations, in the order of the text."""
+        """Positions, values and ranks of one latent's activations, in the order of the text; refuses an unknown latent."""
+        count = len(self.latent_starts) - 1
+        if not 0 <= integer("latent", index) < count:
+            raise ValueError(f"latent must be in [0, d_sae={count}), got {index}")
         entries = slice(*self.latent_starts[index : index + 2].tolist())
         return self.positions[entries], self.values[entries], self.ranks[entries]
 
@@ -184,6 +187,7 @@ def decoded(tokenizer: PreTrainedTokenizerBase, *ids: int) -> str:
 def _entries(indices: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Latent, position, value and rank of each positive activation of (tokens, k) `indices` and `values`."""
     fires = values > 0
-    ranks = torch.arange(1, indices.shape[1] + 1, dtype=torch.int16).expand_as(indices)
+    dtype = torch.int16 if indices.shape[1] < 2**15 else torch.int32
+    ranks = torch.arange(1, indices.shape[1] + 1, dtype=dtype).expand_as(indices)
     positions = positions.to(torch.int32).unsqueeze(1).expand_as(indices)
     return indices[fires].to(torch.int32), positions[fires], values[fires].float(), ranks[fires]

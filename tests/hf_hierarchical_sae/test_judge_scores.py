@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_hierarchical_sae import (
     HierarchicalSaeConfig,
@@ -154,3 +154,39 @@ def test_a_latent_that_does_not_fire_at_the_budget_is_left_out(activations, toke
         )
         == {}
     )
+
+
+def test_a_judge_that_cannot_read_the_prompt_is_refused(activations, tokenizer):
+    config = {"n_embd": 8, "n_layer": 1, "n_head": 1, "bos_token_id": 1, "eos_token_id": 2}
+    short, small = (
+        AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **config, **sizes)).eval()
+        for sizes in ({"vocab_size": 300, "n_positions": 16}, {"vocab_size": 50, "n_positions": 2000})
+    )
+    latent = int(activations.live_latents[0])
+    for judge, message in (
+        (short, "the judge has too few positions for a prompt of"),
+        (small, "has a vocabulary of 50"),
+    ):
+        options = {"judge_tokenizer": tokenizer, "show_progress": False}
+        with pytest.raises(ValueError, match=message):
+            explain_latents(activations, tokenizer, [latent], judge, **options)
+        with pytest.raises(ValueError, match=message):
+            detection_scores(activations, tokenizer, {latent: "a word"}, judge, **options)
+
+
+@pytest.mark.parametrize(
+    "latents, options, message",
+    [
+        ([64], {}, r"latent must be in \[0, d_sae=64\), got 64"),
+        ([True], {}, "latent must be an integer, got True"),
+        ([1], {"k": 2.5}, "budgets must be integers, got"),
+        ([1], {"examples": 0}, "examples must be at least 1, got 0"),
+        ([1], {"window": 7.5}, "window must be an integer, got 7.5"),
+    ],
+)
+def test_numbers_that_cannot_be_meant_are_refused(activations, tokenizer, judge, latents, options, message):
+    options = {"judge_tokenizer": tokenizer, "show_progress": False, **options}
+    with pytest.raises(ValueError, match=message):
+        explain_latents(activations, tokenizer, latents, judge, **options)
+    with pytest.raises(ValueError, match=message):
+        fuzzing_scores(activations, tokenizer, dict.fromkeys(latents, "a word"), judge, **options)

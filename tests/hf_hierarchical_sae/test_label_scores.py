@@ -182,3 +182,26 @@ def test_the_same_seed_gives_the_same_permutations():
 def test_what_cannot_be_scored_is_refused(labels, options, message):
     with pytest.raises(ValueError, match=message):
         score(random_activations(), labels, **options)
+
+
+@pytest.mark.parametrize(
+    "labels, options, message",
+    [
+        (torch.full((300,), 0.5), {}, "labels must be whole numbers, places in label_names"),
+        (torch.full((300,), torch.nan), {}, "labels must be whole numbers, places in label_names"),
+        (torch.arange(300) % 3, {"permutations": 2.5}, "permutations must be an integer, got 2.5"),
+        (torch.arange(300) % 3, {"min_fires": True}, "min_fires must be an integer, got True"),
+        (torch.arange(300) % 3, {"budgets": [True]}, "budgets must be integers, got"),
+    ],
+)
+def test_what_is_no_number_of_its_kind_is_refused(labels, options, message):
+    with pytest.raises(ValueError, match=message):
+        score(random_activations(), labels, **options)
+
+
+def test_a_list_of_labels_is_as_good_as_a_tensor():
+    activations, labels = random_activations(), torch.randint(0, 3, (300,))
+
+    found, expected = (score(activations, given) for given in (labels.tolist(), labels))
+
+    assert torch.equal(found.best_label, expected.best_label)

@@ -1,10 +1,12 @@
 """Every activation over a text, sorted by latent: against a loop over texts and tokens."""
 
+import numpy
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, read_latents
+from hf_hierarchical_sae.latent_activations import _entries
 
 
 TEXTS = ["To be, or not to be, that is the question.", "Whether 'tis nobler in the mind", "to suffer"]
@@ -164,3 +166,46 @@ def test_latents_that_never_fire_are_reported(model, tokenizer):
 
     with pytest.raises(ValueError, match="no latent fires on the .* tokens: expected a trained autoencoder"):
         read(sae, model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"texts": "to be or not"}, "got a single str: put a text in a list"),
+        ({"texts": {"text": "to be or not"}}, "got a single str: put a text in a list"),
+        ({"texts": {"a": TEXTS, "b": {"train": TEXTS}}}, "got a dict of .*: choose one of its splits"),
+        ({"texts": [TEXTS[0], 7]}, "row 1 of the dataset must be a text"),
+        ({"layer": True}, "layer must be an integer, got True"),
+        ({"layer": 1.0}, "layer must be an integer, got 1.0"),
+        ({"max_tokens": 9.5}, "max_tokens must be an integer, got 9.5"),
+        ({"context_length": 512}, "has 256 positions: context_length must be at most 256, got 512"),
+    ],
+)
+def test_what_is_no_text_or_no_number_is_refused(model, tokenizer, given, message):
+    with pytest.raises(ValueError, match=message):
+        read(make_sae(), model, tokenizer, **given)
+
+
+@pytest.mark.parametrize(
+    "index, message", [(64, "got 64"), (-1, "got -1"), (True, "integer, got True"), (1.5, "got 1.5")]
+)
+def test_a_latent_that_there_is_not_is_refused(model, tokenizer, index, message):
+    with pytest.raises(ValueError, match=f"latent must be .*{message}"):
+        read(make_sae(), model, tokenizer).latent(index)
+
+
+def test_budgets_are_whole_numbers_of_any_kind(model, tokenizer):
+    found = read(make_sae(), model, tokenizer)
+
+    assert found.check_budgets(torch.tensor([5, 1])) == found.check_budgets([numpy.int64(1), 5]) == [1, 5]
+    for budgets in ([True], [2.5], torch.tensor([1.0])):
+        with pytest.raises(ValueError, match="budgets must be integers, got"):
+            found.check_budgets(budgets)
+
+
+def test_ranks_beyond_sixteen_bits_are_numbers(model, tokenizer):
+    indices = torch.arange(40_000).unsqueeze(0)
+
+    ranks = _entries(indices, torch.ones(indices.shape), torch.zeros(1, dtype=torch.int64))[3]
+
+    assert ranks.tolist() == list(range(1, 40_001))
