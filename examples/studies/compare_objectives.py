@@ -25,8 +25,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from torch.utils.data import StackDataset, Subset
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
 
 from hf_hierarchical_sae import (
     ActivationShards,
@@ -37,6 +36,7 @@ from hf_hierarchical_sae import (
     iterate_activations,
     save_shards,
 )
+from hf_hierarchical_sae.training import last_checkpoint, training_arguments
 
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
@@ -201,22 +201,16 @@ def train(options, settings, data, seed, folder):
     )
     sae = HierarchicalSaeModel(config)
     sae.initialize_from_activations(sample)
-    training = TrainingArguments(
-        output_dir=str(folder),
+    training = training_arguments(
+        folder,
         max_steps=settings["steps"],
-        per_device_train_batch_size=settings["batch_size"] // state.num_processes,
+        batch_size=settings["batch_size"] // state.num_processes,
         learning_rate=settings["learning_rate"],
-        warmup_steps=settings["steps"] // 20,
-        weight_decay=0.0,
-        logging_steps=max(1, settings["steps"] // 10),
         save_steps=max(1, settings["steps"] // 3),
-        save_total_limit=1,
-        dataloader_drop_last=True,
-        report_to="none",
         seed=seed,
     )
     trainer = Trainer(model=sae, args=training, train_dataset=dataset)
-    checkpoint = get_last_checkpoint(str(folder)) if folder.exists() else None
+    checkpoint = last_checkpoint(folder)
     done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
     started = time.process_time()
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -367,6 +361,8 @@ def plot(results, path):
 def main():
     arguments = parse_arguments()
     settings, output = arguments.settings, arguments.output_dir
+    # Without it, processes that torchrun starts on CPUs would not know of one another.
+    PartialState(cpu=not torch.accelerator.is_available())
     started, processor = time.monotonic(), time.process_time()
     output.mkdir(parents=True, exist_ok=True)
     record = output / "settings.json"
