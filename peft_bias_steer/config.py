@@ -37,8 +37,8 @@ class BiasSteerConfig(PeftConfig):
         init_weights (`bool`, defaults to `True`):
             Start from zero vectors, i.e. from the base model. `False` draws them from a standard normal distribution,
             which is of use in tests only.
-        num_layers (`int`, *optional*):
-            Number of layers of the model. Filled in when the adapter is attached; it tells which vectors its file holds.
+        num_vectors (`int`, *optional*):
+            Number of vectors in the adapter's file. Filled in when it is saved, so that none goes missing unnoticed.
 
     Raises:
         TypeError: If a value is of another type, a boolean or a fraction for the index of a layer, say.
@@ -60,13 +60,15 @@ class BiasSteerConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     init_weights: bool = True
-    num_layers: int | None = None
+    num_vectors: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("BIAS_STEER")
         # shapes of the tensors beside a config that was loaded: PEFT reads those only once the model is changed
         self.saved_shapes: dict[str, list[int]] | None = None
+        # target_modules and layers_to_transform as they were given, and as they were filled in for a model
+        self.filled_in: tuple[tuple, tuple] | None = None
         # tensors that PEFT has loaded into a model, part of which it is about to put on disk
         self.vectors_for_disk: dict[str, torch.Tensor] = {}
         self.check()

@@ -54,6 +54,11 @@ def calling(layers: Iterable["BiasSteerLayer"], **changes: Any) -> Generator[Non
         _show(before)
 
 
+def in_a_call() -> bool:
+    """Whether this thread runs inside [`calling`], for whatever layers."""
+    return not torch.compiler.is_compiling() and bool(_CALLS.get())
+
+
 def _show(calls: dict["BiasSteerLayer", Call]) -> None:
     for layer, call in calls.items():
         layer.latest_call = call
@@ -167,8 +172,13 @@ class BiasSteerLayer(nn.Module, BaseTunerLayer):
         return _CALLS.get().get(self, NO_CALL)
 
     @property
+    def disabled_for_all(self) -> bool:
+        """Whether every thread gets the base model."""
+        return self._disable_adapters
+
+    @property
     def disable_adapters(self) -> bool:
-        return self._disable_adapters or self.call.disabled
+        return self.disabled_for_all or self.call.disabled
 
     def update_layer(self, adapter_name: str, config: BiasSteerConfig) -> None:
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
@@ -214,7 +224,7 @@ class BiasSteerLayer(nn.Module, BaseTunerLayer):
         """
         call = self.call
         names = call.adapter_names if adapter_names is None else adapter_names
-        if self._disable_adapters or call.disabled or (self.merged and names is None):
+        if self.disabled_for_all or call.disabled or (self.merged and names is None):
             return output
         if not isinstance(output, torch.Tensor):
             return type(output)((self(output[0], adapter_names=adapter_names), *output[1:]))

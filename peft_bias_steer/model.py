@@ -1,4 +1,3 @@
-import copy
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -14,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import BiasSteerConfig
 from .guards import keep_biases_on_save, refuse_lossy_rollout_sync
-from .layer import MERGED, BiasSteerLayer, SteeringVector, as_factor, calling, wrong_length
+from .layer import MERGED, BiasSteerLayer, SteeringVector, as_factor, calling, in_a_call, wrong_length
 from .merging import merge_sites
 from .residual import find_layers, residual_width
 
@@ -41,19 +40,24 @@ class BiasSteerModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> BiasSteerConfig:
         peft_config.check()  # a value may have been set since it was made
         self._check_saved_shapes(peft_config.saved_shapes or {})
-        by_layer = peft_config.target_modules is None or peft_config.layers_to_transform is not None
-        if by_layer or peft_config.num_layers is not None:
+        # TRL passes the same object twice, and others may for a model with other layers
+        given = _targets(peft_config)
+        if peft_config.filled_in is not None and given == peft_config.filled_in[1]:
+            given = peft_config.filled_in[0]
+            peft_config.target_modules, peft_config.layers_to_transform = given
+        if peft_config.target_modules is None or peft_config.layers_to_transform is not None:
             path, layers = find_layers(self.model, peft_config.layers_pattern)
-            peft_config.num_layers = len(layers)
             index = r"\d+"
             if peft_config.layers_to_transform is not None:
                 peft_config.layers_to_transform = _layer_indices(peft_config.layers_to_transform, len(layers))
                 index = f"({'|'.join(map(str, peft_config.layers_to_transform))})"
             if peft_config.target_modules is None:
                 peft_config.target_modules = f"{path}.{index}".replace(".", r"\.")
+        peft_config.filled_in = given, _targets(peft_config)
         if peft_config.saved_shapes is not None:
             targets = [name for name, _ in self.model.named_modules() if self._is_target(peft_config, name)]
-            check_saved_names(targets, [host_name(key) for key in peft_config.saved_shapes if VECTOR in key])
+            saved = [host_name(key) for key in peft_config.saved_shapes if VECTOR in key]
+            check_saved_names(targets or saved, saved)  # PEFT itself refuses a config without a target
         return peft_config
 
     def _is_target(self, peft_config: BiasSteerConfig, name: str) -> bool:
@@ -73,8 +77,6 @@ class BiasSteerModel(BaseTuner):
         self, model: nn.Module, adapter_name: str, *args: Any, state_dict: dict | None = None, **kwargs: Any
     ) -> None:
         check_adapter_name(adapter_name)
-        # the caller's object may be used again, for a model with other layers
-        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         if state_dict is not None:
             # PEFT takes what stands before the prefix for the name of the target: the host, not our child of it
             state_dict = {key.replace(".bias_steer.bias_steer_", ".bias_steer_"): v for key, v in state_dict.items()}
@@ -86,13 +88,16 @@ class BiasSteerModel(BaseTuner):
         # PEFT has steered some modules, and frozen the rest, before it meets the one that it cannot
         before = set(self.model.modules())
         trained = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        targeted = list(self.targeted_module_names)
+        targeted, config = list(self.targeted_module_names), self.peft_config[adapter_name]
+        settings = dict(vars(config))
         try:
             yield
         except BaseException:
             for name, module in list(self.model.named_modules()):
-                if isinstance(module, BiasSteerLayer):
-                    _forget(module, adapter_name) if module in before else module.detach_from_host()
+                if isinstance(module, BiasSteerLayer) and module not in before:
+                    module.detach_from_host()
+                elif isinstance(module, BiasSteerLayer):
+                    module.delete_adapter(adapter_name)
                 elif isinstance(module, AuxiliaryTrainingWrapper) and module not in before:
                     parent, _, child = name.rpartition(".")
                     setattr(self.model.get_submodule(parent), child, module.original_module)
@@ -101,6 +106,7 @@ class BiasSteerModel(BaseTuner):
             for parameter, requires_grad in trained:
                 parameter.requires_grad = requires_grad
             self.targeted_module_names = targeted
+            vars(config).update(settings)
             raise
 
     def _create_and_replace(  # PEFT passes some of these by position
@@ -266,11 +272,16 @@ class BiasSteerModel(BaseTuner):
             raise ValueError(wrong_length(adapter_names, rows))
 
     def disables_per_call(self) -> bool:
-        """Whether disabling needs no change of the model: nothing is merged, and no module is trained whole."""
+        """Whether disabling needs no change: nothing is merged or disabled for good, and no module is trained whole."""
         return not any(
-            isinstance(module, AuxiliaryTrainingWrapper) or (isinstance(module, BiasSteerLayer) and module.merged)
+            isinstance(module, AuxiliaryTrainingWrapper)
+            or (isinstance(module, BiasSteerLayer) and (module.merged or module.disabled_for_all))
             for module in self.modules()
         )
+
+    def is_disabled(self) -> bool:
+        """Whether this thread runs inside [`BiasSteerModel.disabled`]."""
+        return in_a_call() and any(layer.call.disabled for layer in self.steering_layers.values())
 
     def disabled(self) -> AbstractContextManager[None]:
         """The base model, for the forward passes that this thread runs inside the block."""
@@ -356,6 +367,7 @@ class BiasSteerModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         # PEFT's own selection would take the weights of any other tuner that lives in the same model
         vectors = {key: value for key, value in state_dict.items() if VECTOR in key}
+        config.num_vectors = len(vectors)
         # accelerate may keep them outside the model
         away = {
             key for key, value in vectors.items() if value.is_meta and has_offloaded_params(_vector_at(model, key))
@@ -434,11 +446,6 @@ def check_adapter_name(name: str) -> None:
         )
 
 
-def _forget(layer: BiasSteerLayer, adapter_name: str) -> None:
-    if adapter_name in layer.bias_steer_vector:
-        layer.delete_adapter(adapter_name)
-
-
 def _weighted_sum(layer: BiasSteerLayer, factors: dict[str, float]) -> torch.Tensor | None:
     vectors = {adapter: layer.sum_vectors([adapter]) for adapter in factors}
     terms = [factors[adapter] * vector.detach() for adapter, vector in vectors.items() if vector is not None]
@@ -469,6 +476,10 @@ def _coarsest_rounding(model: nn.Module, output: torch.Tensor) -> float:
 
 def _vector_at(model: nn.Module, key: str) -> SteeringVector:
     return cast(SteeringVector, model.get_submodule(key.removesuffix(".weight")))
+
+
+def _targets(config: BiasSteerConfig) -> tuple:
+    return config.target_modules, config.layers_to_transform
 
 
 def _layer_indices(indices: int | list[int], num_layers: int) -> list[int]:

@@ -34,7 +34,7 @@ def _add_enum_member(name: str) -> None:
 
 
 def _disable_per_call() -> None:
-    for_all = PeftModel.disable_adapter
+    for_all, enabled = PeftModel.disable_adapter, PeftModel.has_active_enabled_adapter.fget
 
     @functools.wraps(for_all)
     @contextmanager
@@ -43,7 +43,12 @@ def _disable_per_call() -> None:
         with tuner.disabled() if isinstance(tuner, BiasSteerModel) and tuner.disables_per_call() else for_all(self):
             yield
 
+    def has_active_enabled_adapter(self: PeftModel) -> bool:
+        tuner = self.base_model
+        return enabled(self) and not (isinstance(tuner, BiasSteerModel) and tuner.is_disabled())
+
     cast(Any, PeftModel).disable_adapter = disable_adapter
+    cast(Any, PeftModel).has_active_enabled_adapter = property(has_active_enabled_adapter, doc=enabled.__doc__)
 
 
 def register() -> None:

@@ -1,5 +1,6 @@
 """The vectors of a steered model as plain tensors by the index of their layer."""
 
+from itertools import islice
 from typing import cast
 
 import torch
@@ -74,17 +75,18 @@ def load_vectors(adapter: str, skip_modules: bool = False) -> dict[int, torch.Te
     check_saved_names(_steered_layers(config, list(vectors)), list(vectors))
     by_index = {int(name.rpartition(".")[2]): vector for name, vector in vectors.items()}
     width = len(next(iter(by_index.values())))
-    check_vectors(by_index, num_layers=config.num_layers or max(by_index) + 1, width=width)
+    check_vectors(by_index, num_layers=max(by_index) + 1, width=width)
     return dict(sorted(by_index.items()))
 
 
 def _steered_layers(config: BiasSteerConfig, saved: list[str]) -> list[str]:
     if not saved:
         raise ValueError("the adapter's file holds no vector: copy or save it again")
-    indices = [int(name.rpartition(".")[2]) for name in saved]
-    path = saved[0].rpartition(".")[0]
-    layers = [f"{path}.{index}" for index in range(config.num_layers or max(indices) + 1)]
-    return [name for name in layers if config.target_modules is None or check_target_module_exists(config, name)]
+    path, last = saved[0].rpartition(".")[0], max(int(name.rpartition(".")[2]) for name in saved)
+    # no model has as many layers; the number of vectors says which are the steered ones
+    layers = (f"{path}.{index}" for index in range(last + 1 if config.num_vectors is None else 10_000))
+    steered = (name for name in layers if config.target_modules is None or check_target_module_exists(config, name))
+    return list(islice(steered, config.num_vectors))
 
 
 def steering_vectors(model: PeftModel, adapter_name: str = "default") -> dict[int, torch.Tensor]:
