@@ -1,21 +1,33 @@
-"""The command `bias-steer`: look into a saved adapter and write it for other software."""
+"""The command `bias-steer`: look into a saved adapter, write it for other software, or run software that loads it."""
 
 import argparse
+import importlib.util
 import json
+import os
+import pickle
+import runpy
+import shutil
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from .analysis import lens_table, logit_lens, plot_statistics, statistics_table, vector_statistics
+from .serving.base_model import (
+    load_base_model,
+    load_steered_model,
+    load_tokenizer,
+    read_config,
+    trained_modules,
+)
 from .serving.gguf import export_control_vector, export_gguf
 from .serving.routes import adapter_routes, routes_table
 from .serving.stock_checkpoint import bias_ready_checkpoint, export_stock_checkpoint
 from .vectors import load_vectors
+from .whole_files import check_empty_folder
 
 
 EXAMPLES = """
@@ -38,46 +50,42 @@ examples:
   bias-steer export outputs/steer --format gguf --gguf_in base.Q4_1.gguf --output steered.gguf
   # a base model with zero biases, on which TRL can train with vLLM
   bias-steer export meta-llama/Llama-3.1-8B --format bias-ready --output llama-bias-ready
+
+  # any Python program, which then knows this adapter type: a module, a command or a script, with its own arguments
+  bias-steer run -m lm_eval --model hf --model_args pretrained=base,peft=outputs/steer --tasks gsm8k
+  bias-steer run transformers serve with-adapter --port 8000
 """
-
-
-def _load_steered_model(adapter: str, base_model: str | None) -> tuple[PeftModel, Any]:
-    """
-    The base model with a saved adapter on it, in evaluation mode, and its tokenizer.
-
-    Args:
-        adapter (`str`): Folder or Hub id of the adapter.
-        base_model (`str`, *optional*): Folder or Hub id of the base model. By default the one the adapter names.
-    """
-    name = base_model or PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    if not name:
-        raise ValueError(f"{adapter} does not name its base model: pass it as --base_model")
-    base = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    return PeftModel.from_pretrained(base, adapter).eval(), AutoTokenizer.from_pretrained(name)
+# what a user can mend; the text of these errors says how, so no traceback goes before it
+MENDABLE = (EOFError, ImportError, OSError, RuntimeError, SafetensorError, ValueError, pickle.UnpicklingError)
 
 
 def inspect(args: argparse.Namespace) -> None:
-    statistics = vector_statistics(load_vectors(args.adapter))
+    trained = trained_modules(read_config(args.adapter))
+    statistics = vector_statistics(load_vectors(args.adapter, skip_modules=True))
     if args.plot:
         plot_statistics(statistics, args.plot, title=args.adapter)
     _show(args, asdict(statistics), statistics_table(statistics))
+    if trained:
+        print(f"trained whole beside the vectors, and not in these numbers: {', '.join(trained)}", file=sys.stderr)
 
 
 def lens(args: argparse.Namespace) -> None:
-    model, tokenizer = _load_steered_model(args.adapter, args.base_model)
+    if args.top_k < 1:
+        raise ValueError(f"top_k must be in [1, vocabulary size], got {args.top_k}")
+    model = load_steered_model(args.adapter, args.base_model)
+    tokenizer = load_tokenizer(model.get_base_model().name_or_path)
     lenses = logit_lens(model, tokenizer, top_k=args.top_k)
     _show(args, [asdict(layer) for layer in lenses], lens_table(lenses, args.reading, shown=args.top_k))
 
 
 def export(args: argparse.Namespace) -> None:
+    _check_export(args)
     if args.format == "bias-ready":
-        bias_ready_checkpoint(AutoModelForCausalLM.from_pretrained(args.adapter, dtype="auto"), args.output)
+        bias_ready_checkpoint(load_base_model(args.adapter), args.output)
         return
-    if (args.format == "gguf") != (args.gguf_in is not None):
-        raise ValueError("--format gguf needs --gguf_in, the llama.cpp file to add the vectors to, and no other does")
-    model, tokenizer = _load_steered_model(args.adapter, args.base_model)
+    model = load_steered_model(args.adapter, args.base_model)
     if args.format == "stock":
-        export_stock_checkpoint(model, args.output, tokenizer=tokenizer)
+        export_stock_checkpoint(model, args.output)
     elif args.format == "gguf":
         export_gguf(model, args.gguf_in, args.output)
     else:
@@ -86,9 +94,61 @@ def export(args: argparse.Namespace) -> None:
             print(f"left out: the vector of layer 0, of norm {dropped:.4g}", file=sys.stderr)
 
 
+def _check_export(args: argparse.Namespace) -> None:
+    """What can be seen to fail before a model is loaded."""
+    if (args.format == "gguf") != (args.gguf_in is not None):
+        raise ValueError("--format gguf needs --gguf_in, the llama.cpp file to add the vectors to, and no other does")
+    if args.drop_first_layer and args.format != "control-vector":
+        raise ValueError(f"--drop_first_layer is for --format control-vector, got it with --format {args.format}")
+    if args.format == "bias-ready" and args.base_model:
+        raise ValueError("--format bias-ready takes the base model in the place of an adapter, and no --base_model")
+    if args.gguf_in is not None and not os.path.isfile(args.gguf_in):
+        raise ValueError(f"--gguf_in must be a file, got {args.gguf_in}: No such file")
+    if args.format in ("stock", "bias-ready"):
+        check_empty_folder(args.output)
+    elif os.path.isdir(args.output) or not Path(args.output).absolute().parent.is_dir():
+        raise ValueError(f"--output must be a file in a folder that exists, got {args.output}")
+
+
 def routes(args: argparse.Namespace) -> None:
     found = adapter_routes(args.adapter, args.base_model)
     _show(args, [asdict(route) for route in found], routes_table(found))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs a program in this process, as `python` would, once PEFT knows the adapter type."""
+    if args.module:
+        path = _module_path(args.target)
+    else:
+        path = args.target if os.path.exists(args.target) else shutil.which(args.target)
+        if path is None or not (path.endswith(".py") or _is_python(path)):
+            raise SystemExit(
+                "bias-steer: expected -m and a module, a script, or a command that is written in Python, got "
+                f"{args.target}"
+            )
+    sys.argv = [path, *args.arguments]
+    sys.path[0] = "" if args.module else os.path.dirname(os.path.abspath(path))
+    if args.module:
+        runpy.run_module(args.target, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(path, run_name="__main__")
+
+
+def _module_path(module: str) -> str:
+    sys.path[0] = ""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None:
+        raise SystemExit(f"bias-steer: No module named {module}: expected one that python -m can run after -m")
+    return spec.origin or module
+
+
+def _is_python(path: str) -> bool:
+    with open(path, "rb") as file:
+        head = file.read(500)
+    return head.startswith(b"#!") and b"python" in head
 
 
 def _show(args: argparse.Namespace, data: Any, table: Any) -> None:
@@ -103,49 +163,64 @@ def _show(args: argparse.Namespace, data: Any, table: Any) -> None:
 def _parser() -> argparse.ArgumentParser:
     form: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXAMPLES}
     parser = argparse.ArgumentParser(prog="bias-steer", description=__doc__, **form)
-    commands = parser.add_subparsers(required=True, metavar="inspect | lens | routes | export")
+    commands = parser.add_subparsers(required=True, metavar="inspect | lens | routes | export | run")
     summaries = {
         inspect: "norms, rank and similarity of the vectors (reads the adapter alone)",
         lens: "tokens that each layer's vector promotes and suppresses",
         routes: "ways to serve it: which are exact, and why the others are not",
         export: "write the steered model, or the vectors, for other software",
+        run: "run a Python program that loads it, without a line of code in that program",
     }
     subparsers = {}
     for function, summary in summaries.items():
         subparser = commands.add_parser(function.__name__, help=summary, description=summary, **form)
         subparser.set_defaults(run=function)
-        subparser.add_argument("adapter", help="folder or Hub id of the adapter (of the base model for bias-ready)")
         subparsers[function] = subparser
+    for function in (inspect, lens, routes, export):
+        help_text = "folder or Hub id of the adapter (of the base model for bias-ready)"
+        subparsers[function].add_argument("adapter", help=help_text)
     for function in (inspect, lens, routes):
         subparsers[function].add_argument("--json", action="store_true", help="print JSON instead of a table")
     for function in (lens, routes, export):
         subparsers[function].add_argument("--base_model", help="base model, if not the one the adapter names")
     subparsers[inspect].add_argument("--plot", metavar="FILE", help="draw the numbers into this image file")
-    subparsers[lens].add_argument("--top_k", type=int, default=5, help="tokens per layer and direction (default: 5)")
-    subparsers[lens].add_argument(
+    _add_lens_options(subparsers[lens])
+    _add_export_options(subparsers[export])
+    subparsers[run].add_argument("-m", dest="module", action="store_true", help="the target is a module")
+    subparsers[run].add_argument("target", help="module, command or script")
+    subparsers[run].add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments")
+    return parser
+
+
+def _add_lens_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--top_k", type=int, default=5, help="tokens per layer and direction (default: 5)")
+    parser.add_argument(
         "--reading",
         choices=["raw", "cosine", "normed"],
         default="raw",
         help="rank by what the vector adds to the logits, by cosine, or through the final norm (default: raw)",
     )
-    subparsers[export].add_argument(
-        "--format", choices=["stock", "control-vector", "gguf", "bias-ready"], required=True, help="see the examples"
-    )
-    subparsers[export].add_argument("--output", required=True, help="file to write, or folder for a checkpoint")
-    subparsers[export].add_argument("--gguf_in", metavar="FILE", help="llama.cpp model to add the vectors to")
-    subparsers[export].add_argument(
+
+
+def _add_export_options(parser: argparse.ArgumentParser) -> None:
+    formats = ["stock", "control-vector", "gguf", "bias-ready"]
+    parser.add_argument("--format", choices=formats, required=True, help="see the examples")
+    parser.add_argument("--output", required=True, help="file to write, or folder for a checkpoint")
+    parser.add_argument("--gguf_in", metavar="FILE", help="llama.cpp model to add the vectors to")
+    parser.add_argument(
         "--drop_first_layer", action="store_true", help="control-vector: give up the vector of layer 0"
     )
-    return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs `bias-steer` with the given arguments, by default those of the process."""
     args = _parser().parse_args(arguments)
+    if args.run is run:  # its errors are those of the program
+        return run(args)
     logging.disable_progress_bar()
     try:
         args.run(args)
-    except (ImportError, OSError, SafetensorError, ValueError) as error:
+    except MENDABLE as error:
         raise SystemExit(f"bias-steer: {error}") from error
 
 

@@ -16,6 +16,7 @@ from ..config import BiasSteerConfig
 from ..residual import find_layers, residual_width
 from ..vectors import active_vectors, check_vectors, set_steering_vectors, unwrap
 from ..whole_files import whole_file
+from .stock_checkpoint import refuse_trained_modules
 
 
 __all__ = ["export_control_vector", "export_gguf", "from_control_vector"]
@@ -37,8 +38,10 @@ def export_control_vector(model: PeftModel, path: str | os.PathLike, *, drop_fir
         `float`: Norm of the vector of layer 0, which the file does not hold.
 
     Raises:
-        ValueError: If layer 0 has a vector that `drop_first_layer` does not give up, or no other layer has any.
+        ValueError: If layer 0 has a vector that `drop_first_layer` does not give up, no other layer has any, or the
+            adapter trained other modules too.
     """
+    refuse_trained_modules(model, "a control vector")
     vectors = active_vectors(model)
     dropped = vectors.pop(0, torch.zeros(1)).norm().item()
     others = sum(vector.norm().item() ** 2 for vector in vectors.values()) ** 0.5
@@ -117,8 +120,10 @@ def export_gguf(model: PeftModel, gguf_in: str | os.PathLike, gguf_out: str | os
         gguf_out (`str` or `os.PathLike`): GGUF file to write.
 
     Raises:
-        ValueError: If the file is damaged, of another architecture or size, or has such biases already.
+        ValueError: If the file is damaged, of another architecture or size, or has such biases already, or if the
+            adapter trained other modules too.
     """
+    refuse_trained_modules(model, "such a file")
     vectors = {GGUF_BIAS.format(index=index): vector for index, vector in sorted(active_vectors(model).items())}
     reader = _read_gguf(gguf_in)
     _check_gguf_fits(reader, model, vectors)

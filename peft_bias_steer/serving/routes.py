@@ -1,17 +1,17 @@
 """Which servers give a steered model's answers exactly, and why the others do not."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..architectures import CONTROL_VECTOR_TYPES, GGUF_BIAS_TYPES, VLLM_PLUGIN_CLASSES, VLLM_STOCK_CLASSES
-from ..config import BiasSteerConfig
 from ..merging import merge_sites, why_no_merge_site
 from ..residual import find_layers
 from ..stock_forms import StockForm, find_stock_form, why_no_stock_form
 from ..vectors import load_vectors
+from .base_model import find_base_model, read_config, trained_modules
 from .stock_checkpoint import zero_biased_weights
 from .vllm import PREFIX
 
@@ -40,7 +40,9 @@ class Route:
     reason: str
 
 
-def serving_routes(base: PreTrainedModel, *, first_layer_norm: float = 1.0) -> list[Route]:
+def serving_routes(
+    base: PreTrainedModel, *, first_layer_norm: float = 1.0, trained_modules: Sequence[str] = ()
+) -> list[Route]:
     """
     Tells for every known way to serve the steered model whether its answers are exact.
 
@@ -48,6 +50,7 @@ def serving_routes(base: PreTrainedModel, *, first_layer_norm: float = 1.0) -> l
         base (`PreTrainedModel`): The base model; its weights are not looked at, so it may be on the meta device.
         first_layer_norm (`float`, *optional*, defaults to 1.0):
             Norm of the vector of layer 0, which a control vector cannot hold.
+        trained_modules (`Sequence[str]`, *optional*): Modules that were trained whole beside the vectors.
 
     Returns:
         `list[Route]`: The same routes in the same order for every model.
@@ -55,16 +58,19 @@ def serving_routes(base: PreTrainedModel, *, first_layer_norm: float = 1.0) -> l
     Raises:
         ValueError: If the architecture cannot be steered.
     """
-    _, layers = find_layers(base)
+    find_layers(base)
     form, why_not = _stock_form(base)
+    call = "model.generate" if base.can_generate() else "model"
+    vectors_alone = [_vllm_plugin(base), _control_vector(base, first_layer_norm), _gguf_biases(base)]
+    if trained_modules:
+        reason = f"it takes vectors alone, and {', '.join(trained_modules)} was trained too"
+        vectors_alone = [Route(route.name, False, reason) for route in vectors_alone]
     return [
         Route("transformers, adapter", True, "PeftModel.from_pretrained(base, adapter)"),
-        Route("transformers, one adapter per row", True, "model.generate(**inputs, adapter_names=[...])"),
+        Route("transformers, one adapter per row", True, f"{call}(**inputs, adapter_names=[...])"),
         Route("transformers, merged checkpoint", form is not None, "export --format stock" if form else why_not),
         _vllm_stock(form, why_not),
-        _vllm_plugin(base),
-        _control_vector(base, first_layer_norm, len(layers)),
-        _gguf_biases(base),
+        *vectors_alone,
     ]
 
 
@@ -79,14 +85,11 @@ def adapter_routes(adapter: str, base_model: str | None = None) -> list[Route]:
     Raises:
         ValueError: If the adapter does not name its base model, or cannot be read.
     """
-    vectors = load_vectors(adapter)
-    name = base_model or BiasSteerConfig.from_pretrained(adapter).base_model_name_or_path
-    if not name:
-        raise ValueError(f"{adapter} does not name its base model: pass it as --base_model")
-    config = AutoConfig.from_pretrained(name)
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config)
-    return serving_routes(base, first_layer_norm=vectors[0].norm().item() if 0 in vectors else 0.0)
+    trained = trained_modules(read_config(adapter))
+    vectors = load_vectors(adapter, skip_modules=True)
+    base, _ = find_base_model(adapter, base_model)
+    first_layer_norm = vectors[0].norm().item() if 0 in vectors else 0.0
+    return serving_routes(base, first_layer_norm=first_layer_norm, trained_modules=trained)
 
 
 def routes_table(routes: list[Route]) -> "Table":
@@ -129,7 +132,7 @@ def _vllm_plugin(base: PreTrainedModel) -> Route:
     return Route(VLLM_PLUGIN, True, f'hf_overrides={{"architectures": ["{PREFIX}{architecture}"], ...}}')
 
 
-def _control_vector(base: PreTrainedModel, first_layer_norm: float, num_layers: int) -> Route:
+def _control_vector(base: PreTrainedModel, first_layer_norm: float) -> Route:
     name = "llama.cpp, control vector"
     if base.config.model_type not in CONTROL_VECTOR_TYPES:
         return Route(name, False, "not verified with llama.cpp")

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -116,7 +117,43 @@ def _merged_weights(model: PeftModel) -> dict[str, torch.Tensor]:
     finally:
         if not was_merged:
             model.unmerge_adapter()
-    return {key: weight for key, weight in weights.items() if ".bias_steer." not in key}
+    weights = {key: weight for key, weight in weights.items() if ".bias_steer." not in key}
+    for name, wrapper in wrapped_modules(model).items():
+        if unwrap(model).config.get_text_config(decoder=True).tie_word_embeddings and _holds_words(model, wrapper):
+            raise ValueError(
+                f"the adapter trained {name}, which this base model ties to its other embedding: no checkpoint can "
+                "hold one of them trained. Load the base with tie_word_embeddings=False first"
+            )
+        weights = {key: weight for key, weight in weights.items() if not key.startswith(f"{name}.")}
+        trained = wrapper.modules_to_save[wrapper.active_adapters[0]].state_dict()
+        weights |= {f"{name}.{key}": weight for key, weight in trained.items()}
+    return weights
+
+
+def wrapped_modules(model: PeftModel) -> dict[str, ModulesToSaveWrapper]:
+    """Modules that the active adapters trained whole, such as a head, by their name in the base model."""
+    modules = unwrap(model).named_modules()
+    wrappers = {name: module for name, module in modules if isinstance(module, ModulesToSaveWrapper)}
+    return {name: wrapper for name, wrapper in wrappers.items() if wrapper.active_adapters}
+
+
+def refuse_trained_modules(model: PeftModel, what: str) -> None:
+    """
+    Refuses to write a file of vectors alone where the adapter trained more than these.
+
+    Raises:
+        ValueError: If it did.
+    """
+    if names := list(wrapped_modules(model)):
+        raise ValueError(
+            f"{what} holds vectors alone, and this adapter trained {', '.join(names)} too, which would be left out: use "
+            "export_stock_checkpoint()"
+        )
+
+
+def _holds_words(model: PeftModel, wrapper: ModulesToSaveWrapper) -> bool:
+    base = unwrap(model)
+    return any(part is wrapper for part in (base.get_input_embeddings(), base.get_output_embeddings()))
 
 
 def _write_checkpoint(

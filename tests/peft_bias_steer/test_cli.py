@@ -1,6 +1,8 @@
 """The command `bias-steer` on adapters in a folder and on the Hub, and what it says when it is used wrongly."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -176,12 +178,119 @@ def test_wrong_uses_end_with_one_sentence(steered, tiny_language_model, tmp_path
         "no other does": ["export", folder, "--format", "stock", "--gguf_in", "x.gguf", *out],
         "No such file": ["export", folder, "--format", "gguf", "--gguf_in", str(tmp_path / "x.gguf"), *out],
         "top_k must be in": ["lens", folder, "--top_k", "0"],
+        "top_k must be in .* got -3": ["lens", folder, "--top_k", "-3"],
+        "is for --format control-vector": ["export", folder, "--format", "stock", "--drop_first_layer", *out],
+        "a file in a folder that exists": [
+            "export",
+            folder,
+            "--format",
+            "control-vector",
+            "--output",
+            "no/such/v.gguf",
+        ],
+        "a file in a folder that exists, got /": ["export", folder, "--format", "control-vector", "--output", "/"],
+        "must be empty or not exist": ["export", folder, "--format", "stock", "--output", folder],
+        "no --base_model": ["export", folder, "--format", "bias-ready", "--base_model", tiny_language_model, *out],
+        "got the adapter in": ["export", folder, "--format", "bias-ready", *out],
+        "Format 'xyz' is not supported|'xyz'": ["inspect", folder, "--plot", str(tmp_path / "plot.xyz")],
+        "No such file or directory": ["inspect", folder, "--plot", str(tmp_path / "no" / "plot.png")],
     }
 
     for message, arguments in wrong.items():
         with pytest.raises(SystemExit, match=f"^bias-steer: .*{message}"):
             main(arguments)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["2.5", "nan", "many"])
+def test_a_number_that_is_none_ends_with_the_usage(value, steered, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["lens", steered[1], "--top_k", value])
+    assert f"argument --top_k: invalid int value: '{value}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("adapter_config.json", b"{", "adapter_config.json of a BiasSteer adapter in .* that cannot be read"),
+        ("adapter_config.json", b"\xff{}", "adapter_config.json of a BiasSteer adapter in .* that cannot be read"),
+        ("adapter_config.json", b"[1]", "adapter_config.json of a BiasSteer adapter in .* that cannot be read"),
+        ("adapter_config.json", b'{"peft_type": "NO_SUCH"}', "that cannot be read .*NO_SUCH"),
+        ("adapter_model.safetensors", b"", "complete safetensors file, got 0 bytes"),
+        ("adapter_model.safetensors", b"\0" * 90, "complete safetensors file, got 90 bytes"),
+    ],
+    ids=str,
+)
+def test_a_damaged_adapter_ends_with_one_sentence(name, content, message, steered, tmp_path):
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / file).write_bytes(Path(steered[1], file).read_bytes())
+    (tmp_path / name).write_bytes(content)
+
+    for command in ("inspect", "lens", "routes"):
+        with pytest.raises(SystemExit, match=f"^bias-steer: .*{message}"):
+            main([command, str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", b"{}"),
+        ("tokenizer.json", b"{"),
+        ("config.json", b"{"),
+        ("config.json", b"{}"),
+        ("model.safetensors", b"\0" * 90),
+    ],
+    ids=str,
+)
+def test_a_damaged_base_model_ends_with_one_sentence(name, content, steered, tiny_language_model, tmp_path):
+    base = shutil.copytree(tiny_language_model, tmp_path / "base")
+    (base / name).write_bytes(content)
+
+    with pytest.raises(SystemExit, match=r"^bias-steer: \S+"):
+        main(["lens", steered[1], "--base_model", str(base)])
+
+
+def test_a_card_in_another_encoding_is_in_nobody_s_way(steered, tmp_path, capsys):
+    folder = shutil.copytree(steered[1], tmp_path / "adapter")
+    (folder / "README.md").write_bytes("Schr\u00f6dinger".encode("latin-1"))
+
+    assert json.loads(run(capsys, "inspect", folder, "--json"))["layers"] == [0, 1]
+
+
+@pytest.mark.slow
+def test_a_program_that_is_run_loads_the_adapter_without_a_line_of_code_in_it(steered, tmp_path):
+    program = (
+        "import sys; from peft import PeftConfig; print(sys.argv, PeftConfig.from_pretrained(sys.argv[1]).peft_type)"
+    )
+    (tmp_path / "program.py").write_text(program)
+    (tmp_path / "module.py").write_text(program)
+    command = tmp_path / "command"
+    command.write_text(f"#!{sys.executable}\n{program}")
+    command.chmod(0o755)
+    path = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+
+    def start(*arguments):
+        arguments = [sys.executable, *map(str, arguments)]
+        return subprocess.run(arguments, cwd=tmp_path, env=path, capture_output=True, text=True)
+
+    plain = start("program.py", steered[1])
+    assert plain.returncode and "KeyError: 'BIAS_STEER'" in plain.stderr
+    bias_steer = Path(sys.executable).with_name("bias-steer")
+    for target in (["program.py"], ["-m", "module"], ["command"]):
+        done = start(bias_steer, "run", *target, steered[1], "--its-own", "-m")
+        assert done.returncode == 0, done.stderr
+        assert f"{steered[1]!r}, '--its-own', '-m'] PeftType.BIAS_STEER" in done.stdout
+    (tmp_path / "fails.py").write_text("raise ValueError('its own error')")
+    failed = start(bias_steer, "run", "fails.py")
+    assert failed.returncode == 1 and "Traceback" in failed.stderr and "ValueError: its own error" in failed.stderr
+
+
+@pytest.mark.parametrize("target", [["no_such_command"], ["-m", "no_such_module"], ["-m", "no.such.module"], ["ls"]])
+def test_what_python_cannot_run_is_named(target, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    with pytest.raises(SystemExit, match=f"^bias-steer: .*{target[-1]}"):
+        main(["run", *target])
 
 
 def test_a_truncated_adapter_file_is_named_as_such(steered, tmp_path, hub):
@@ -219,8 +328,9 @@ def test_help_shows_examples_that_parse(capsys, monkeypatch):
         main(["--help"])
     lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("bias-steer ")]
 
-    assert {line.split()[1] for line in lines} == {"inspect", "lens", "routes", "export"} and len(lines) == 8
-    assert all(cli._parser().parse_args(shlex.split(line)[1:]).adapter for line in lines)
+    assert {line.split()[1] for line in lines} == {"inspect", "lens", "routes", "export", "run"} and len(lines) == 10
+    parsed = [vars(cli._parser().parse_args(shlex.split(line)[1:])) for line in lines]
+    assert all(arguments.get("adapter") or arguments["target"] for arguments in parsed)
 
 
 @pytest.mark.slow
