@@ -45,6 +45,8 @@ KERNELS: dict[str, dict[str, Any]] = {
     "attention": {"layer_types": ["conv", "sliding_attention"]},
     "mamba2": {},
 }
+# Learned positions and transformers' usual spread, for every kernel alike; the example does better without.
+MODEL = {"use_position_embeddings": True, "initializer_range": 0.02}
 SWEPT = ("seed", "hidden_size", "learning_rate", "kernel")
 SETTINGS = [
     "kernel",
@@ -166,7 +168,7 @@ def check_arguments(parser, arguments):
 def make_model(arguments):
     """The paper's recall models, or transformers' Mamba2 of about their size."""
     if arguments.kernel != "mamba2":
-        return example.make_model(arguments, **KERNELS[arguments.kernel])
+        return example.make_model(arguments, **MODEL, **KERNELS[arguments.kernel])
     try:
         config = Mamba2Config(
             vocab_size=arguments.vocab_size,

@@ -49,6 +49,13 @@ def test_run_leaves_a_model_numbers_and_a_plot(monkeypatch, tmp_path, kernel):
     assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() == result["parameters"]
 
 
+# Seed 4 sits on the plateau of guessing (.25) for 900 steps with learned positions.
+def test_short_run_leaves_the_plateau_whatever_the_seed(monkeypatch, tmp_path):
+    run(monkeypatch, "--max_steps", 300, "--seed", 4, "--eval_examples", 200, "--output_dir", tmp_path)
+
+    assert json.loads((tmp_path / "associative_recall.json").read_text())["accuracy"] > 0.9
+
+
 def test_interrupt_leaves_a_checkpoint_to_resume_from(monkeypatch, tmp_path, capsys):
     training_step = Trainer.training_step
 
