@@ -4,7 +4,8 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -109,9 +110,11 @@ def train(args: argparse.Namespace) -> None:
     starting_point(args.output, resume=args.resume, overwrite=args.overwrite)
     if args.push_to_hub:
         # What would fail after hours of training fails here.
-        create_repo(args.push_to_hub, exist_ok=True)
+        with expecting(f"to upload to {args.push_to_hub}"):
+            create_repo(args.push_to_hub, exist_ok=True)
     sample = shards.rows(torch.randperm(len(shards))[:SAMPLE_TOKENS])
-    sae = HierarchicalSaeModel(config)
+    with expecting(f"memory for {config.d_sae} latents of size {d_in}"):
+        sae = HierarchicalSaeModel(config)
     sae.initialize_from_activations(sample[:8192])
     trainer = train_sae(sae, shards, sample, arguments, resume=args.resume, overwrite=args.overwrite)
     if not trainer.is_world_process_zero():
@@ -122,7 +125,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    sae = HierarchicalSaeModel.from_pretrained(args.sae)
+    sae = load_autoencoder(args)
     if (args.harvest is None) == (args.model is None):
         raise ValueError("give either --harvest, or --model with --text or --dataset")
     if args.harvest is not None:
@@ -147,7 +150,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def dashboard(args: argparse.Namespace) -> None:
-    sae = HierarchicalSaeModel.from_pretrained(args.sae)
+    sae = load_autoencoder(args)
     model, tokenizer = load_language_model(args)
     found = write_dashboard(
         sae.to(model.device),
@@ -172,7 +175,8 @@ def convert(args: argparse.Namespace) -> None:
     source, target = getattr(args, "from"), args.to
     if args.k is not None and target == "hierarchical":
         raise ValueError("--k is the budget that a file of saelens or sparsify is written for, --to is hierarchical")
-    sae = LOADERS[source](args.source, subfolder=args.subfolder)
+    with expecting(f"an autoencoder of {source} in {args.source}"):
+        sae = LOADERS[source](args.source, subfolder=args.subfolder)
     if target == "hierarchical":
         sae.save_pretrained(args.output)
     else:
@@ -187,15 +191,27 @@ def convert(args: argparse.Namespace) -> None:
 
 def load_language_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """The language model that `--model` names, in evaluation mode and on the GPU if there is one, and its tokenizer."""
-    try:
+    with expecting(f"a language model with its tokenizer in {args.model}"):
         model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval()
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-    except (ImportError, OSError):
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def load_autoencoder(args: argparse.Namespace) -> HierarchicalSaeModel:
+    """The autoencoder that the first argument names."""
+    with expecting(f"an autoencoder in {args.sae}"):
+        return HierarchicalSaeModel.from_pretrained(args.sae)
+
+
+@contextmanager
+def expecting(expected: str) -> Generator[None, None, None]:
+    """Inside, whatever a library raises is a sentence: some raise types of their own, some plain `Exception`."""
+    try:
+        yield
+    except (ImportError, OSError, StrictDataclassError):
         raise
     except Exception as error:
-        # Readers of weights and tokenizers raise types of their own, some plain `Exception`.
-        raise ValueError(f"{args.model} cannot be read as a language model and its tokenizer: {error}") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+        raise ValueError(f"expected {expected}, got: {error}") from error
 
 
 def check_reporters(names: list[str]) -> list[str]:

@@ -165,15 +165,20 @@ def _step(checkpoint: Path) -> int:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether the file that `Trainer` writes last is there, and none of the others is cut short."""
+    """Whether all that training goes on with is there, the file that `Trainer` writes last too, and none is cut short."""
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        for file in checkpoint.glob("*.json"):
+            json.loads(file.read_text())
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
         for weights in checkpoint.glob("*.safetensors"):
             with safe_open(weights, framework="pt"):
                 pass
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError):
         return False
-    return all(zipfile.is_zipfile(path) for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth"))
+    has_parts = all(any(checkpoint.glob(part)) for part in ("*model[._-]*", "optimizer*", "scheduler*", "rng_state*"))
+    return has_parts and all(
+        zipfile.is_zipfile(path) for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth")
+    )
 
 
 def _record(sae: HierarchicalSaeModel, dataset: Any, sample: torch.Tensor, arguments: TrainingArguments) -> dict:

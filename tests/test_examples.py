@@ -81,8 +81,10 @@ def cut(path):
         lambda checkpoint: cut(checkpoint / "trainer_state.json"),
         lambda checkpoint: cut(checkpoint / "model.safetensors"),
         lambda checkpoint: cut(checkpoint / "optimizer.pt"),
+        lambda checkpoint: (checkpoint / "optimizer.pt").unlink(),
+        lambda checkpoint: (checkpoint / "trainer_state.json").write_text("[]"),
     ],
-    ids=["no state", "state", "weights", "optimizer"],
+    ids=["no state", "state", "weights", "optimizer", "no optimizer", "no step"],
 )
 def test_examples_go_on_from_the_newest_checkpoint_that_was_written_to_its_end(tmp_path, damage):
     specification = importlib.util.spec_from_file_location("interrupts", SHARED / "interrupts.py")

@@ -49,15 +49,21 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether the file that `Trainer` writes last is there, and none of the others is cut short."""
+    """Whether the file that `Trainer` writes last is there, the optimizer is, and no file is cut short."""
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        for file in checkpoint.glob("*.json"):
+            json.loads(file.read_text())
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
         for weights in checkpoint.glob("*.safetensors"):
             with safe_open(weights, framework="pt"):
                 pass
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError):
         return False
-    return all(zipfile.is_zipfile(path) for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth"))
+    # DeepSpeed keeps the optimizer in a folder.
+    has_optimizer = any(checkpoint.glob("optimizer*")) or any(checkpoint.glob("global_step*"))
+    return has_optimizer and all(
+        zipfile.is_zipfile(path) for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth")
+    )
 
 
 def add_resume_option(parser: argparse.ArgumentParser) -> None:

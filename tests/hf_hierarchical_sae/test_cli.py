@@ -179,9 +179,18 @@ def test_a_dataset_of_the_hub_is_read_as_a_stream(tiny_language_model, tmp_path,
         ("train {states} {sae} --layer 1 --resume --k 4 --d_sae 64", "holds a training with k=8, got k=4"),
         ("train {states} {sae} --layer 0 --resume --k 8 --d_sae 64", "holds a training with layer=1, got layer=0"),
         ("train {states} {out}/x --layer 0 --report_to nothing", "--report_to takes none, all.*, got nothing"),
+        (
+            "train {states} {out}/x --layer 0 --d_sae 10000000000000",
+            "expected memory for 10000000000000 latents of size 32",
+        ),
         ("harvest {out} --model {model} --layer 0 --text {binary}", "expected UTF-8 text in .*binary, got"),
         ("harvest {out} --model {model} --layer 0 --text {out}", "Is a directory"),
-        ("harvest {out}/x --model {torn} --layer 0 --text {text}", "torn cannot be read as a language model and its"),
+        (
+            "harvest {out}/x --model {torn} --layer 0 --text {text}",
+            "expected a language model with its tokenizer in .*",
+        ),
+        ("evaluate {torn} --harvest {states}", "expected an autoencoder in .*torn, got: .*model_type"),
+        ("evaluate {listed} --harvest {states}", "expected an autoencoder in .*listed, got: "),
         ("evaluate {sae}", "give either --harvest, or --model with --text or --dataset"),
         ("evaluate {sae} --harvest {states} --budgets 9", r"budgets must be in \[1, 8\], the trained budget"),
         ("dashboard {sae} --model {model}", "give either --text with files, or --dataset"),
@@ -195,7 +204,10 @@ def test_bad_input_ends_in_one_sentence(arguments, message, text, tiny_language_
     shutil.copytree(tiny_language_model, torn)
     (torn / "tokenizer.json").write_text((torn / "tokenizer.json").read_text()[:-50])
     binary.write_bytes(b"\xff" * 100)
+    (tmp_path / "listed").mkdir()
+    (tmp_path / "listed" / "config.json").write_text("[]")
     values = {"out": tmp_path, "model": tiny_language_model, "text": text, "torn": torn, "binary": binary}
+    values["listed"] = tmp_path / "listed"
     for name in ("states", "sae"):
         if "{" + name + "}" in arguments:
             values[name] = request.getfixturevalue(name)

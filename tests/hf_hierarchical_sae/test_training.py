@@ -76,8 +76,26 @@ def test_training_ends_in_an_autoencoder_that_is_ready_for_use(finished):
         lambda checkpoint: cut(checkpoint / "model.safetensors"),
         lambda checkpoint: cut(checkpoint / "optimizer.pt"),
         lambda checkpoint: cut(checkpoint / "rng_state.pth"),
+        lambda checkpoint: (checkpoint / "optimizer.pt").unlink(),
+        lambda checkpoint: (checkpoint / "scheduler.pt").unlink(),
+        lambda checkpoint: (checkpoint / "model.safetensors").unlink(),
+        lambda checkpoint: cut(checkpoint / "config.json"),
+        lambda checkpoint: (checkpoint / "trainer_state.json").write_text("{}"),
+        lambda checkpoint: (checkpoint / "trainer_state.json").write_text("null"),
     ],
-    ids=["no state", "state", "weights", "optimizer", "random state"],
+    ids=[
+        "no_state",
+        "state",
+        "weights",
+        "optimizer",
+        "random_state",
+        "no_optimizer",
+        "no_scheduler",
+        "no_weights",
+        "config",
+        "no_step",
+        "null",
+    ],
 )
 def test_training_goes_on_from_the_newest_whole_checkpoint(copy, finished, damage):
     damage(copy / "checkpoint-8")
