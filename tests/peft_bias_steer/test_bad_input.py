@@ -1,11 +1,13 @@
 """What a user gets wrong is answered with what was expected, what came and what to do, and harms nothing."""
 
+import json
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import HfApi
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from peft_bias_steer import BiasSteerConfig
@@ -109,6 +111,23 @@ def emptied(file):
     file.write_bytes(b"")
 
 
+def without_a_vector(layer):
+    def damage(file):
+        save_file({key: value for key, value in load_file(file).items() if key != key_of(layer)}, file)
+
+    return damage
+
+
+def without_any_vector(file):
+    save_file({}, file)
+
+
+def with_more_than_its_config_says(file):
+    config = file.parent / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps({**settings, "target_modules": r"model\.layers\.(0|2)"}))
+
+
 def pickled(file):
     torch.save({key_of(0): torch.zeros(32)}, file)
 
@@ -126,6 +145,10 @@ def pickled(file):
         (cut_short, r"should be a complete safetensors file, got \d+ bytes that do not parse"),
         (emptied, "should be a complete safetensors file, got 0 bytes"),
         (pickled, "should be a complete safetensors file"),
+        (without_a_vector(0), "the adapter's file holds no vector for model.layers.0: copy or save it again"),
+        (without_a_vector(2), "the adapter's file holds no vector for model.layers.2: copy"),
+        (without_any_vector, "no vector for model.layers.0, model.layers.1, model.layers.2: copy"),
+        (with_more_than_its_config_says, "a vector for model.layers.1, which its config does not steer"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_before_the_model_is_touched(llama, saved, load, damage, message):
@@ -156,12 +179,135 @@ def test_settings_of_a_saved_adapter_can_start_a_new_one(llama, saved):
     [
         ({key_of(1): torch.ones(31)}, r"expected a vector of shape \(32,\) for model.layers.1, got \(31,\): load it"),
         ({key_of(3): torch.ones(32)}, "the state dict holds .*layers.3.*, but no such module is steered"),
+        ({key_of(1): torch.ones(32)}, "the adapter's file holds no vector for model.layers.2"),
     ],
 )
 def test_a_state_dict_that_does_not_fit_overwrites_nothing(llama, saved, change, message):
     model = PeftModel.from_pretrained(llama(), saved)
     with refused(model, ValueError, message):
         set_peft_model_state_dict(model, {key_of(0): torch.ones(32), **change})
+
+
+def test_a_missing_vector_of_a_pickled_adapter_is_named(llama, saved):
+    weights = load_file(saved / "adapter_model.safetensors")
+    (saved / "adapter_model.safetensors").unlink()
+    torch.save({key: weights[key] for key in (key_of(0), key_of(2))}, saved / "adapter_model.bin")
+
+    with pytest.raises(ValueError, match="no vector for model.layers.1"):
+        PeftModel.from_pretrained(llama(), saved)
+
+
+NAMES = [
+    "v1.0",
+    "__base__",
+    "",
+    " ",
+    "items",
+    "keys",
+    "training",
+    "forward",
+    "_modules",
+    "a/b",
+    "..",
+    "/tmp/a",
+    "a\\b",
+]
+NAMES += ["a\nb", "a\0"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_mean_something_else_are_refused(llama, saved, name):
+    base = llama()
+    with refused(base, ValueError, "the name of an adapter must be printable, without dots and slashes"):
+        get_peft_model(base, BiasSteerConfig(), adapter_name=name)
+    with refused(base, ValueError, "the name of an adapter must be"):
+        PeftModel.from_pretrained(base, saved, adapter_name=name)
+
+    model = get_peft_model(base, BiasSteerConfig(layers_to_transform=[2]), adapter_name="v1")
+    assert list(model.base_model.steering_layers) == ["model.layers.2"]
+    for attempt in (
+        lambda: model.add_adapter(name, BiasSteerConfig()),
+        lambda: model.load_adapter(saved, name),
+        lambda: model.add_weighted_adapter(["v1"], [1.0], name),
+    ):
+        with refused(model, ValueError, "the name of an adapter must be"):
+            attempt()
+
+
+@pytest.mark.parametrize("name", [1, None, b"a", ("a",)])
+def test_names_that_are_no_strings_are_refused(llama, name):
+    base = llama()
+    with refused(base, TypeError, "the name of an adapter must be a string, got"):
+        inject_adapter_in_model(BiasSteerConfig(), base, name)
+    with refused(base, TypeError, "string"):
+        get_peft_model(base, BiasSteerConfig(), adapter_name=name)
+
+
+@pytest.mark.parametrize(
+    "name", ["weight", "bias_steer", "bias_steer_vector", "steer", "model", "layers", "0", "a b", "ä"]
+)
+def test_other_names_survive_saving_and_loading(llama, tokens, set_vectors, tmp_path, name):
+    model = get_peft_model(llama(), BiasSteerConfig(), adapter_name=name).eval()
+    vectors = set_vectors(model, name)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / name, adapter_name=name)
+
+    layers = loaded.base_model.steering_layers.values()
+    assert all(torch.equal(layer.vector(name), vector) for layer, vector in zip(layers, vectors))
+
+
+def test_a_bad_module_to_save_among_good_ones_leaves_nothing_behind(llama):
+    base = llama()
+    config = BiasSteerConfig(modules_to_save=["lm_head", "self_attn"], exclude_modules=["norm"])
+    base.model.layers[2].self_attn.forward = None
+    del base.model.layers[2].self_attn
+    base.model.layers[2].self_attn = torch.nn.ModuleDict()
+    with refused(base, TypeError, "modules_to_save cannot be applied to modules of type"):
+        get_peft_model(base, config)
+
+    model = get_peft_model(base, BiasSteerConfig(modules_to_save=["lm_head"]))
+    with refused(model, TypeError, "modules_to_save cannot be applied"):
+        model.add_adapter("other", config)
+
+
+@pytest.mark.parametrize(
+    "scale", [float("nan"), float("inf"), -float("inf"), np.float32("nan"), torch.tensor(torch.inf)]
+)
+def test_scales_and_weights_that_are_not_finite(llama, scale):
+    model = get_peft_model(llama(), BiasSteerConfig())
+    with refused(model, ValueError, "must be a finite number, got"):
+        model.set_scale("default", scale)
+    with refused(model, ValueError, "the weight of 'default' must be a finite number, got"):
+        model.add_weighted_adapter(["default"], [scale], "sum")
+
+
+@pytest.mark.parametrize("scale", [True, "1", None, np.True_, torch.tensor(True), 1j, [1.0], torch.ones(2)])
+def test_scales_and_weights_that_are_no_numbers(llama, scale):
+    model = get_peft_model(llama(), BiasSteerConfig())
+    with refused(model, TypeError, "must be a number, got"):
+        model.set_scale("default", scale)
+    with refused(model, TypeError, "the weight of 'default' must be a number, got"):
+        model.add_weighted_adapter(["default"], [scale], "sum")
+
+
+def test_scales_of_any_library_are_numbers(llama):
+    model = get_peft_model(llama(), BiasSteerConfig())
+    for scale in (np.float32(0.5), torch.tensor(0.5), 0.5):
+        model.set_scale("default", scale)
+        assert all(type(x.scale("default")) is float for x in model.base_model.steering_layers.values())
+
+
+def test_adapters_that_do_not_exist_are_neither_active_nor_merged(llama):
+    model = get_peft_model(llama(), BiasSteerConfig())
+    for attempt in (
+        lambda: model.base_model.set_adapter(["default", "typo"]),
+        lambda: model.merge_adapter(["typo"]),
+        lambda: model.merge_and_unload(adapter_names=["typo"]),
+    ):
+        with refused(model, ValueError, r"\['typo'\] do not exist"):
+            attempt()
+    with refused(model, ValueError, "one weight per adapter, got 0 weights for 0 adapters"):
+        model.add_weighted_adapter([], [], "none")
 
 
 def test_unknown_adapter_names(llama, tokens):
@@ -180,8 +326,25 @@ def test_adapter_names_that_do_not_fit_the_batch(llama, tokens):
 
     with pytest.raises(ValueError, match="one adapter per row, got 2 for 3"):
         model(tokens, adapter_names=["default", "__base__"])
+    with pytest.raises(
+        ValueError, match="Length of `adapter_names` should be the same as the number of inputs, but got"
+    ):
+        model(tokens, adapter_names=["default"])
+    with pytest.raises(TypeError, match="adapter_names must be a list with one name for each row, got 'default'"):
+        model(tokens, adapter_names="default")
     with pytest.raises(ValueError, match="in training mode"):
         model.train()(tokens, adapter_names=["default"] * 3)
+    model.eval().merge_adapter()
+    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when there are merged adapters, please call"):
+        model(tokens, adapter_names=["default"] * 3)
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_names_for_half_of_a_batch_are_not_repeated(llama, task_type):
+    model = get_peft_model(llama(), BiasSteerConfig(task_type=task_type)).eval()
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="expected one adapter per row, got 2 for 4"):
+            call(input_ids=torch.ones(4, 3, dtype=torch.long), adapter_names=["default", "__base__"])
 
 
 def test_weights_that_do_not_fit_the_adapters(llama):

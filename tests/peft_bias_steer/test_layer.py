@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from peft_bias_steer import BiasSteerConfig, BiasSteerLayer
+from peft_bias_steer.layer import Call, calling, in_a_call
 
 
 class Returns(nn.Module):
@@ -71,6 +72,32 @@ def test_each_row_can_have_its_own_adapter(steered):
     torch.testing.assert_close(output[0], hidden[0] + layer.vector("other"))
     torch.testing.assert_close(output[2], hidden[2] + layer.vector("default"))
     assert torch.equal(output[[1, 3]], hidden[[1, 3]])
+
+
+def test_rows_are_repeated_for_a_caller_that_says_so(steered):
+    host, layer = steered
+    hidden = torch.randn(6, 3, 8)
+    with calling([layer], adapter_names=("other", "__base__"), may_repeat=True):
+        output = host(hidden)
+
+    torch.testing.assert_close(output[:3], hidden[:3] + layer.vector("other"))
+    assert torch.equal(output[3:], hidden[3:])
+    with calling([layer], adapter_names=("other", "__base__")), pytest.raises(ValueError, match="got 2 for 6"):
+        host(hidden)
+    with calling([layer], adapter_names=("other",) * 4, may_repeat=True), pytest.raises(ValueError, match="4 for 6"):
+        host(hidden)
+
+
+def test_a_call_ends_with_its_block(steered):
+    host, layer = steered
+    hidden = torch.randn(2, 3, 8)
+    with calling([layer], disabled=True):
+        with calling([layer], adapter_names=("other", "other")):
+            assert host(hidden) is hidden
+        assert layer.disable_adapters and not layer.disabled_for_all and in_a_call()
+
+    assert layer.call == layer.latest_call == Call() and not in_a_call()
+    assert torch.equal(host(hidden), hidden + layer.vector("default"))
 
 
 def test_gradient_is_the_sum_over_tokens(steered):

@@ -270,6 +270,19 @@ def test_self_check_refuses_an_inexact_merge(steered, tokens, monkeypatch):
     assert not any(layer.merged for layer in steered.base_model.steering_layers.values())
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, "6.2e-02"), (torch.float16, "7.8e-03")])
+def test_self_check_allows_the_roundings_of_the_models_type(llama, tokens, set_vectors, dtype, tolerance):
+    model = get_peft_model(llama().to(dtype), BiasSteerConfig())
+    set_vectors(model)
+    assert 0 < model.check_merge(tokens) < 8 * torch.finfo(dtype).eps
+
+    model.get_base_model().model.layers[0].mlp.register_forward_hook(lambda module, args, output: 0.2 * output)
+    with pytest.raises(ValueError, match=f"merging changes the output by .*, expected at most {tolerance}"):
+        model.check_merge(tokens)
+    with pytest.raises(ValueError, match="expected at most 1.0e-06"):
+        model.check_merge(tokens, tolerance=1e-6)
+
+
 def test_copies_of_a_merged_model_unmerge_on_their_own(llama, steered, tokens):
     expected = logits(steered, tokens)
     steered.merge_adapter()

@@ -21,6 +21,7 @@ from transformers import (
     BertModel,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    GenerationConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -88,6 +89,46 @@ def test_mixed_batches_generate_what_each_adapter_generates(two_adapters, tokens
         assert torch.equal(mixed[row], expected[row][row])
     # no hook is left behind
     assert torch.equal(generate(two_adapters, tokens, num_beams=num_beams), expected[2])
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+@pytest.mark.parametrize("as_config", [False, True])
+@pytest.mark.parametrize(
+    "repeats", [{"num_return_sequences": 3, "do_sample": True}, {"num_return_sequences": 2, "num_beams": 3}]
+)
+def test_mixed_batches_return_several_sequences_for_each_row(
+    llama, tokens, set_vectors, repeats, as_config, task_type
+):
+    model = get_peft_model(llama(pad_token_id=0), BiasSteerConfig(task_type=task_type)).eval()
+    set_vectors(model, std=2.0)
+    options = {"max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0, **repeats}
+    if options.pop("do_sample", False):
+        options |= {"do_sample": True, "top_k": 1}  # sampling from one token: the same for every sample
+    if as_config:
+        options = {"generation_config": GenerationConfig(**options)}
+    expected = of_each(model, lambda model: model.generate(input_ids=tokens, **options), names=("__base__", "default"))
+    mixed = model.generate(input_ids=tokens, adapter_names=["default", "__base__", "default"], **options)
+
+    number = repeats["num_return_sequences"]
+    assert mixed.shape == (3 * number, 13) and not torch.equal(expected[0], expected[1])
+    for row, adapter in enumerate([1, 0, 1]):
+        rows = slice(row * number, (row + 1) * number)
+        assert torch.equal(mixed[rows], expected[adapter][rows])
+
+
+def test_a_trained_head_follows_the_names_of_a_batch(tokens, set_vectors):
+    torch.manual_seed(0)
+    base = BertForSequenceClassification(BertConfig(**SMALL_BERT, num_labels=3))
+    model = get_peft_model(base, BiasSteerConfig(task_type="SEQ_CLS"), adapter_name="first")
+    model.add_adapter("second", BiasSteerConfig(task_type="SEQ_CLS"))
+    for name in ("first", "second"):
+        set_vectors(model, name)
+        nn.init.normal_(model.base_model.model.classifier.modules_to_save[name].weight)
+    expected = of_each(model, lambda model: logits(model, tokens))
+    mixed = logits(model, tokens, adapter_names=["__base__", "first", "second"])
+
+    for row in range(3):
+        torch.testing.assert_close(mixed[row], expected[row][row])
 
 
 def test_mixed_batches_with_beams_leave_the_encoder_unrepeated(tokens, set_vectors):
