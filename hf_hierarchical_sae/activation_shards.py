@@ -210,6 +210,8 @@ class ActivationShards(torch.utils.data.Dataset):
 
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
         """(n,) token numbers to (n, hidden_size) activations, in float32."""
+        if indices.is_floating_point() or indices.dtype == torch.bool:
+            raise IndexError(f"token numbers must be integers, got {indices.dtype}")
         if len(indices) and not -len(self) <= int(indices.min()) <= int(indices.max()) < len(self):
             raise IndexError(
                 f"token numbers must be in [0, {len(self)}), got {int(indices.min())}…{int(indices.max())}"
@@ -225,6 +227,7 @@ class ActivationShards(torch.utils.data.Dataset):
 
     def batches(self, batch_tokens: int = 4096) -> Iterator[torch.Tensor]:
         """All activations in order, (batch_tokens, hidden_size) each, fewer at the end of a shard."""
+        batch_tokens = integer("batch_tokens", batch_tokens, 1)
         for shard in self._shards:
             for batch in shard.split(batch_tokens):
                 yield batch.float()

@@ -347,10 +347,11 @@ class ActivationStream(Iterator[torch.Tensor]):
 
 def check_dataset(dataset: Any) -> None:
     """Raise a `ValueError` for one text, or for the splits of a dataset, in the place of texts."""
-    if isinstance(dataset, Mapping):
+    # A data frame gives the names of its columns, as a mapping its keys.
+    if isinstance(dataset, Mapping) or hasattr(dataset, "columns"):
         raise ValueError(
-            f"expected texts or rows with a text, got a {type(dataset).__name__} of {list(dataset)[:10]}: choose one "
-            "of its splits, such as load_dataset(…, split='train')"
+            f"expected texts or rows with a text, got a {type(dataset).__name__} of {[*dataset][:10]}: choose one of its "
+            "splits, as in load_dataset(…, split='train'), or columns"
         )
     if isinstance(dataset, str | bytes) or not isinstance(dataset, Iterable):
         raise ValueError(

@@ -130,7 +130,7 @@ def evaluate(args: argparse.Namespace) -> None:
         raise ValueError("give either --harvest, or --model with --text or --dataset")
     if args.harvest is not None:
         shards = ActivationShards(args.harvest, sae.config.layer)
-        evaluation = evaluate_budgets(sae, shards.batches(), args.budgets)
+        evaluation = evaluate_budgets(sae, shards, args.budgets)
     else:
         model, tokenizer = load_language_model(args)
         sae.to(model.device)

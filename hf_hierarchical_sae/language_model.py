@@ -20,7 +20,7 @@ logger = logging.get_logger(__name__)
 # Which hooks the running thread or task has entered: those of others, on the same modules, do nothing here.
 _ENTERED: ContextVar[frozenset] = ContextVar("entered", default=frozenset())
 # Numbering a hook is not atomic in torch: of two threads at once, one would lose its hook.
-_REGISTERING = threading.Lock()
+_REGISTERING = threading.RLock()
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -368,6 +368,16 @@ def test_numbers_that_do_not_agree_with_the_shards_are_noticed(harvested, tmp_pa
         ActivationShards(folder, layer=0)
 
 
+def test_what_is_no_token_number_gives_no_row(harvested):
+    shards = ActivationShards(harvested[0], layer=0)
+
+    for numbers in (torch.tensor([0.5]), torch.tensor([True])):
+        with pytest.raises(IndexError, match="token numbers must be integers"):
+            shards.rows(numbers)
+    with pytest.raises(ValueError, match="batch_tokens must be at least 1, got 0"):
+        next(shards.batches(0))
+
+
 @pytest.mark.parametrize("layer", [True, 0.0, "0"])
 def test_what_is_no_layer_number_names_no_shards(harvested, layer):
     with pytest.raises(ValueError, match="layer must be an integer, got"):

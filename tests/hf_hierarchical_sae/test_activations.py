@@ -6,6 +6,7 @@ from itertools import islice
 
 import datasets
 import numpy
+import pandas
 import pytest
 import torch
 import transformers
@@ -313,6 +314,7 @@ def test_a_dataset_without_text_is_refused(model, tokenizer):
         (datasets.IterableDatasetDict({"train": None, "validation": None}), "IterableDatasetDict of .* choose one"),
         ({"train": TEXTS, "validation": TEXTS}, "got a dict of .*: choose one of its splits"),
         ({"text": "to be"}, "got a dict of .'text'.: choose"),
+        (pandas.DataFrame({"text": TEXTS}), "got a DataFrame of .'text'.: choose one of its splits, .* or columns"),
         ("to be or not to be", "got a single str: put a text in a list"),
         (b"to be or not to be", "got a single bytes: put a text in a list"),
         (None, "got a single NoneType"),
