@@ -48,6 +48,7 @@ def test_the_guide_runs_from_top_to_bottom(tiny_language_model, tmp_path, monkey
     assert torch.equal(names["unchanged"], clean)
     assert not torch.equal(names["spliced"], clean) and not torch.equal(names["ablated"], clean)
     assert names["steered"].shape[1] > inputs["input_ids"].shape[1]
+    assert names["attribution"].abs().sum() > 0
     assert (names["from_saelens"].config.k, names["from_sparsify"].config.k) == (4, 8)
 
 
