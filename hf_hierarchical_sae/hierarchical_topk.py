@@ -136,11 +136,12 @@ def normalized_weights(
     """(budgets,) non-negative weights that sum to 1, equal ones for `None`; dtype and device are those of `like`."""
     if budget_weights is None:
         return like.new_full((len(budgets),), 1 / len(budgets))
-    weights = torch.tensor(list(budget_weights), dtype=torch.float64)
-    if len(weights) != len(budgets):
-        raise ValueError(f"budget_weights needs one weight per budget ({len(budgets)}), got {len(weights)}")
+    weights = torch.as_tensor(budget_weights, dtype=torch.float64, device="cpu")
+    if weights.shape != (len(budgets),):
+        got = len(weights) if weights.ndim == 1 else f"shape {tuple(weights.shape)}"
+        raise ValueError(f"budget_weights needs one weight per budget ({len(budgets)}), got {got}")
     if not bool((weights >= 0).all()) or not 0 < float(weights.sum()) < float("inf"):
-        raise ValueError(f"budget_weights must be finite, not negative and not all zero, got {list(budget_weights)}")
+        raise ValueError(f"budget_weights must be finite, not negative and not all zero, got {weights.tolist()}")
     # Without non_blocking, the host would wait for all that a GPU has still to do.
     return (weights / weights.sum()).to(like, non_blocking=True)
 
@@ -164,6 +165,8 @@ def _check_shapes(
             f"expected top_indices and top_values of one shape (batch={batch}, k), "
             f"got {tuple(top_indices.shape)} and {tuple(top_values.shape)}"
         )
+    if top_indices.is_floating_point() or top_indices.is_complex() or top_indices.dtype == torch.bool:
+        raise ValueError(f"top_indices must be integers, got {top_indices.dtype}")
     if 0 in top_indices.shape:
         raise ValueError(f"the batch and k must not be empty, got top_indices of shape {tuple(top_indices.shape)}")
 

@@ -207,6 +207,9 @@ def test_saved_for_backward_does_not_grow_with_k(backend):
         ({"budgets": 3}, "budgets must be integers, got"),
         ({"budgets": (1, 2), "budget_weights": (1.0,)}, r"one weight per budget \(2\), got 1"),
         ({"budgets": (1, 2), "budget_weights": (0.0, 0.0)}, "not all zero"),
+        ({"budgets": (1, 2), "budget_weights": 0.5}, r"one weight per budget \(2\), got shape \(\)"),
+        ({"budgets": (1, 2), "budget_weights": torch.ones(2, 1)}, r"one weight per budget \(2\), got shape \(2, 1\)"),
+        ({"budgets": (1, 2), "budget_weights": (1.0, float("nan"))}, "finite, not negative"),
         ({"backend": "cuda"}, "backend must be"),
     ],
 )
@@ -222,6 +225,24 @@ def test_shapes_that_do_not_fit_are_refused(position, shape):
 
     with pytest.raises(ValueError, match="expected t"):
         hierarchical_topk_loss(*inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_indices_that_are_no_integers_are_refused(dtype, backend):
+    indices, *rest = make_inputs(3, 4, 6, 2, dtype=torch.float32)
+
+    with pytest.raises(ValueError, match=f"top_indices must be integers, got {dtype}"):
+        hierarchical_topk_loss(indices.to(dtype), *rest, backend=backend)
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, numpy.array, tuple])
+def test_weights_of_any_kind_give_the_same_loss(kind):
+    inputs = make_inputs(3, 4, 6, 2)
+
+    loss = hierarchical_topk_loss(*inputs, budgets=[1, 4], budget_weights=kind([1.0, 3.0]))
+
+    assert torch.equal(loss, hierarchical_topk_loss(*inputs, budgets=[1, 4], budget_weights=[1.0, 3.0]))
 
 
 def test_an_empty_batch_is_refused():
