@@ -26,7 +26,7 @@ from .serving.base_model import (
 from .serving.gguf import export_control_vector, export_gguf
 from .serving.routes import adapter_routes, routes_table
 from .serving.stock_checkpoint import bias_ready_checkpoint, export_stock_checkpoint
-from .vectors import load_vectors
+from .vectors import load_vectors, unwrap
 from .whole_files import check_empty_folder
 
 
@@ -73,7 +73,7 @@ def lens(args: argparse.Namespace) -> None:
     if args.top_k < 1:
         raise ValueError(f"top_k must be in [1, vocabulary size], got {args.top_k}")
     model = load_steered_model(args.adapter, args.base_model)
-    tokenizer = load_tokenizer(model.get_base_model().name_or_path)
+    tokenizer = load_tokenizer(unwrap(model).name_or_path or args.adapter)
     lenses = logit_lens(model, tokenizer, top_k=args.top_k)
     _show(args, [asdict(layer) for layer in lenses], lens_table(lenses, args.reading, shown=args.top_k))
 

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..merging import MergeSite, merge_sites, why_no_merge_site
@@ -188,14 +188,20 @@ def _write_checkpoint(
         _verify_checkpoint(model, form.model_class, folder)
 
 
-def find_tokenizer(base: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+def find_tokenizer(base: PreTrainedModel) -> Any:
+    """What the checkpoint of a model has to prepare its inputs: a processor where it reads more than text, if it has one."""
     if not base.name_or_path:
         return None
-    try:
-        return AutoTokenizer.from_pretrained(base.name_or_path)
-    except (OSError, ValueError):
-        logger.warning(f"No tokenizer found in {base.name_or_path}: pass one as `tokenizer` to have it saved along.")
-        return None
+    reads_more = base.config.get_text_config(decoder=True) is not base.config
+    for auto_class in [AutoProcessor, AutoTokenizer] if reads_more else [AutoTokenizer]:
+        try:
+            return auto_class.from_pretrained(base.name_or_path)
+        except Exception as error:  # tokenizers raises this very class
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    logger.warning(
+        f"No tokenizer found in {base.name_or_path} ({reason}): pass one as `tokenizer` to have it saved along."
+    )
+    return None
 
 
 @torch.no_grad()

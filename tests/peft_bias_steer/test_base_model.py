@@ -11,8 +11,13 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoProcessor,
     BertConfig,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
     LlamaConfig,
+    LlavaConfig,
+    LlavaProcessor,
     Qwen2VLConfig,
     T5Config,
 )
@@ -142,6 +147,23 @@ def test_a_vision_language_adapter_is_exported_as_a_control_vector(save, tmp_pat
     assert torch.equal(steering_vectors(returned)[1], steering_vectors(model)[1])
     with pytest.raises(SystemExit, match="no stock class computes what Qwen2VLForConditionalGeneration"):
         main(["export", folder, "--format", "stock", "--output", str(tmp_path / "out")])
+
+
+def test_a_stock_checkpoint_of_a_vision_language_model_has_its_processor(tmp_path):
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text, image = LlamaConfig(**SIZES), CLIPVisionConfig(**vision, image_size=30, patch_size=10)
+    config = LlavaConfig(text_config=text, vision_config=image, image_token_id=5)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "base")
+    LlavaProcessor(CLIPImageProcessorPil(), byte_tokenizer(), patch_size=10).save_pretrained(tmp_path / "base")
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, BiasSteerConfig(init_weights=False)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+
+    main(["export", str(tmp_path / "adapter"), "--format", "stock", "--output", str(tmp_path / "out")])
+
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(stock), logits(model), **CLOSE)
+    assert isinstance(AutoProcessor.from_pretrained(tmp_path / "out"), LlavaProcessor)
 
 
 @pytest.mark.parametrize("kind", ["causal", "encoder"])

@@ -1,10 +1,12 @@
-"""`transformers serve` and `pipeline` give the steered model's answers, from the adapter and from a merged checkpoint."""
+"""`transformers serve`, `pipeline` and lm-eval have the steered model, from the adapter and from a merged checkpoint."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -16,8 +18,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from peft_bias_steer import BiasSteerConfig, export_stock_checkpoint, set_steering_vectors, steering_vectors
 
 
-SERVE = "import peft_bias_steer; from transformers.cli.transformers import main; main()"
+BIAS_STEER = str(Path(sys.executable).with_name("bias-steer"))
 PROMPT = "2 + 2 = "
+TASK = """
+task: first_letter
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: ["a", "b"]
+doc_to_target: label
+target_delimiter: ""
+metric_list:
+  - metric: acc
+"""
 
 
 @pytest.fixture
@@ -74,7 +91,16 @@ def test_server_gives_the_steered_answer(steered, tokenizer, tmp_path, form):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path / "log"
-    command = [sys.executable, "-c", SERVE, "serve", folder, "--port", str(port), "--device", "cpu"]
+    command = [BIAS_STEER, "run"] if form == "adapter" else []
+    command += [
+        str(Path(sys.executable).with_name("transformers")),
+        "serve",
+        folder,
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+    ]
     server = subprocess.Popen(
         command, stdout=log.open("w"), stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"}
     )
@@ -92,6 +118,42 @@ def test_server_gives_the_steered_answer(steered, tokenizer, tmp_path, form):
         server.terminate()
         server.wait()
     assert got.choices[0].text == expected
+
+
+@pytest.mark.slow
+def test_lm_eval_scores_the_steered_model(steered, tokenizer, tmp_path):
+    folder, texts = save(steered, tokenizer, tmp_path / "model", "adapter"), ["good morrow", "to be", "or not", "x"]
+    a, b = (tokenizer(letter).input_ids[-1] for letter in "ab")
+    with torch.no_grad():
+        logits = [steered(**tokenizer(text, return_tensors="pt")).logits[0, -1] for text in texts]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"text": t, "label": 0}) + "\n" for t in texts))
+    (tmp_path / "task.yaml").write_text(TASK.format(data=tmp_path / "test.jsonl"))
+    base = steered.get_base_model().name_or_path
+
+    command = [
+        BIAS_STEER,
+        "run",
+        "-m",
+        "lm_eval",
+        "run",
+        "--model",
+        "hf",
+        "--tasks",
+        "first_letter",
+        "--device",
+        "cpu",
+    ]
+    command += ["--model_args", f"pretrained={base},peft={folder},dtype=float32", "--include_path", str(tmp_path)]
+    command += ["--output_path", "results", "--log_samples"]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=offline, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr[-3000:]
+    (samples,) = (tmp_path / "results").rglob("samples*.jsonl")
+    scored = sorted((json.loads(line) for line in samples.read_text().splitlines()), key=lambda row: row["doc_id"])
+    got = [[float(choice[0]) for choice in row["filtered_resps"]] for row in scored]
+    want = [[row.log_softmax(-1)[letter].item() for letter in (a, b)] for row in logits]
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-4, atol=1e-4)
 
 
 def test_rows_of_one_batch_are_answered_under_different_adapters(steered, tokenizer, tmp_path):
