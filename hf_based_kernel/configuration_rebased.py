@@ -107,6 +107,16 @@ class RebasedConfig(PreTrainedConfig):
                 setattr(self, switch, self.kernel == "rebased")
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """[`PreTrainedConfig.from_dict`]. Raises `ValueError` for the configuration of another kind of model."""
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(
+                f"expected the configuration of a {cls.model_type} model, got model_type={config_dict['model_type']!r}; load it "
+                "with the classes of that model, or with AutoModel"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """[`PreTrainedConfig.save_pretrained`]; remote code names every class that can start from the weights beside it."""
         if getattr(self, "auto_map", None):

@@ -491,6 +491,21 @@ class RebasedPreTrainedModel(PreTrainedModel):
             if module.beta is not None:
                 init.zeros_(module.beta)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """[`PreTrainedModel.from_pretrained`]. Raises `ValueError` if the checkpoint lacks a tensor; a head may be new."""
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        missing = sorted(info["missing_keys"])
+        if cls.__name__ not in (model.config.architectures or ()) and hasattr(model, cls.base_model_prefix):
+            missing = [name for name in missing if name.startswith(f"{cls.base_model_prefix}.")]
+        if missing and pretrained_model_name_or_path is not None:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} tensors of {cls.__name__}: {', '.join(missing[:3])}"
+                f"{' …' * (len(missing) > 3)}; save the model again, or check that the configuration belongs to it"
+            )
+        return (model, info) if with_info else model
+
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """[`~PreTrainedModel.push_to_hub`], with a model card that shows how to use the model if there is none yet."""
         token = kwargs.get("token")
@@ -668,19 +683,24 @@ class RebasedModel(RebasedPreTrainedModel):
             past = whole.new_ones(batch_size, seen_tokens) if past is None else past
             whole = torch.cat([past, whole], dim=1)
         local = whole[:, -seq_len:]
-        # Reading the answer would stop a traced graph, and following the mask is right anyway.
-        if not torch.compiler.is_compiling() and bool(whole.all()):
+        # Following the mask is right anyway.
+        if _is_readable(whole) and bool(whole.all()):
             return None, None
         return local, whole
 
     def _check_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
         most = self.config.max_position_embeddings
-        if not torch.compiler.is_compiling() and int(position_ids.max()) >= most:
+        if _is_readable(position_ids) and int(position_ids.max()) >= most:
             raise ValueError(
                 f"The model has learned positions for max_position_embeddings={most} tokens, got "
                 f"{int(position_ids.max()) + 1}; shorten the input"
             )
         return position_ids
+
+
+def _is_readable(x: torch.Tensor) -> bool:
+    """Whether a number can be read: it would stop a traced graph, and a meta tensor has none."""
+    return not (x.is_meta or torch.compiler.is_compiling())
 
 
 def _sequence_starts(
@@ -739,7 +759,7 @@ def _sequence_starts(
         return None
     # Before the first token of all there is nothing to leave behind.
     starts[:, 0] &= seen_tokens > 0
-    if not torch.compiler.is_compiling() and not bool(starts.any()):
+    if _is_readable(starts) and not bool(starts.any()):
         return None
     return starts
 
@@ -842,6 +862,13 @@ class RebasedForCausalLM(RebasedPreTrainedModel, GenerationMixin):
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
             model_kwargs["past_key_values"] = RebasedCache(self.config)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused with `ValueError`: what `generate_batch` and paged attention keep are keys and values, not states."""
+        raise ValueError(
+            f"{type(self).__name__} has no continuous batching (generate_batch, paged attention): its layers keep states, not "
+            "pages of keys and values; use generate with a padded batch"
+        )
 
 
 class RebasedForSequenceClassification(GenericForSequenceClassification, RebasedPreTrainedModel):

@@ -7,13 +7,13 @@ import re
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .rebased_features import (
     REBASED,
     Coefficients,
     accumulation_dtype,
     add_floor,
+    autocast_device,
     polynomial,
     squared_length,
     state_size,
@@ -43,9 +43,11 @@ def rebased_attention_chunked(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`rebased_attention` in linear time: scores inside a chunk of tokens, a state between the chunks."""
     inputs = _Inputs(q, k, v, initial_state, attention_mask, segment_ids)
-    keep_states = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    # An exported program has no backward pass.
+    has_backward = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    keep_states = has_backward and any(x is not None and x.requires_grad for x in inputs)
     options = _Options(scale, eps, coefficients, chunk_size or DEFAULT_CHUNK_SIZE, return_state, keep_states)
-    out, state = _ChunkedAttention.apply(options, *inputs)
+    out, state, *_ = _ChunkedAttention.apply(options, *inputs)
     return (out, state) if return_state else out
 
 
@@ -71,26 +73,70 @@ class _ChunkedAttention(torch.autograd.Function):
     """Keeps the state before each chunk and computes everything else anew in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, options: _Options, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(options: _Options, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         # Traced, the loop over chunks would be unrolled; called directly, an operator costs a short sequence 4-7 %.
         run = _forward_operator if torch.compiler.is_compiling() else _forward
-        out, denominators, state, states = run(*inputs, *options)
-        if options.keep_states:
-            ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*inputs, out, denominators, *states)
-            ctx.options = options
-        return out, state
+        return run(*inputs, *options)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor | None, grad_state: torch.Tensor | None) -> tuple:
-        saved = ctx.saved_tensors
-        inputs, out, denominators, states = saved[:6], saved[6], saved[7], saved[8:]
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        run = _backward_operator if torch.compiler.is_compiling() else _backward
-        with torch.autocast(grad_out.device.type, enabled=False):
-            *gradients, grad_initial = run(grad_out, grad_state, *inputs, *ctx.options, out, denominators, states)
-        return None, *gradients, None if inputs[3] is None else grad_initial, None, None
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, ...]) -> None:
+        options, *tensors = inputs
+        out, _, denominators, states = output
+        ctx.mark_non_differentiable(denominators, states)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, out, denominators, states)
+        ctx.options = options
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple:
+        (grad_out, grad_state, *_), saved = gradients, ctx.saved_tensors
+        grad_out = torch.zeros_like(saved[6]) if grad_out is None else grad_out
+        # torch.compile does not trace one function within another; it sees an operator that has no gradient either.
+        run = _backward_operator if torch.compiler.is_compiling() else _ChunkedGradients.apply
+        with torch.autocast(autocast_device(grad_out), enabled=False):
+            *of_inputs, grad_initial = run(grad_out, grad_state, *saved[:6], *ctx.options, *saved[6:])
+        return None, *of_inputs, None if saved[3] is None else grad_initial, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
+        return _over_batch(_ChunkedAttention, info.batch_size, in_dims, arguments)
+
+
+class _ChunkedGradients(torch.autograd.Function):
+    """The backward pass, which torch's function transforms see as one step."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        return _backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, ...]) -> None:
+        """Nothing is saved: there is no backward pass of it."""
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple:
+        raise NotImplementedError(
+            "gradients of gradients are not implemented for linear attention; compute them with "
+            "rebased_attention_reference, which torch differentiates"
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
+        return _over_batch(_ChunkedGradients, info.batch_size, in_dims, arguments)
+
+
+def _over_batch(
+    function: type[torch.autograd.Function], size: int, in_dims: tuple, arguments: tuple
+) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
+    """Apply the function to all of the mapped dimension as so many more sequences of a batch."""
+    merged = []
+    for argument, dim in zip(arguments, in_dims):
+        if isinstance(argument, torch.Tensor):
+            mapped = argument.expand(size, *argument.shape) if dim is None else argument.movedim(dim, 0)
+            argument = mapped.flatten(0, 1)
+        merged.append(argument)
+    results = function.apply(*merged)
+    return tuple(x.unflatten(0, (size, -1)) for x in results), (0,) * len(results)
 
 
 class _Segments(NamedTuple):
@@ -249,7 +295,7 @@ def _feature_weights(feature_dim: int, coefficients: Coefficients, like: torch.T
 
 def _damaged_segments(inputs: _Inputs, *others: torch.Tensor) -> torch.Tensor | None:
     """(batch, seq, num_heads, 1): True in segments where |q|², |k|², v or one of the others is not finite; None if all are."""
-    if inputs.segment_ids is None:
+    if inputs.segment_ids is None or inputs.q.is_meta:
         return None
     # The squares of q and k are factors of the floor's gradient.
     lengths = [x.to(accumulation_dtype(x)).square().sum(-1, keepdim=True) for x in inputs[:2]]
@@ -264,19 +310,20 @@ def _damaged_segments(inputs: _Inputs, *others: torch.Tensor) -> torch.Tensor | 
     return in_segment.gather(1, number).bool()[..., None]
 
 
-def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Output, denominators (batch, seq, num_heads, 1), final state (empty if unwanted), states before the later chunks."""
+def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Output, final state (empty if unwanted), denominators (batch, seq, num_heads, 1), and the states before the later chunks
+    (batch * num_heads, chunks - 1, state_size, head_dim + 1), none of them if they are not to be kept.
+    """
     inputs, options = _Inputs(*arguments[:6]), _Options(*arguments[6:])
     damaged = _damaged_segments(inputs)
     if damaged is not None:
         inputs = _Inputs(*(x.masked_fill(damaged, 0) for x in inputs[:3]), *inputs[3:])
     coefficients = tuple(options.coefficients)
     batch_size, seq_len, num_heads, feature_dim = inputs.q.shape
-    out = inputs.v.new_empty(inputs.v.shape)
-    denominators = out.new_empty((batch_size, seq_len, num_heads, 1), dtype=accumulation_dtype(out))
+    out, last, denominators, states = _empty_results(*inputs, *options)
     weights = _feature_weights(feature_dim, coefficients, like=denominators)
     state = None if inputs.initial_state is None else inputs.initial_state.flatten(0, 1)
-    states = []
     for start in range(0, seq_len, options.chunk_size):
         stop = min(start + options.chunk_size, seq_len)
         chunk = _chunk(inputs, start, stop, options.scale)
@@ -289,19 +336,19 @@ def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor,
             totals += earlier[..., -1:]
         if stop < seq_len or options.return_state:
             # The weights belong to the features, but the product has fewer columns than a chunk has tokens.
-            added = torch.bmm(*_added_to_state(chunk, coefficients)).mul_(weights)
+            kept = states[:, start // options.chunk_size] if options.keep_states and stop < seq_len else None
+            added = torch.bmm(*_added_to_state(chunk, coefficients), out=kept).mul_(weights)
             state = added if state is None else added.add_(_only(segments and segments.carry, state))
-            if options.keep_states and stop < seq_len:
-                states.append(state)
         totals += options.eps
         out[:, start:stop] = _heads_last(numerators.div_(totals), batch_size)
         denominators[:, start:stop] = _heads_last(totals, batch_size)
-    state = state.unflatten(0, (batch_size, num_heads)) if options.return_state else denominators.new_empty(0)
+    if options.return_state:
+        last = state.unflatten(0, (batch_size, num_heads))
     if damaged is not None:
         out.masked_fill_(damaged, float("nan"))
         if options.return_state:
-            state.masked_fill_(damaged[:, -1, :, :, None], float("nan"))
-    return out, denominators, state, states
+            last.masked_fill_(damaged[:, -1, :, :, None], float("nan"))
+    return out, last, denominators, states
 
 
 def _backward(grad_out: torch.Tensor, grad_state: torch.Tensor | None, *arguments: Any) -> tuple[torch.Tensor, ...]:
@@ -316,12 +363,15 @@ def _backward(grad_out: torch.Tensor, grad_state: torch.Tensor | None, *argument
             grad_out.masked_fill(damaged, 0),
             denominators.masked_fill(damaged, 1),
         )
+    if not options.keep_states:
+        # torch.func can hide from the forward pass that there will be this one.
+        *_, states = _forward(*inputs, *options._replace(keep_states=True))
     coefficients = tuple(options.coefficients)
     batch_size, seq_len, num_heads, feature_dim = inputs.q.shape
     weights = _feature_weights(feature_dim, coefficients, like=denominators)
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in inputs[:3])
     grad_state = grad_state.flatten(0, 1) if options.return_state and grad_state is not None else None
-    before = [None if inputs.initial_state is None else inputs.initial_state.flatten(0, 1), *states]
+    before = [None if inputs.initial_state is None else inputs.initial_state.flatten(0, 1), *states.unbind(1)]
     for start, state in zip(reversed(range(0, seq_len, options.chunk_size)), reversed(before)):
         stop = min(start + options.chunk_size, seq_len)
         chunk = _chunk(inputs, start, stop, options.scale)
@@ -354,7 +404,7 @@ def _backward(grad_out: torch.Tensor, grad_state: torch.Tensor | None, *argument
         for gradient in (grad_q, grad_k, grad_v):
             gradient.masked_fill_(damaged, float("nan"))
     if inputs.initial_state is None:
-        return grad_q, grad_k, grad_v, grad_q.new_empty(0)
+        return grad_q, grad_k, grad_v, grad_q.new_empty(batch_size, 0)
     grad_initial = grad_state.unflatten(0, (batch_size, num_heads))
     if damaged is not None:
         grad_initial.masked_fill_(damaged[:, 0, :, :, None], float("nan"))
@@ -365,27 +415,28 @@ def _backward(grad_out: torch.Tensor, grad_state: torch.Tensor | None, *argument
 NAMESPACE = re.sub(r"\W", "_", __name__)
 INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? initial_state, Tensor? attention_mask, Tensor? segment_ids"
 OPTIONS = "float scale, float eps, float[] coefficients, SymInt chunk_size, bool return_state, bool keep_states"
-SAVED = "Tensor out, Tensor denominators, Tensor[] states"
+SAVED = "Tensor out, Tensor denominators, Tensor states"
 
 _forward_operator = torch.library.custom_op(
     f"{NAMESPACE}::chunked_forward",
     _forward,
     mutates_args=(),
-    schema=f"({INPUTS}, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor[])",
+    schema=f"({INPUTS}, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @_forward_operator.register_fake
-def _empty_results(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+def _empty_results(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `_forward` returns, not yet filled."""
     inputs, options = _Inputs(*arguments[:6]), _Options(*arguments[6:])
     batch_size, seq_len, num_heads, feature_dim = inputs.q.shape
     out = inputs.v.new_empty(inputs.v.shape)
     denominators = out.new_empty((batch_size, seq_len, num_heads, 1), dtype=accumulation_dtype(out))
     sizes = (state_size(feature_dim, options.coefficients), out.shape[-1] + 1)
     later_chunks = (seq_len - 1) // options.chunk_size if options.keep_states else 0
-    states = [denominators.new_empty(batch_size * num_heads, *sizes) for _ in range(later_chunks)]
-    state = denominators.new_empty((batch_size, num_heads, *sizes) if options.return_state else 0)
-    return out, denominators, state, states
+    states = denominators.new_empty(batch_size * num_heads, later_chunks, *sizes)
+    state = denominators.new_empty((batch_size, num_heads, *sizes) if options.return_state else (batch_size, 0))
+    return out, state, denominators, states
 
 
 _backward_operator = torch.library.custom_op(
@@ -399,5 +450,5 @@ _backward_operator = torch.library.custom_op(
 @_backward_operator.register_fake
 def _empty_gradients(grad_out: torch.Tensor, grad_state: torch.Tensor | None, *arguments: Any) -> tuple:
     inputs = _Inputs(*arguments[:6])
-    grad_initial = inputs.q.new_empty(0) if inputs.initial_state is None else inputs.initial_state
+    grad_initial = inputs.q.new_empty(inputs.q.shape[0], 0) if inputs.initial_state is None else inputs.initial_state
     return tuple(x.new_empty(x.shape) for x in (*inputs[:3], grad_initial))

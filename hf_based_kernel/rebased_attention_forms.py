@@ -14,7 +14,9 @@ chunk_size, coefficients)`, and one layout of the state, which `rebased_features
 """
 
 import importlib.util
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -24,6 +26,7 @@ from .rebased_features import (
     TAYLOR,
     Coefficients,
     accumulation_dtype,
+    autocast_device,
     features,
     key_features,
     polynomial,
@@ -89,7 +92,7 @@ def rebased_attention(
         as a second one, in float32 (float64 for float64 inputs). Sums are accumulated in that dtype too.
 
     Raises:
-        ValueError: If shapes, dtypes, `segment_ids`, `chunk_size` or `backend` are not as above.
+        ValueError: If shapes, dtypes, `segment_ids`, a number or `backend` are not as above.
         ImportError: If `backend="triton"` and triton is not installed.
     """
     return _attention(
@@ -159,15 +162,14 @@ def _attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     _check_tensors(q, k, v, attention_mask=attention_mask, segment_ids=segment_ids)
     _check_state(initial_state, q, v, coefficients)
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be a positive number of tokens, got {chunk_size}")
+    _check_numbers(scale, eps, chunk_size)
     form = _choose_form(q, initial_state, return_state, backend)
     if attention_mask is not None:
         attention_mask = attention_mask.bool()
         padding = ~attention_mask[:, :, None, None]
         # Selected, not multiplied: a NaN in the padding must not reach the sums.
         q, k, v = (x.masked_fill(padding, 0) for x in (q, k, v))
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(autocast_device(q), enabled=False):
         result = form(
             q,
             k,
@@ -188,6 +190,19 @@ def _attention(
     return result.masked_fill(padding, 0)
 
 
+def _check_numbers(scale: float | None, eps: float, chunk_size: int | None) -> None:
+    if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1):
+        raise ValueError(f"chunk_size must be a positive number of tokens, got {chunk_size!r}")
+    if not (_is_finite(eps) and eps >= 0):
+        raise ValueError(f"eps must be a finite number that is not negative, got {eps!r}")
+    if not (scale is None or _is_finite(scale)):
+        raise ValueError(f"scale must be a finite number, got {scale!r}")
+
+
+def _is_finite(number: Any) -> bool:
+    return isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
+
+
 def _check_tensors(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -196,6 +211,8 @@ def _check_tensors(
     attention_mask: torch.Tensor | None,
     segment_ids: torch.Tensor | None,
 ) -> None:
+    if not all(isinstance(x, torch.Tensor) for x in (q, k, v)):
+        raise ValueError(f"q, k and v must be tensors, got {', '.join(type(x).__name__ for x in (q, k, v))}")
     if q.dim() != 4 or q.shape != k.shape:
         raise ValueError(
             "q and k must both have the shape (batch, seq, num_heads, feature_dim), "
@@ -211,14 +228,22 @@ def _check_tensors(
     if q.shape[1] == 0:
         raise ValueError(f"expected at least one token, got q of shape {tuple(q.shape)}")
     for name, tensor in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
-        if tensor is not None and tensor.shape != q.shape[:2]:
+        if tensor is not None and (not isinstance(tensor, torch.Tensor) or tensor.shape != q.shape[:2]):
             raise ValueError(
-                f"{name} must have the shape (batch, seq) = {tuple(q.shape[:2])}, got {tuple(tensor.shape)}"
+                f"{name} must have the shape (batch, seq) = {tuple(q.shape[:2])}, got {_shape_of(tensor)}"
             )
+    if segment_ids is not None and (segment_ids.is_floating_point() or segment_ids.dtype == torch.bool):
+        raise ValueError(
+            f"segment_ids must be integers, got {segment_ids.dtype}; number the segments from left to right"
+        )
     # Reading a value stops a traced graph and waits for a GPU, so the order is only looked at where that is free.
     readable = segment_ids is not None and segment_ids.device.type == "cpu" and not torch.compiler.is_compiling()
     if readable and bool((segment_ids.diff(dim=1) < 0).any()):
         raise ValueError("segment_ids must never decrease along the sequence; number the segments from left to right")
+
+
+def _shape_of(tensor: Any) -> str:
+    return str(tuple(tensor.shape)) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
 
 
 def _check_state(
@@ -228,10 +253,10 @@ def _check_state(
         return
     batch_size, _, num_heads, feature_dim = q.shape
     expected = (batch_size, num_heads, state_size(feature_dim, coefficients), v.shape[-1] + 1)
-    if tuple(initial_state.shape) != expected:
+    if not isinstance(initial_state, torch.Tensor) or tuple(initial_state.shape) != expected:
         raise ValueError(
             f"initial_state must have the shape (batch, num_heads, state_size, head_dim + 1) = {expected}, got "
-            f"{tuple(initial_state.shape)}; it must come from the same kernel and the same sizes"
+            f"{_shape_of(initial_state)}; it must come from the same kernel and the same sizes"
         )
     if initial_state.dtype != accumulation_dtype(q):
         raise ValueError(

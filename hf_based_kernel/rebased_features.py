@@ -123,6 +123,11 @@ def accumulation_dtype(q: torch.Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
+def autocast_device(x: torch.Tensor) -> str:
+    """Where torch.autocast has to be switched off for operations on x. Of meta tensors it knows nothing."""
+    return "cpu" if x.is_meta else x.device.type
+
+
 def with_ones(v: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
     """v: (batch, seq, num_heads, head_dim) -> (..., head_dim + 1): the last column, 0 for padding, sums to the denominator."""
     values = torch.nn.functional.pad(v.to(accumulation_dtype(v)), (0, 1), value=1.0)

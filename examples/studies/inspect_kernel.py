@@ -80,11 +80,10 @@ def attention_matrices(model, input_ids):
     matrices = dict(zip(softmax_layers, outputs.attentions or ()))
     for index in linear_layers(model):
         q, k = features[index, "q_norm"].float(), features[index, "k_norm"].float()
-        weights = similarity(
-            model.config.kernel, torch.einsum("bihd,bjhd->bhij", q, k) * model.config.feature_dim**-0.5
-        )
-        weights = weights.tril()
-        matrices[index] = weights / (weights.sum(-1, keepdim=True) + model.config.attention_eps)
+        # Of the token's own number, one-hot, the average is the weights.
+        numbers = torch.eye(q.shape[1]).expand(*q.shape[:1], q.shape[2], -1, -1).transpose(1, 2)
+        weights = linear_layers(model)[index].attention(q, k, numbers, eps=model.config.attention_eps)
+        matrices[index] = weights.transpose(1, 2)
     return matrices, outputs.logits
 
 

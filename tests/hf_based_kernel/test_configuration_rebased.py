@@ -1,4 +1,5 @@
 import pytest
+from transformers import AutoConfig, GPT2Config
 
 from hf_based_kernel import RebasedConfig
 
@@ -41,3 +42,25 @@ def test_config_survives_saving(tmp_path):
 def test_bad_configuration_is_one_clear_sentence(options, message):
     with pytest.raises(Exception, match=message):
         RebasedConfig(**options)
+
+
+def test_the_configuration_of_another_model_is_refused(tmp_path):
+    GPT2Config().save_pretrained(tmp_path)
+
+    assert AutoConfig.from_pretrained(tmp_path).model_type == "gpt2"
+    with pytest.raises(ValueError, match="expected the configuration of a rebased model, got model_type='gpt2'"):
+        RebasedConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers", "feature_dim", "sliding_window", "head_dim"])
+@pytest.mark.parametrize("value", [True, 2.0, 2.5, float("nan"), "2", 0, -1])
+def test_sizes_are_whole_numbers_and_positive(name, value):
+    with pytest.raises(Exception, match=name):
+        RebasedConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["attention_eps", "norm_eps", "initializer_range"])
+@pytest.mark.parametrize("value", [True, float("nan"), float("inf"), -1e-6, "1e-6"])
+def test_small_numbers_are_finite_and_not_negative(name, value):
+    with pytest.raises(Exception, match=name):
+        RebasedConfig(**{name: value})

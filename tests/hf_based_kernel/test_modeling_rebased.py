@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -315,6 +316,47 @@ def test_saved_model_carries_its_code(tmp_path):
     assert sorted(path.suffix for path in (tmp_path / "model").iterdir() if path.suffix in (".bin", ".pt")) == []
 
 
+def save_without(path, *names):
+    """A saved model whose file lacks the tensors of these names."""
+    tiny_model("hybrid").save_pretrained(path)
+    tensors = load_file(path / "model.safetensors")
+    save_file({k: x for k, x in tensors.items() if k not in names}, path / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("loaded_class", [AutoModelForCausalLM, RebasedForCausalLM, RebasedForSequenceClassification])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.self_attn.k_norm.beta"])
+def test_a_file_that_lacks_a_tensor_is_refused(tmp_path, loaded_class, name):
+    save_without(tmp_path, name)
+
+    with pytest.raises(ValueError, match=f"lacks 1 tensors of Rebased.*: {name}; save the model again"):
+        loaded_class.from_pretrained(tmp_path)
+
+
+def test_a_file_that_lacks_most_is_refused_with_the_first_names(tmp_path):
+    save_without(tmp_path, *(f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkvo"))
+
+    with pytest.raises(ValueError, match=r"lacks 4 tensors .*k_proj.weight, .*o_proj.weight, .*q_proj.weight …"):
+        RebasedModel.from_pretrained(tmp_path)
+
+
+def test_a_head_is_new_only_where_the_checkpoint_has_another_one(tmp_path):
+    RebasedModel(tiny_config(tie_word_embeddings=False)).save_pretrained(tmp_path / "base")
+    _, info = RebasedForCausalLM.from_pretrained(tmp_path / "base", output_loading_info=True)
+    assert set(info["missing_keys"]) == {"lm_head.weight"}
+    classifier = RebasedForSequenceClassification.from_pretrained(tmp_path / "base")
+    classifier.save_pretrained(tmp_path / "classifier")
+    tensors = load_file(tmp_path / "classifier" / "model.safetensors")
+    save_file({k: x for k, x in tensors.items() if k != "score.weight"}, tmp_path / "classifier" / "model.safetensors")
+
+    with pytest.raises(ValueError, match="lacks 1 tensors of RebasedForSequenceClassification: score.weight"):
+        RebasedForSequenceClassification.from_pretrained(tmp_path / "classifier")
+
+
+def test_the_folder_of_another_model_is_refused(tiny_language_model):
+    with pytest.raises(ValueError, match="expected the configuration of a rebased model, got model_type='llama'"):
+        RebasedForCausalLM.from_pretrained(tiny_language_model)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -332,6 +374,7 @@ def test_saved_model_carries_its_code(tmp_path):
             r"attention_mask must have the shape .* got \(1, 1, 3, 3\)",
         ),
         (lambda m: m.generate(tokens(1, 3), cache_implementation="static"), "cache_implementation must be None"),
+        (lambda m: m.generate_batch([[2, 3], [4]]), "RebasedForCausalLM has no continuous batching"),
         (lambda m: RebasedCache(m.config).crop(1), "cannot forget single tokens"),
         (lambda m: m.generate(tokens(1, 3), prompt_lookup_num_tokens=2), "not supported with stateful models"),
         (

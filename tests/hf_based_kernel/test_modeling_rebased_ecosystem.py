@@ -171,6 +171,36 @@ def test_lora_trains_saves_and_loads(tmp_path):
     assert torch.equal(loaded(input_ids).logits, tuned)
 
 
+def test_lora_finds_every_linear_layer():
+    model = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    model(tokens(2, 10), labels=tokens(2, 10)).loss.backward()
+    trained = {name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    projections = {f"{name}_proj" for name in ("q", "k", "v", "o", "in", "out", "gate", "up", "down")}
+    assert trained == projections
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_model_that_trains_is_exported_with_any_length(strict):
+    model, length = tiny_model(), torch.export.Dim("length", min=2, max=512)
+    options = {"dynamic_shapes": {"input_ids": {1: length}, "use_cache": None}, "strict": strict}
+    exported = torch.export.export(model, (tokens(1, 30),), {"use_cache": False}, **options).module()
+    for seq_len in (2, 100, 300):
+        input_ids = tokens(1, seq_len)
+        got = exported(input_ids, use_cache=False).logits
+        torch.testing.assert_close(got, model(input_ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_position_embeddings": True}], ids=["no positions", "positions"])
+def test_shapes_are_known_on_the_meta_device(options):
+    with torch.device("meta"):
+        model = tiny_model(**options)
+        marks = {"attention_mask": torch.ones(2, 9), "position_ids": torch.zeros(2, 9, dtype=torch.long)}
+        outputs = model(torch.zeros(2, 9, dtype=torch.long), use_cache=True, **marks)
+        after = model(torch.zeros(2, 1, dtype=torch.long), past_key_values=outputs.past_key_values)
+    assert (outputs.logits.shape, after.logits.shape) == ((2, 9, 64), (2, 1, 64))
+    model(torch.zeros(2, 9, dtype=torch.long, device="meta"), use_cache=False).logits.sum().backward()
+
+
 def test_prefill_allocates_nothing_of_seq_by_seq():
     model, seq_len = tiny_model(vocab_size=8, hidden_size=8, num_hidden_layers=2, layer_types=LAYER_TYPES[:2]), 4096
     activity = [torch.profiler.ProfilerActivity.CPU]

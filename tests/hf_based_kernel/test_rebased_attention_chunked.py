@@ -9,6 +9,7 @@ from hf_based_kernel.rebased_attention_chunked import (
     _forward_operator,
     rebased_attention_chunked,
 )
+from hf_based_kernel.rebased_attention_forms import rebased_attention_reference
 from hf_based_kernel.rebased_features import REBASED, state_size
 
 
@@ -40,8 +41,61 @@ def test_operators_obey_the_rules_of_torch_library():
     options = (0.5, 1e-6, list(REBASED), 2, True, True)
     for arguments in ((state, None, None), (None, mask, segments)):
         inputs = (q, k, v, *arguments)
-        out, denominators, final_state, states = _forward(*inputs, *options)
+        out, final_state, denominators, states = _forward(*inputs, *options)
         saved = (out, final_state, *inputs, *options, out, denominators, states)
         for operator, given in ((_forward_operator, (*inputs, *options)), (_backward_operator, saved)):
             checks = torch.library.opcheck(operator, given)
             assert set(checks.values()) == {"SUCCESS"}
+
+
+def chunked(q, k, v, **options):
+    return rebased_attention_chunked(q, k, v, scale=0.5, eps=0.1, chunk_size=2, **options)
+
+
+def reference(q, k, v, **options):
+    return rebased_attention_reference(q, k, v, scale=0.5, eps=0.1, **options)
+
+
+TRANSFORMS = {
+    "grad": lambda form, q, k, v: torch.func.grad(lambda *x: form(*x).square().sum(), argnums=(0, 1, 2))(q, k, v),
+    "gradients of each sample": lambda form, q, k, v: torch.func.vmap(
+        torch.func.grad(lambda *x: form(*(y[None] for y in x)).square().sum(), argnums=(0, 1, 2))
+    )(q, k, v),
+    "gradients through vmap": lambda form, q, k, v: torch.func.grad(
+        lambda q: torch.func.vmap(lambda one: form(one[None], k[:1], v[:1]))(q).square().sum()
+    )(q),
+    "jacobian": lambda form, q, k, v: torch.func.jacrev(form, argnums=(0, 2))(q, k, v),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_function_transforms_see_the_gradients_of_the_formula(transform):
+    q, k, v = (torch.randn(2, 5, 2, size, dtype=torch.float64) for size in (4, 4, 3))
+    got, expected = (TRANSFORMS[transform](form, q, k, v) for form in (chunked, reference))
+
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_each_sample_may_have_a_mask_and_a_state():
+    q, k, v = (torch.randn(2, 5, 2, size, dtype=torch.float64) for size in (4, 4, 3))
+    state = torch.rand(2, 1, 2, state_size(4), 4, dtype=torch.float64)
+    mask = torch.tensor([[[0, 1, 1, 1, 1]], [[1] * 5]]).bool()
+
+    def total(form, q, k, v, state, mask):
+        q, k, v = (x[None].masked_fill(~mask[:, :, None, None], 0) for x in (q, k, v))
+        out, last = form(q, k, v, initial_state=state, attention_mask=mask, return_state=True)
+        return (out * mask[:, :, None, None]).square().sum() + last.square().sum()
+
+    def of_each_sample(form):
+        gradient = torch.func.grad(lambda *x: total(form, *x), argnums=(0, 1, 2, 3))
+        return torch.func.vmap(gradient)(q, k, v, state, mask)
+
+    torch.testing.assert_close(of_each_sample(chunked), of_each_sample(reference), rtol=1e-9, atol=1e-10)
+
+
+def test_gradients_of_gradients_are_refused():
+    q, k, v = (torch.randn(1, 5, 2, 4, requires_grad=True) for _ in range(3))
+    (gradient,) = torch.autograd.grad(chunked(q, k, v).sum(), q, create_graph=True)
+
+    with pytest.raises(NotImplementedError, match="gradients of gradients are not implemented"):
+        gradient.square().sum().backward()

@@ -436,6 +436,25 @@ BAD_CALLS = {
         "initial_state must be torch.float64 as it was returned, got torch.bfloat16",
     ),
     "chunk_size": (lambda q, k, v: rebased_attention(q, k, v, chunk_size=0), "chunk_size must be a positive"),
+    "chunk_size_fraction": (lambda q, k, v: rebased_attention(q, k, v, chunk_size=2.5), "tokens, got 2.5"),
+    "chunk_size_bool": (lambda q, k, v: rebased_attention(q, k, v, chunk_size=True), "tokens, got True"),
+    "eps_nan": (lambda q, k, v: rebased_attention(q, k, v, eps=float("nan")), "eps must be a finite number"),
+    "eps_negative": (lambda q, k, v: taylor_attention(q, k, v, eps=-1.0), "eps must be .* not negative, got -1.0"),
+    "scale_bool": (lambda q, k, v: rebased_attention(q, k, v, scale=True), "scale must be a finite number, got True"),
+    "scale_text": (lambda q, k, v: rebased_attention(q, k, v, scale="1"), "scale must be a finite number, got '1'"),
+    "lists": (
+        lambda q, k, v: rebased_attention([[1.0]], k, v),
+        "q, k and v must be tensors, got list, Tensor, Tensor",
+    ),
+    "mask_list": (
+        lambda q, k, v: rebased_attention(q, k, v, attention_mask=[[1] * 13] * 2),
+        r"attention_mask must have the shape \(batch, seq\) = \(2, 13\), got list",
+    ),
+    "segments_dtype": (
+        lambda q, k, v: rebased_attention(q, k, v, segment_ids=torch.zeros(2, 13)),
+        "segment_ids must be integers, got torch.float32",
+    ),
+    "state_list": (lambda q, k, v: rebased_attention(q, k, v, initial_state=[1]), r"= \(2, 3, 12, 6\), got list"),
     "backend": (lambda q, k, v: rebased_attention(q, k, v, backend="cuda"), 'backend must be "auto", "torch" or'),
 }
 
