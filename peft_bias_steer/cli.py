@@ -7,6 +7,7 @@ import os
 import pickle
 import runpy
 import shutil
+import struct
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -56,7 +57,9 @@ examples:
   bias-steer run transformers serve with-adapter --port 8000
 """
 # what a user can mend; the text of these errors says how, so no traceback goes before it
-MENDABLE = (EOFError, ImportError, OSError, RuntimeError, SafetensorError, ValueError, pickle.UnpicklingError)
+MENDABLE = (ImportError, OSError, RuntimeError, SafetensorError, ValueError)
+# what torch raises at a file in its older format; these say nothing of the file
+DAMAGED = (EOFError, pickle.UnpicklingError, struct.error)
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -64,9 +67,9 @@ def inspect(args: argparse.Namespace) -> None:
     statistics = vector_statistics(load_vectors(args.adapter, skip_modules=True))
     if args.plot:
         plot_statistics(statistics, args.plot, title=args.adapter)
-    _show(args, asdict(statistics), statistics_table(statistics))
-    if trained:
-        print(f"trained whole beside the vectors, and not in these numbers: {', '.join(trained)}", file=sys.stderr)
+    _show(args, {**asdict(statistics), "trained_modules": trained}, statistics_table(statistics))
+    if trained and not args.json:
+        print(f"trained whole beside the vectors, and not in these numbers: {', '.join(trained)}")
 
 
 def lens(args: argparse.Namespace) -> None:
@@ -222,6 +225,10 @@ def main(arguments: list[str] | None = None) -> None:
         args.run(args)
     except MENDABLE as error:
         raise SystemExit(f"bias-steer: {error}") from error
+    except DAMAGED as error:
+        raise SystemExit(
+            f"bias-steer: a .bin file of {args.adapter} or its base model is damaged ({error}): copy or download it again"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 import transformers
 from peft import PeftModel
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import BiasSteerConfig
@@ -41,7 +41,12 @@ def load_steered_model(adapter: str, base_model: str | None = None) -> PeftModel
     """
     skeleton, name = find_base_model(adapter, base_model)
     base = cast(Any, type(skeleton)).from_pretrained(name, config=skeleton.config, dtype="auto")
-    return PeftModel.from_pretrained(base, adapter).eval()
+    try:
+        return PeftModel.from_pretrained(base, adapter).eval()
+    except KeyError as error:  # PEFT looks up what a module that it saves whole must have
+        raise ValueError(
+            f"expected {error} in the file of {adapter}, which lacks it: copy or save it again"
+        ) from error
 
 
 def load_base_model(name: str) -> PreTrainedModel:
@@ -124,6 +129,9 @@ def read_config(adapter: str) -> BiasSteerConfig:
         ) from error
     if not isinstance(config, BiasSteerConfig):
         raise ValueError(f"expected a BiasSteer adapter, got one of type {config.peft_type} in {adapter}")
+    names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    if os.path.isdir(adapter) and not any(os.path.exists(os.path.join(adapter, name)) for name in names):
+        raise ValueError(f"expected {names[0]} in {adapter}, got a folder without it: copy or save it again")
     return config
 
 
@@ -145,9 +153,10 @@ def _candidates(
         heads = [shape for key, shape in shapes.items() if VECTOR not in key and len(shape) == 2]
         if heads:
             config.num_labels = heads[-1][0]
-    named = [(peft_config.auto_mapping or {}).get("base_model_class"), *(config.architectures or ())]
+    mapping = peft_config.auto_mapping if isinstance(peft_config.auto_mapping, dict) else {}
+    named = [mapping.get("base_model_class"), *(config.architectures or ())]
     by_task = [_auto_class(kind, config) for kind in TASK_CLASSES.get(task or "", ANY_CLASS)]
-    by_name = [getattr(transformers, name, None) for name in named if name]
+    by_name = [getattr(transformers, str(name), None) for name in named if name]
     # a checkpoint's own class is that of a language model, whatever a head's adapter was trained on
     own_first = task in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")
     for model_class in [*by_name, *by_task] if own_first else [*by_task, *by_name]:

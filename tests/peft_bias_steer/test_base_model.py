@@ -110,13 +110,16 @@ def test_any_adapter_is_inspected_and_has_routes(kind, options, save, capsys):
     model, folder = save(kind, **options)
 
     main(["inspect", folder, "--json"])
-    printed = capsys.readouterr()
+    inspected = json.loads(capsys.readouterr().out)
+    main(["inspect", folder])
+    table = capsys.readouterr().out
     main(["routes", folder, "--json"])
     routes = {route["name"]: route for route in json.loads(capsys.readouterr().out)}
 
-    assert json.loads(printed.out)["norms"] == pytest.approx(vector_statistics(steering_vectors(model)).norms)
+    assert inspected["norms"] == pytest.approx(vector_statistics(steering_vectors(model)).norms)
     heads = {"classifier": "score", "encoder": "classifier"}.get(kind) or (options.get("modules_to_save") or [""])[0]
-    assert (f"trained whole beside the vectors, and not in these numbers: {heads}" in printed.err) is bool(heads)
+    assert inspected["trained_modules"] == ([heads] if heads else [])
+    assert (f"trained whole beside the vectors, and not in these numbers: {heads}" in table) is bool(heads)
     assert routes["transformers, adapter"]["exact"]
     is_generator = kind not in ("classifier", "encoder")
     assert ("generate" in routes["transformers, one adapter per row"]["reason"]) is is_generator

@@ -216,6 +216,8 @@ def test_a_number_that_is_none_ends_with_the_usage(value, steered, capsys):
         ("adapter_config.json", b"\xff{}", "adapter_config.json of a BiasSteer adapter in .* that cannot be read"),
         ("adapter_config.json", b"[1]", "adapter_config.json of a BiasSteer adapter in .* that cannot be read"),
         ("adapter_config.json", b'{"peft_type": "NO_SUCH"}', "that cannot be read .*NO_SUCH"),
+        ("adapter_model.safetensors", None, "expected adapter_model.safetensors in .* got a folder without it"),
+        ("adapter_model.bin", b"junk", "a .bin file of .* is damaged"),
         ("adapter_model.safetensors", b"", "complete safetensors file, got 0 bytes"),
         ("adapter_model.safetensors", b"\0" * 90, "complete safetensors file, got 90 bytes"),
     ],
@@ -224,11 +226,23 @@ def test_a_number_that_is_none_ends_with_the_usage(value, steered, capsys):
 def test_a_damaged_adapter_ends_with_one_sentence(name, content, message, steered, tmp_path):
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / file).write_bytes(Path(steered[1], file).read_bytes())
-    (tmp_path / name).write_bytes(content)
+    if name == "adapter_model.bin" or content is None:
+        (tmp_path / "adapter_model.safetensors").unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
 
     for command in ("inspect", "lens", "routes"):
         with pytest.raises(SystemExit, match=f"^bias-steer: .*{message}"):
             main([command, str(tmp_path)])
+
+
+@pytest.mark.parametrize("mapping", [[1], {"base_model_class": "os"}, {"base_model_class": 5}], ids=str)
+def test_a_class_that_an_adapter_names_and_nobody_has_is_passed_over(mapping, steered, tmp_path, capsys):
+    folder = shutil.copytree(steered[1], tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "auto_mapping": mapping}))
+
+    assert len(json.loads(run(capsys, "lens", folder, "--json"))) == 2
 
 
 @pytest.mark.parametrize(
