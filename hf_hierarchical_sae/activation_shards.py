@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -61,6 +61,8 @@ def save_shards(
         `ValueError`: If the folder holds a harvest with other settings or of another text, or an activation is too large
             for `dtype`; no shard is written then.
     """
+    if not isinstance(stream, ActivationStream):
+        raise ValueError(f"expected a stream from iterate_activations, got a {type(stream).__name__}")
     shard_tokens, process_index, num_processes = (
         integer(name, value)
         for name, value in (
@@ -272,6 +274,8 @@ def pieces_of(
     """Activations piece by piece, if a stream or a harvest of them is of what the autoencoder was trained on."""
     if isinstance(activations, torch.Tensor):
         return [activations]
+    if isinstance(activations, str | bytes | Mapping) or not isinstance(activations, Iterable | ActivationShards):
+        raise ValueError(f"expected activations, a tensor or several, got a {type(activations).__name__}")
     if isinstance(activations, ActivationStream | ActivationShards):
         activations.check_reads(sae)
     return activations.batches() if isinstance(activations, ActivationShards) else activations

@@ -4,14 +4,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .configuration_hierarchical_sae import integer
+from .configuration_hierarchical_sae import integer, positive_number
 from .language_model import (
     check_fits,
     check_length,
@@ -76,9 +75,10 @@ class ActivationSettings:
                 "shuffle_tokens must not be negative and max_tokens must be positive or None, "
                 f"got {self.shuffle_tokens} and {self.max_tokens}"
             )
-        ratio = self.max_norm_ratio
-        if ratio is not None and not (isinstance(ratio, Real) and not isinstance(ratio, bool) and ratio > 0):
-            raise ValueError(f"max_norm_ratio must be a positive number or None, got {ratio!r}")
+        if self.max_norm_ratio is not None:
+            object.__setattr__(self, "max_norm_ratio", positive_number("max_norm_ratio", self.max_norm_ratio))
+        if not isinstance(self.text_column, str):
+            raise ValueError(f"text_column must be the name of a column, got {self.text_column!r}")
 
 
 class Inputs(NamedTuple):
@@ -353,7 +353,7 @@ def check_dataset(dataset: Any) -> None:
             f"expected texts or rows with a text, got a {type(dataset).__name__} of {[*dataset][:10]}: choose one of its "
             "splits, as in load_dataset(…, split='train'), or columns"
         )
-    if isinstance(dataset, str | bytes) or not isinstance(dataset, Iterable):
+    if isinstance(dataset, str | bytes | torch.Tensor) or not isinstance(dataset, Iterable):
         raise ValueError(
             f"expected a list of texts, or rows with a text, got a single {type(dataset).__name__}: put a text in a list"
         )

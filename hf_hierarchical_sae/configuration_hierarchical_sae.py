@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy
@@ -226,6 +226,14 @@ def integers(name: str, numbers: Any) -> list[int]:
     if not all(map(is_integer, found)):
         raise ValueError(f"{name} must be integers, got {numbers}")
     return [int(number) for number in found]
+
+
+def positive_number(name: str, number: Any) -> float:
+    """A number above 0, infinity too, as Python's own; raises a `ValueError` for others, NaN and booleans among them."""
+    found = number.item() if isinstance(number, torch.Tensor) and number.ndim == 0 else number
+    if not isinstance(found, Real) or isinstance(found, bool) or not found > 0:
+        raise ValueError(f"{name} must be a positive number, got {number!r}")
+    return float(found)
 
 
 def increasing_integers(name: str, numbers: Any, largest: int) -> tuple[int, ...]:

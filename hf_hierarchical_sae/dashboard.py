@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .activations import check_dataset
-from .configuration_hierarchical_sae import integer, integers
+from .configuration_hierarchical_sae import integer, integers, positive_number
 from .language_model import check_predicts, hidden_size
 from .latent_activations import LatentActivations, decoded, read_latents
 from .modeling_hierarchical_sae import HierarchicalSaeModel
@@ -313,8 +313,8 @@ def _check_arguments(
         raise ValueError(f"contexts_per_latent must be positive, got {contexts_per_latent}")
     if latents is not None and not all(0 <= latent < sae.config.d_sae for latent in latents):
         raise ValueError(f"latents must be in [0, d_sae={sae.config.d_sae}), got {latents}")
-    if isinstance(max_megabytes, bool) or not 0 < max_megabytes < math.inf:
-        raise ValueError(f"max_megabytes must be a positive number, got {max_megabytes!r}")
+    if positive_number("max_megabytes", max_megabytes) == math.inf:
+        raise ValueError("max_megabytes must be finite, got inf")
     check_predicts(model)
     _check_finite_weights(sae, model)
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .activation_shards import ActivationShards, pieces_of
-from .configuration_hierarchical_sae import integer
+from .configuration_hierarchical_sae import integer, positive_number
 from .language_model import check_fits, edited_output, evaluation_mode
 from .modeling_hierarchical_sae import HierarchicalSaeModel, check_finite
 
@@ -63,8 +64,7 @@ def splice(
     k = sae.config.check_k(k)
     if max_norm is None:
         max_norm = MAX_NORM_RATIO * sae.median_norm.item() or torch.inf
-    elif isinstance(max_norm, bool) or not max_norm > 0:
-        raise ValueError(f"max_norm must be a positive number or None, got {max_norm!r}")
+    max_norm = positive_number("max_norm", max_norm)
 
     def replace(hidden_states: torch.Tensor) -> torch.Tensor:
         x = hidden_states.to(sae.W_dec.device, torch.promote_types(hidden_states.dtype, torch.float32))
@@ -159,10 +159,8 @@ def steer(
                 "activations that they fire on, or give typical_activation"
             )
     else:
-        typical = torch.as_tensor(typical_activation, dtype=torch.float32, device=indices.device)
-    coefficients = typical * torch.as_tensor(strength, dtype=torch.float32, device=indices.device)
-    if not coefficients.isfinite().all():
-        raise ValueError(f"strength and typical_activation must be finite, got {strength} and {typical_activation}")
+        typical = _numbers("typical_activation", typical_activation, indices)
+    coefficients = typical * _numbers("strength", strength, indices)
     if coefficients.ndim > 1 or coefficients.numel() not in (1, len(indices)):
         raise ValueError(
             f"strength and typical_activation must be one number or one for each of the {len(indices)} latents, "
@@ -224,6 +222,17 @@ def _index(model: PreTrainedModel, sae: HierarchicalSaeModel, layer: int) -> int
     if sae.config.layer not in (None, index):
         logger.warning(f"the autoencoder was trained on layer {sae.config.layer}, it is used on {index}")
     return index
+
+
+def _numbers(name: str, numbers: Any, like: torch.Tensor) -> torch.Tensor:
+    """In float32, where `like` is."""
+    try:
+        found = torch.as_tensor(numbers, device=like.device)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.tensor(False)
+    if found.dtype == torch.bool or not found.isfinite().all():
+        raise ValueError(f"{name} must be finite numbers, got {numbers!r}")
+    return found.float()
 
 
 def _indices(sae: HierarchicalSaeModel, latents: int | Sequence[int]) -> torch.Tensor:

@@ -218,6 +218,13 @@ class HierarchicalSaeModel(PreTrainedModel):
         Returns:
             `torch.Tensor`: (..., d_in), Σ_j top_values_j W_dec[top_indices_j] + b_dec.
         """
+        if not all(isinstance(part, torch.Tensor) and part.ndim for part in (top_indices, top_values)):
+            raise ValueError(f"top_indices and top_values must be tensors (..., k), got {top_indices!r:.40}")
+        if top_indices.is_floating_point() or top_indices.dtype == torch.bool or not top_values.is_floating_point():
+            raise ValueError(
+                "top_indices must be integers and top_values floating point, "
+                f"got {top_indices.dtype} and {top_values.dtype}"
+            )
         if top_indices.shape != top_values.shape:
             raise ValueError(
                 "top_indices and top_values must have one shape, "
@@ -360,6 +367,8 @@ reconstruction = sae.decode(top_indices, top_values)
             )
 
     def _check_input(self, x: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f"activations must be a tensor, got a {type(x).__name__}")
         if not x.is_floating_point():
             raise ValueError(f"activations must be floating point, got {x.dtype}")
         if x.ndim < 1 or x.shape[-1] != self.config.d_in:

@@ -319,6 +319,7 @@ def test_a_dataset_without_text_is_refused(model, tokenizer):
         (b"to be or not to be", "got a single bytes: put a text in a list"),
         (None, "got a single NoneType"),
         (7, "got a single int"),
+        (torch.tensor(7), "got a single Tensor"),
     ],
 )
 def test_what_is_no_list_of_texts_is_refused_at_once(model, tokenizer, dataset, message):
@@ -420,11 +421,13 @@ def test_a_padding_token_that_the_model_does_not_know_does_no_harm(model, tiny_l
         ({"batch_tokens": 1.5}, "batch_tokens must be an integer, got 1.5"),
         ({"max_tokens": 7.0}, "max_tokens must be an integer, got 7.0"),
         ({"shuffle_tokens": "9"}, "shuffle_tokens must be an integer, got '9'"),
+        ({"text_column": ["text"]}, r"text_column must be the name of a column, got \['text'\]"),
+        ({"max_norm_ratio": "5"}, "max_norm_ratio must be a positive number, got '5'"),
         ({"seed": 0.5}, "seed must be an integer, got 0.5"),
         ({"layer": True}, "layer must be an integer, got True"),
-        ({"max_norm_ratio": -1.0}, "max_norm_ratio must be a positive number or None, got -1.0"),
-        ({"max_norm_ratio": math.nan}, "max_norm_ratio must be a positive number or None, got nan"),
-        ({"max_norm_ratio": True}, "max_norm_ratio must be a positive number or None, got True"),
+        ({"max_norm_ratio": -1.0}, "max_norm_ratio must be a positive number, got -1.0"),
+        ({"max_norm_ratio": math.nan}, "max_norm_ratio must be a positive number, got nan"),
+        ({"max_norm_ratio": True}, "max_norm_ratio must be a positive number, got True"),
     ],
 )
 def test_what_is_no_number_of_its_kind_is_refused(model, tokenizer, options, message):

@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, LlamaConfig
 
 from hf_hierarchical_sae import HierarchicalSaeConfig
-from hf_hierarchical_sae.configuration_hierarchical_sae import integer
+from hf_hierarchical_sae.configuration_hierarchical_sae import integer, positive_number
 
 
 def test_a_saved_configuration_is_found_by_its_type(tmp_path):
@@ -119,3 +119,14 @@ def test_a_batch_topk_config_has_one_budget():
         config.check_k(3)
     with pytest.raises(ValueError, match=r"budgets must be in \[12, 12\], the trained budget, got \[3\]"):
         config.check_budgets([3])
+
+
+@pytest.mark.parametrize("number", [2, 2.5, math.inf, numpy.float32(2.5), torch.tensor(2.5)])
+def test_a_positive_number_of_any_kind_is_that_number(number):
+    assert positive_number("scale", number) == number and type(positive_number("scale", number)) is float
+
+
+@pytest.mark.parametrize("number", [0, -1.0, math.nan, True, numpy.True_, "2", None, [2.0], torch.tensor([2.0])])
+def test_what_is_no_positive_number_is_refused(number):
+    with pytest.raises(ValueError, match="scale must be a positive number, got"):
+        positive_number("scale", number)

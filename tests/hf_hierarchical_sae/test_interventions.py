@@ -563,12 +563,24 @@ def test_statistics_of_a_stream_and_of_its_shards_are_the_same(model, tokenizer,
         (lambda model, sae: splice(model, sae, 0.0), "layer must be an integer, got 0.0"),
         (
             lambda model, sae: splice(model, sae, 0, max_norm=-1.0),
-            "max_norm must be a positive number or None, got -1.0",
+            "max_norm must be a positive number, got -1.0",
         ),
         (
             lambda model, sae: splice(model, sae, 0, max_norm=math.nan),
-            "max_norm must be a positive number or None, got",
+            "max_norm must be a positive number, got",
         ),
+        (
+            lambda model, sae: steer(model, sae, 0, 1, strength=True, typical_activation=1.0),
+            "strength must be finite numbers, got True",
+        ),
+        (
+            lambda model, sae: steer(model, sae, 0, 1, strength="2", typical_activation=1.0),
+            "strength must be finite numbers, got '2'",
+        ),
+        (lambda model, sae: splice(model, sae, 0, max_norm="2"), "max_norm must be a positive number, got '2'"),
+        (lambda model, sae: record_statistics(sae, {"a": 1}), "expected activations, a tensor or several, got a dict"),
+        (lambda model, sae: record_statistics(sae, None), "expected activations, a tensor or several, got a NoneType"),
+        (lambda model, sae: record_statistics(sae, [1]), "activations must be a tensor, got a int"),
         (lambda model, sae: ablate(model, sae, 0, [True, 3]), r"latents must be integers, got \[True, 3\]"),
         (lambda model, sae: ablate(model, sae, 0, 1.7), r"latents must be integers, got \[1.7\]"),
         (
@@ -578,11 +590,11 @@ def test_statistics_of_a_stream_and_of_its_shards_are_the_same(model, tokenizer,
         (lambda model, sae: steer(model, sae, 0, True, strength=1.0), r"latents must be integers, got \[True\]"),
         (
             lambda model, sae: steer(model, sae, 0, 1, strength=math.nan, typical_activation=1.0),
-            "strength and typical_activation must be finite, got nan and 1.0",
+            "strength must be finite numbers, got nan",
         ),
         (
             lambda model, sae: steer(model, sae, 0, 1, strength=1.0, typical_activation=math.inf),
-            "strength and typical_activation must be finite, got 1.0 and inf",
+            "typical_activation must be finite numbers, got inf",
         ),
         (
             lambda model, sae: record_statistics(sae, torch.randn(5, 32), batch_size=1.5),

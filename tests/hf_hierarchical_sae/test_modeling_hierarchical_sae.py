@@ -4,6 +4,7 @@ import copy
 import re
 import resource
 
+import numpy
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
@@ -884,3 +885,25 @@ def test_an_empty_batch_is_encoded_in_half_precision():
     sae = make_sae().to(torch.bfloat16)
 
     assert sae.decode(*sae.encode(torch.empty(0, 16))).shape == (0, 16)
+
+
+@pytest.mark.parametrize("x", [None, 2.5, "2", [[1.0] * 16], numpy.zeros((2, 16), dtype=numpy.float32)])
+def test_what_is_no_tensor_is_refused(x):
+    for call in (make_sae(), make_sae().encode):
+        with pytest.raises(ValueError, match="activations must be a tensor, got a"):
+            call(x)
+
+
+@pytest.mark.parametrize(
+    "indices, values, message",
+    [
+        ([1], [1.0], r"must be tensors \(..., k\)"),
+        (torch.tensor(1), torch.tensor(1.0), r"must be tensors \(..., k\)"),
+        (torch.tensor([1.0]), torch.tensor([1.0]), "must be integers .* got torch.float32 and torch.float32"),
+        (torch.tensor([True]), torch.tensor([1.0]), "must be integers .* got torch.bool and torch.float32"),
+        (torch.tensor([1]), torch.tensor([1]), "must be integers .* got torch.int64 and torch.int64"),
+    ],
+)
+def test_what_names_no_latents_is_not_decoded(indices, values, message):
+    with pytest.raises(ValueError, match=message):
+        make_sae().decode(indices, values)
