@@ -1,5 +1,5 @@
 """
-Every causal language model of the installed transformers that can be built tiny is steered exactly, or refused.
+Every language model of the installed transformers that can be built tiny is steered exactly, or refused.
 
 `python tests/peft_bias_steer/test_architectures.py` writes what these tests found to docs/bias_steer_architectures.md;
 the tests themselves compare with that file.
@@ -17,7 +17,14 @@ import torch
 import transformers
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2_5OmniConfig,
+    Qwen2_5OmniForConditionalGeneration,
+)
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from peft_bias_steer import BiasSteerConfig
@@ -32,6 +39,31 @@ CONFIGS = {
     for config_class in MODEL_FOR_CAUSAL_LM_MAPPING
     if config_class.__module__.startswith("transformers.")
 }
+# the other classes of models that end in a vocabulary; each class stands once
+OTHER_CLASSES = {
+    "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    "AutoModelForMultimodalLM": modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    "AutoModelForSpeechSeq2Seq": modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
+    "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+}
+
+
+def classes_of(mapping) -> dict[type[PreTrainedModel], type[PreTrainedConfig]]:
+    """A config for each class of a mapping."""
+    classes = {}
+    for config_class in mapping:
+        found = mapping[config_class]
+        model_class = found[0] if isinstance(found, tuple) else found
+        if config_class.__module__.startswith("transformers."):
+            classes.setdefault(model_class, config_class)
+    return classes
+
+
+OTHERS: dict[str, dict[type[PreTrainedModel], type[PreTrainedConfig]]] = {}
+seen = set(classes_of(MODEL_FOR_CAUSAL_LM_MAPPING))
+for auto_class, mapping in OTHER_CLASSES.items():
+    OTHERS[auto_class] = {c: config for c, config in classes_of(mapping).items() if c not in seen}
+    seen |= set(OTHERS[auto_class])
 # one size for every name that configurations give to the same thing
 SIZES = {
     "hidden_size d_model n_embd n_embed embed_dim emb_dim dim": 32,
@@ -49,13 +81,25 @@ SIZES = {
     "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim rotary_dim": 8,
     "hidden_size_per_layer_input mamba_d_state state_size": 8,
     "n_group num_expert_group topk_group pad_token_id bos_token_id eos_token_id": 1,
+    "out_hidden_size text_hidden_size output_hidden_size": 32,
     "num_kv_shared_layers": 0,
     "first_k_dense_replace": 1,
     "residual_multiplier": 0.5,
 }
 SIZES = {name: size for names, size in SIZES.items() for name in names.split()}
 TWO_KINDS = {"layer_types": ["linear_attention", "full_attention"]}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}}
 SPECIAL = {
+    **dict.fromkeys(("glm4v_text", "glm_ocr_text", "hunyuan_vl_text", "paddleocr_vl_text"), MROPE),
+    **dict.fromkeys(("qwen2_5_omni_talker", "qwen2_5_omni_text", "qwen2_5_vl_text", "qwen2_vl_text"), MROPE),
+    "glm4v_moe_text": {"rope_parameters": {**MROPE["rope_parameters"], "partial_rotary_factor": 1.0}},
+    "step3p5": {"sliding_window": 32},
+    "unlimited_ocr_text": {"num_key_value_heads": 4},
+    "florence_vision": {"embed_dim": [32] * 4, "num_heads": [4] * 4},
+    "whisper": {"max_source_positions": 30},
+    **dict.fromkeys(("marian", "t5"), {"decoder_start_token_id": 1}),
+    "speecht5": {"apply_spec_augment": False},
+    "glm5_next_text": {"qk_rope_head_dim": 0},
     "dots1": {"n_shared_experts": 1},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "bamba": {"attn_layer_indices": [1]},
@@ -82,16 +126,62 @@ CANNOT_BUILD = {
     "qwen4_exp": "its default configuration is incomplete",
     "qwen4_exp_text": "its default configuration is incomplete",
     "xlstm": "its kernels take no small sizes",
+    "vibevoice": "its tokenizer of sound cannot be made small",
+    "vibevoice_asr": "its tokenizer of sound cannot be made small",
+    "fast_vlm": "it needs timm",
+    "perception_lm": "it needs timm",
+    "blip-2": "it does not run on tokens alone",
+    "dia": "it does not run on tokens alone",
+    "idefics": "it does not run on tokens alone",
+    "instructblip": "it does not run on tokens alone",
+    "instructblipvideo": "it does not run on tokens alone",
+    "kosmos-2": "it does not run on tokens alone",
+    "pix2struct": "it does not run on tokens alone",
+    "pp_formulanet": "it does not run on tokens alone",
+    "udop": "it does not run on tokens alone",
+    "voxtral_realtime": "it does not run on tokens alone",
+    "chameleon": "its default configuration has no codes for images",
+    "emu3": "its default configuration has no codes for images",
+    "cohere_compass": "its default configuration does not fit the model",
+    "deepseek_ocr2": "its default configuration is incomplete",
+    "granite4_vision": "its default configuration is incomplete",
+    "kyutai_speech_to_text": "its default configuration does not fit the model",
+    "moonshine_streaming": "its default configuration is incomplete",
+    "diffusion_gemma": "it writes from random noise, so that no two passes agree",
+    "ernie4_5_vl_moe": "its parts cannot be made small one by one",
+    "fun_asr_nano": "its parts cannot be made small one by one",
+    "molmo2": "its parts cannot be made small one by one",
+    "muse_spark": "its parts cannot be made small one by one",
+    "nemo_speechlm": "its parts cannot be made small one by one",
+    "nemotron_h_omni": "its parts cannot be made small one by one",
+    "qwen2_5_omni": "it has no forward pass of its own: its thinker stands above",
+    "qwen3_omni_moe": "it has no forward pass of its own: its thinker stands above",
     "zamba": "its shared layers need a deeper model",
 }
-CANNOT_DECODE = {"prophetnet"}  # generate() fails on the base model too
+# generate() fails on the base model too
+CANNOT_DECODE = {"blip", "pop2piano", "prophetnet", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"}
 COUNTS_OTHERWISE = {"longcat_flash", "prophetnet"}  # half layers; encoder layers
-CANNOT_CHECKPOINT = {"git"}  # the base model changes its inputs in place
+# of what a class reads beside tokens, if it does not go without
+SHAPES = {
+    "blip": (2, 3, 30, 30),
+    "canary": (2, 64, 80),
+    "cohere_asr": (2, 64, 80),
+    "moonshine": (2, 1600),
+    "seamless_m4t": (2, 16, 160),
+    "seamless_m4t_v2": (2, 16, 160),
+    "speech_to_text": (2, 64, 80),
+    "speech-encoder-decoder": (2, 8000),
+    "speecht5": (2, 1600),
+    "vision-encoder-decoder": (2, 3, 224, 224),
+    "whisper": (2, 80, 60),
+}
+CANNOT_CHECKPOINT = {"blip", "git"}  # the base model changes its inputs in place
 HEADER = """# Which architectures are steered
 
-Every type of `AutoModelForCausalLM` in transformers {version}, built with random weights and a few layers, and compared
-with an oracle that adds the same vectors by hand: hidden states and logits, greedy decoding with and without cache,
-gradients of every vector in training, gradient checkpointing in both modes. Written by
+Every type of `AutoModelForCausalLM` in transformers {version}, and below it every class for images and text, several
+media, speech, and sequence to sequence, built with random weights and a few layers, and compared with an oracle that
+adds the same vectors by hand: hidden states and logits, greedy decoding with and without cache, gradients of every
+vector in training, gradient checkpointing in both modes. Written by
 `python tests/peft_bias_steer/test_architectures.py`; CI fails if it says anything else than what the code does.
 
 "Merge site" is the bias that holds a vector once it is merged (checked by comparing logits, and by unmerging bit for
@@ -106,6 +196,15 @@ function writes an equal checkpoint of another stock class.
 | type | layers | steering | merge site | merged and saved |
 |---|---|---|---|---|
 """
+OTHER_HEADER = """
+## {auto_class}
+
+Classes that do not stand above, compared in the same way: on tokens alone, or with an image or a sound of random
+numbers where a class does not go without. The text decoder is what is steered.
+
+| type | class | layers | steering | merge site | merged and saved |
+|---|---|---|---|---|---|
+"""
 IDS = torch.tensor([[5, 9, 3, 17, 40, 22], [8, 30, 12, 55, 4, 6]])
 
 
@@ -117,6 +216,10 @@ def tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
         sizes["num_key_value_heads"] = 4
     if "qk_rope_head_dim" in names:
         sizes.pop("head_dim", None)
+    if sections := (getattr(default, "rope_parameters", None) or {}).get("mrope_section"):
+        half = int(sizes["head_dim"] * default.rope_parameters.get("partial_rotary_factor", 1)) // 2
+        sections = [half - 2 * (half // 3), half // 3, half // 3]  # of time, height and width
+        sizes["rope_parameters"] = {**default.rope_parameters, "mrope_section": sections}
     sizes |= SPECIAL.get(config_class.model_type, {})
     for name in config_class.sub_configs or {}:
         if isinstance(getattr(default, name, None), PreTrainedConfig):
@@ -128,13 +231,15 @@ def tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     return config_class(**sizes)
 
 
-def build(config: PreTrainedConfig) -> PreTrainedModel:
+def build(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    make = AutoModelForCausalLM.from_config if model_class is None else model_class._from_config
+    model = make(config, attn_implementation="eager").eval()
     if hasattr(model, "set_default_language"):
         model.set_default_language("en_XX")
     for parameter in model.parameters():  # biases and norms that start at 0 and 1 would hide mistakes
-        parameter.data.add_(0.02 * torch.randn_like(parameter))
+        if parameter.requires_grad:  # positions that are not learned are not saved either
+            parameter.data.add_(0.02 * torch.randn_like(parameter))
     return model
 
 
@@ -151,22 +256,36 @@ def add_to_output(layer: nn.Module, vector: torch.Tensor) -> None:
     layer.forward = steered
 
 
+def inputs_of(model) -> dict[str, torch.Tensor]:
+    """Tokens, and an image or a sound where a model does not go without."""
+    name, config = model.main_input_name, model.config
+    if name == "input_ids":
+        inputs = {"input_ids": IDS}
+    else:
+        generator = torch.Generator().manual_seed(0)
+        inputs = {name: torch.randn(SHAPES[config.model_type], generator=generator)}
+        inputs |= {} if config.is_encoder_decoder else {"input_ids": IDS}
+    return {**inputs, "decoder_input_ids": IDS} if config.is_encoder_decoder else inputs
+
+
 def hidden_states_and_logits(model):
     with torch.no_grad():
-        output = model(IDS, output_hidden_states=True)
-    return [*(output.hidden_states or []), output.logits]
+        output = model(**inputs_of(model), output_hidden_states=True)
+    states = output.get("hidden_states") or output.get("decoder_hidden_states")
+    return [*(states or []), output.logits]
 
 
 def decode(model, use_cache: bool):
     options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
-    output = model.generate(IDS, use_cache=use_cache, output_logits=True, return_dict_in_generate=True, **options)
+    options |= {"use_cache": use_cache, "output_logits": True, "return_dict_in_generate": True}
+    output = model.generate(**inputs_of(model), **options)
     return [output.sequences, *output.logits]
 
 
 def train(model, vectors):
     model.train()
     torch.manual_seed(0)
-    logits = model(IDS, use_cache=False).logits
+    logits = model(**inputs_of(model), use_cache=False).logits
     gradients = torch.autograd.grad(logits.float().square().mean(), vectors)
     model.eval()
     return [logits.detach(), *gradients]
@@ -188,10 +307,11 @@ def assert_steered_exactly(base: PreTrainedModel) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
     compare(hidden_states_and_logits)
-    assert_training_is_exact(model, oracle, vectors, by_hand)
     if base.can_generate() and base.config.model_type not in CANNOT_DECODE:
         compare(decode, True)
         compare(decode, False)
+    # last, since batch norms learn from each pass
+    assert_training_is_exact(model, oracle, vectors, by_hand)
 
 
 def assert_training_is_exact(model, oracle, vectors, by_hand) -> None:
@@ -207,7 +327,7 @@ def assert_training_is_exact(model, oracle, vectors, by_hand) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         model.train()
         torch.manual_seed(0)
-        loss = model(IDS, use_cache=False).logits.float().square().mean()
+        loss = model(**inputs_of(model), use_cache=False).logits.float().square().mean()
         for vector in vectors:
             vector.grad = None
         loss.backward()
@@ -224,12 +344,12 @@ def steer(base: PreTrainedModel) -> tuple[PeftModel, torch.Tensor]:
     for layer in model.base_model.steering_layers.values():
         nn.init.normal_(layer.vector("default"), std=0.3)
     with torch.no_grad():
-        return model, model(IDS).logits
+        return model, model(**inputs_of(model)).logits
 
 
 def assert_same_logits(model, expected: torch.Tensor) -> None:
     with torch.no_grad():
-        logits = model(IDS).logits
+        logits = model(**inputs_of(model)).logits
     # the bias is added before the residual, the vector after it: the sums round differently
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
@@ -237,7 +357,7 @@ def assert_same_logits(model, expected: torch.Tensor) -> None:
 def assert_merged_exactly(base: PreTrainedModel) -> None:
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     model, expected = steer(base)
-    assert model.check_merge(IDS) < 1e-3
+    assert model.check_merge(**inputs_of(model)) < 1e-3
     model.merge_adapter()
     assert_same_logits(model, expected)
     model.unmerge_adapter()
@@ -249,7 +369,7 @@ def assert_merged_exactly(base: PreTrainedModel) -> None:
 def assert_merging_is_refused(base: PreTrainedModel) -> None:
     model, expected = steer(base)
     kinds = "|".join({type(layer.get_base_layer()).__name__ for layer in model.base_model.steering_layers.values()})
-    for merge in (model.merge_adapter, model.merge_and_unload, partial(model.check_merge, IDS)):
+    for merge in (model.merge_adapter, model.merge_and_unload, partial(model.check_merge, **inputs_of(model))):
         with pytest.raises(ValueError, match=f"^({kinds}) has no known place .*: keep the adapter unmerged"):
             merge()
     assert_same_logits(model, expected)
@@ -281,11 +401,12 @@ def describe_sites(base: PreTrainedModel) -> str:
     return ", ".join(sites)
 
 
-def verdict(model_type: str) -> tuple[str, ...]:
+def verdict(config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel] | None = None) -> tuple[str, ...]:
     """A row of the table without its first cell. Raises if anything is inexact."""
+    model_type = config_class.model_type
     if model_type in CANNOT_BUILD:
         return "", f"not built here: {CANNOT_BUILD[model_type]}", "", ""
-    base = build(tiny_config(CONFIGS[model_type]))
+    base = build(tiny_config(config_class), model_class)
     try:
         path, layers = find_layers(base)
     except ValueError as refusal:
@@ -305,7 +426,13 @@ def verdict(model_type: str) -> tuple[str, ...]:
 
 
 def row(model_type: str) -> str:
-    return f"| {model_type} | {' | '.join(verdict(model_type))} |"
+    return f"| {model_type} | {' | '.join(verdict(CONFIGS[model_type]))} |"
+
+
+def other_row(auto_class: str, model_class: type[PreTrainedModel]) -> str:
+    config_class = OTHERS[auto_class][model_class]
+    cells = verdict(config_class, model_class)
+    return f"| {config_class.model_type} | `{model_class.__name__}` | {' | '.join(cells)} |"
 
 
 @pytest.mark.slow
@@ -314,9 +441,30 @@ def test_architecture_is_steered_exactly_or_refused_as_the_table_says(model_type
     assert row(model_type) in TABLE.read_text().splitlines()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("auto_class", "model_class"),
+    [(auto_class, model_class) for auto_class, classes in OTHERS.items() for model_class in classes],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_class_that_reads_more_than_text_is_steered_exactly_or_refused_as_the_table_says(auto_class, model_class):
+    assert other_row(auto_class, model_class) in TABLE.read_text().splitlines()
+
+
+def test_of_several_decoders_the_one_that_answers_in_text_is_steered():
+    with torch.device("meta"):
+        omni = Qwen2_5OmniForConditionalGeneration(tiny_config(Qwen2_5OmniConfig))
+
+    assert find_layers(omni)[0] == "thinker.model.language_model.layers"
+
+
 def main() -> None:
     text = HEADER.format(version=transformers.__version__)
-    TABLE.write_text(text + "".join(f"{row(model_type)}\n" for model_type in CONFIGS))
+    text += "".join(f"{row(model_type)}\n" for model_type in CONFIGS)
+    for auto_class, classes in OTHERS.items():
+        text += OTHER_HEADER.format(auto_class=auto_class)
+        text += "".join(f"{other_row(auto_class, model_class)}\n" for model_class in classes)
+    TABLE.write_text(text)
 
 
 if __name__ == "__main__":
