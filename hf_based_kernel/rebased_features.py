@@ -29,7 +29,8 @@ def packed_size(feature_dim: int) -> int:
 
 def state_size(feature_dim: int, coefficients: Coefficients = REBASED) -> int:
     """Rows of a head's state: the packed products, then `feature_dim` and 1 more if the kernel has such terms."""
-    return packed_size(feature_dim) + feature_dim * (coefficients[1] != 0) + (coefficients[0] != 0)
+    # Integers: before torch 2.11 a size that is traced cannot be multiplied by a truth value.
+    return packed_size(feature_dim) + feature_dim * int(coefficients[1] != 0) + int(coefficients[0] != 0)
 
 
 def features(x: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
