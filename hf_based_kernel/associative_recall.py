@@ -5,7 +5,9 @@ A sequence lists pairs of a key and a value, then asks for some of the keys agai
 """
 
 import itertools
+import math
 from collections.abc import Iterator
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -52,12 +54,18 @@ def make_recall_dataset(
         else is -100.
 
     Raises:
-        ValueError: If the pairs and queries do not fit into the sequence or the vocabulary.
+        TypeError: If a number is of another type.
+        ValueError: If the pairs and queries do not fit into the sequence or the vocabulary, or the seed is negative.
         ImportError: If `datasets` is not installed (`pip install "hf_based_kernel[data]"`).
     """
     from datasets import Dataset, IterableDataset
 
+    _check_numbers(num_examples=num_examples, seq_len=seq_len, num_pairs=num_pairs, vocab_size=vocab_size, seed=seed)
     _check_sizes(num_examples, seq_len, num_pairs, vocab_size)
+    if not isinstance(power, int | float) or isinstance(power, bool) or not math.isfinite(power):
+        raise TypeError(f"power must be a finite number, got {power!r}")
+    if not isinstance(random_non_queries, bool):
+        raise TypeError(f"random_non_queries must be True or False, got {random_non_queries!r}")
     sizes: dict[str, Any] = {"seq_len": seq_len, "num_pairs": num_pairs, "vocab_size": vocab_size, "power": power}
     sizes |= {"random_non_queries": random_non_queries, "seed": seed}
     starts = range(0, num_examples, BLOCK)
@@ -98,6 +106,14 @@ def recall_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     answers, labels = (torch.as_tensor(x) for x in (prediction.predictions, prediction.label_ids))
     asked = labels[:, 1:] != IGNORED
     return {"accuracy": (answers[:, :-1] == labels[:, 1:])[asked].double().mean().item()}
+
+
+def _check_numbers(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if not isinstance(number, Integral) or isinstance(number, bool):
+            raise TypeError(f"{name} must be an integer, got {number!r}")
+        if number < 0:
+            raise ValueError(f"{name} must not be negative, got {number}")
 
 
 def _check_sizes(num_examples: int, seq_len: int, num_pairs: int, vocab_size: int) -> None:

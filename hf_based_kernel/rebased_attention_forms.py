@@ -266,7 +266,9 @@ def _check_state(
 
 
 def _choose_form(q: torch.Tensor, initial_state: torch.Tensor | None, return_state: bool, backend: str) -> Callable:
-    if backend not in ("auto", "torch", "triton"):
+    if not isinstance(return_state, bool):
+        raise TypeError(f"return_state must be True or False, got {return_state!r}")
+    if not isinstance(backend, str) or backend not in ("auto", "torch", "triton"):
         raise ValueError(f'backend must be "auto", "torch" or "triton", got {backend!r}')
     if backend == "triton" and not is_triton_available():
         raise ImportError('backend="triton" needs triton: `pip install triton`, or choose backend="torch"')

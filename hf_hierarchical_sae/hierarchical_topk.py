@@ -154,6 +154,15 @@ def _check_shapes(
     *,
     target: torch.Tensor,
 ) -> None:
+    for name, tensor in [
+        ("top_indices", top_indices),
+        ("top_values", top_values),
+        ("W_dec", W_dec),
+        ("b_dec", b_dec),
+        ("target", target),
+    ]:
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     batch, d_in = target.shape if target.ndim == 2 else (None, None)
     if target.ndim != 2 or W_dec.ndim != 2 or W_dec.shape[1] != d_in or b_dec.shape != (d_in,):
         raise ValueError(

@@ -63,6 +63,8 @@ class BiasSteerConfig(PeftConfig):
     num_vectors: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.task_type, str | None):
+            raise TypeError(f'task_type must be a name such as "CAUSAL_LM", got {self.task_type!r}')
         super().__post_init__()
         self.peft_type = PeftType("BIAS_STEER")
         # shapes of the tensors beside a config that was loaded: PEFT reads those only once the model is changed
@@ -92,6 +94,8 @@ class BiasSteerConfig(PeftConfig):
             setattr(self, field, _flag(field, getattr(self, field)))
         if isinstance(self.base_model_name_or_path, os.PathLike):
             self.base_model_name_or_path = os.fspath(self.base_model_name_or_path)
+        if not isinstance(self.base_model_name_or_path, str | None):
+            raise TypeError(f"base_model_name_or_path must be a folder or a Hub id, got {self.base_model_name_or_path!r}")
         for field in fields(self):
             value = getattr(self, field.name)
             try:
