@@ -200,7 +200,7 @@ def _check_numbers(scale: float | None, eps: float, chunk_size: int | None) -> N
 
 
 def _is_finite(number: Any) -> bool:
-    return isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
+    return isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
 
 
 def _check_tensors(
