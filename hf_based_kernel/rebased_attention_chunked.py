@@ -47,7 +47,10 @@ def rebased_attention_chunked(
     has_backward = torch.is_grad_enabled() and not torch.compiler.is_exporting()
     keep_states = has_backward and any(x is not None and x.requires_grad for x in inputs)
     options = _Options(scale, eps, coefficients, chunk_size or DEFAULT_CHUNK_SIZE, return_state, keep_states)
-    out, state, *_ = _ChunkedAttention.apply(options, *inputs)
+    # What torch's own `Function.apply` asks.
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    function = _TransformedAttention if transformed else _ChunkedAttention
+    out, state, *_ = function.apply(options, *inputs)
     return (out, state) if return_state else out
 
 
@@ -73,33 +76,51 @@ class _ChunkedAttention(torch.autograd.Function):
     """Keeps the state before each chunk and computes everything else anew in the backward pass."""
 
     @staticmethod
-    def forward(options: _Options, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, options: _Options, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         # Traced, the loop over chunks would be unrolled; called directly, an operator costs a short sequence 4-7 %.
         run = _forward_operator if torch.compiler.is_compiling() else _forward
-        return run(*inputs, *options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, ...]) -> None:
-        options, *tensors = inputs
-        out, _, denominators, states = output
-        ctx.mark_non_differentiable(denominators, states)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, out, denominators, states)
-        ctx.options = options
+        results = run(*inputs, *options)
+        _save(ctx, (options, *inputs), results)
+        return results[:2]
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple:
         (grad_out, grad_state, *_), saved = gradients, ctx.saved_tensors
         grad_out = torch.zeros_like(saved[6]) if grad_out is None else grad_out
-        # torch.compile does not trace one function within another; it sees an operator that has no gradient either.
-        run = _backward_operator if torch.compiler.is_compiling() else _ChunkedGradients.apply
+        run = _backward_operator if torch.compiler.is_compiling() else _backward
+        # Only gradients that are to have gradients need the function that refuses them.
+        run = _ChunkedGradients.apply if torch.is_grad_enabled() and not torch.compiler.is_compiling() else run
         with torch.autocast(autocast_device(grad_out), enabled=False):
             *of_inputs, grad_initial = run(grad_out, grad_state, *saved[:6], *ctx.options, *saved[6:])
         return None, *of_inputs, None if saved[3] is None else grad_initial, None, None
 
+
+class _TransformedAttention(torch.autograd.Function):
+    """The same as torch.func's transforms want it, which costs a short sequence a third."""
+
+    @staticmethod
+    def forward(options: _Options, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        return _forward(*inputs, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[2:])
+        _save(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple:
+        return _ChunkedAttention.backward(ctx, *gradients)
+
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
-        return _over_batch(_ChunkedAttention, info.batch_size, in_dims, arguments)
+        return _over_batch(_TransformedAttention, info.batch_size, in_dims, arguments)
+
+
+def _save(ctx: Any, arguments: tuple, results: tuple[torch.Tensor, ...]) -> None:
+    ctx.options, *inputs = arguments
+    out, _, denominators, states = results
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, out, denominators, states)
 
 
 class _ChunkedGradients(torch.autograd.Function):
@@ -246,26 +267,26 @@ def _scores_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of a chunk's queries, keys and values, each (tokens, dim), that come through its own scores."""
     _, c1, c2, floor = coefficients
-    grad_queries = torch.empty_like(chunk.queries)
-    grad_keys, grad_values = torch.zeros_like(chunk.keys), torch.zeros_like(chunk.values)
+    # The kernel's slope is 2 c2 (s + c1 / (2 c2)).
+    queries, keys = chunk.queries * (2 * c2), chunk.keys * (2 * c2)
+    grad_queries = torch.empty_like(queries)
+    grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(chunk.values)
     for rows in _query_rows(chunk):
-        seen = slice(rows.stop)
-        queries, keys, scores = chunk.queries[:, rows], chunk.keys[:, seen], _scores(chunk, rows)
+        seen, scores = slice(rows.stop), _scores(chunk, rows)
         grad_weights = torch.bmm(grad_numerators[:, rows], chunk.values[:, seen].mT).add_(grad_totals[:, rows])
         _hide(grad_weights, chunk, rows)
         if floor:
-            # Products and sums: of matrices with one column, bmm takes four times as long.
-            grad_query_lengths = (grad_weights * chunk.key_lengths[..., seen]).sum(2, keepdim=True)
-            grad_key_lengths = (grad_weights * chunk.query_lengths[:, rows]).sum(1, keepdim=True).mT
-        # The kernel's slope is 2 c2 (s + c1 / (2 c2)); the factor comes with the products.
+            # Rows times matrices: bmm takes several times as long for matrices times columns.
+            grad_query_lengths = torch.bmm(chunk.key_lengths[..., seen], grad_weights.mT).mT
+            grad_key_lengths = torch.bmm(chunk.query_lengths[:, rows].mT, grad_weights).mT
         grad_scores = grad_weights.mul_(scores + c1 / (2 * c2) if c1 else scores)
-        grad_queries[:, rows] = torch.bmm(grad_scores, keys).mul_(2 * c2)
-        grad_keys[:, seen].baddbmm_(grad_scores.mT, queries, alpha=2 * c2)
+        grad_queries[:, rows] = torch.bmm(grad_scores, keys[:, seen])
+        grad_keys[:, seen] += torch.bmm(grad_scores.mT, queries[:, rows])
         if floor:
-            grad_queries[:, rows].addcmul_(grad_query_lengths, queries, value=2 * c2 * floor)
-            grad_keys[:, seen].addcmul_(grad_key_lengths, keys, value=2 * c2 * floor)
+            grad_queries[:, rows].addcmul_(grad_query_lengths, queries[:, rows], value=floor)
+            grad_keys[:, seen].addcmul_(grad_key_lengths, keys[:, seen], value=floor)
         weights = _visible_weights(scores, chunk, rows, coefficients)
-        grad_values[:, seen].baddbmm_(weights.mT, grad_numerators[:, rows])
+        grad_values[:, seen] += torch.bmm(weights.mT, grad_numerators[:, rows])
     return grad_queries, grad_keys, grad_values
 
 
