@@ -27,7 +27,7 @@ from .rebased_kernels_triton import (
 
 # Each copy of this module (the package, a checkpoint's remote code) registers its operators under its own name.
 NAMESPACE = re.sub(r"\W", "_", __name__)
-# (is float32, kernel) -> tokens of a block, rows of a state that are read at a time, warps, pipeline stages.
+# (operands are float32, kernel) -> tokens of a block, rows of a state that are read at a time, warps, pipeline stages.
 SIZES = {
     (False, "span_sums"): (32, 64, 4, 3),
     (False, "forward"): (64, 32, 4, 3),
@@ -95,7 +95,7 @@ def _code_segments(attention_mask: torch.Tensor | None, segment_ids: torch.Tenso
 
 def _sizes(q: torch.Tensor, kernel: str) -> dict[str, int]:
     """Tokens of a block, warps and pipeline stages of a kernel, for this dtype and device."""
-    block, rows, warps, stages = SIZES[q.dtype == torch.float32, kernel] if q.is_cuda else (16, 16, 4, 2)
+    block, rows, warps, stages = SIZES[q.dtype != torch.bfloat16, kernel] if q.is_cuda else (16, 16, 4, 2)
     return {"C": block, "R": rows, "num_warps": warps, "num_stages": stages}
 
 
