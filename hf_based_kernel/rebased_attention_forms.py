@@ -13,9 +13,12 @@ They share one signature, `form(q, k, v, *, scale, eps, initial_state, return_st
 chunk_size, coefficients)`, and one layout of the state, which `rebased_features.py` describes.
 """
 
+import contextlib
 import importlib.util
 import math
+import re
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -38,8 +41,18 @@ from .rebased_features import (
 )
 
 
+def _has_triton() -> bool:
+    """Whether there is a Triton whose compiler can read the kernels: 3.6, or one of a name that is not known here."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu", "triton-windows"):
+        with contextlib.suppress(PackageNotFoundError):
+            return [int(number) for number in re.findall(r"\d+", version(name))[:2]] >= [3, 6]
+    return True
+
+
 # Asked once, at import: torch.compile cannot trace the question.
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_HAS_TRITON = _has_triton()
 
 
 def is_triton_available() -> bool:
@@ -93,7 +106,7 @@ def rebased_attention(
 
     Raises:
         ValueError: If shapes, dtypes, `segment_ids`, a number or `backend` are not as above.
-        ImportError: If `backend="triton"` and triton is not installed.
+        ImportError: If `backend="triton"` and triton, 3.6 or newer, is not installed.
     """
     return _attention(
         q,
@@ -271,7 +284,7 @@ def _choose_form(q: torch.Tensor, initial_state: torch.Tensor | None, return_sta
     if not isinstance(backend, str) or backend not in ("auto", "torch", "triton"):
         raise ValueError(f'backend must be "auto", "torch" or "triton", got {backend!r}')
     if backend == "triton" and not is_triton_available():
-        raise ImportError('backend="triton" needs triton: `pip install triton`, or choose backend="torch"')
+        raise ImportError('backend="triton" needs triton 3.6: `pip install "triton>=3.6"`, or choose backend="torch"')
     has_kernel = q.is_cuda and q.dtype != torch.float64 and is_triton_available()
     if backend == "triton" or (backend == "auto" and q.shape[1] > 1 and has_kernel):
         from .rebased_attention_triton import rebased_attention_triton
