@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help gpu gpu-tests gpu-rebased gpu-sae gpu-steer gpu-train demo demo-steer demo-sae demo-rebased model browser test test-serving test-peft quality style bench clean
+.PHONY: help gpu gpu-tests gpu-rebased gpu-sae gpu-steer gpu-train demo demo-steer demo-sae demo-rebased model browser test test-lowest test-serving test-peft quality style bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -76,6 +76,18 @@ $(OUT)/steer/adapter/adapter_config.json: | model
 test-serving: $(VENV_VLLM)/.installed $(VENV_LLAMA_CPP)/.installed $(OUT)/steer/adapter/adapter_config.json  ## Run vLLM and llama.cpp on this CPU and compare them with the steered model
 	$(VENV_VLLM)/bin/python -m pytest -q --durations 5 $(SERVING)
 	$(VENV_LLAMA_CPP)/bin/python -m pytest -q --durations 5 $(SERVING)
+
+VENV_LOWEST ?= .venv-lowest
+
+# torch there is a CUDA build of several gigabytes: there is none for CPUs among the packages of an index.
+$(VENV_LOWEST)/.installed: tests/requirements-lowest.txt $(wildcard */requirements.txt)
+	$(PYTHON) -m venv $(VENV_LOWEST)
+	$(VENV_LOWEST)/bin/python -m pip install -q -r $< -e .
+	touch $@
+
+test-lowest: $(VENV_LOWEST)/.installed model  ## Run the packages' tests on the lowest versions that they ask for
+	$(VENV_LOWEST)/bin/python -m pytest -n 2 --dist loadfile -q -m "not newest" --ignore $(SERVING) \
+		tests/hf_based_kernel tests/hf_hierarchical_sae tests/peft_bias_steer
 
 test-peft: $(VENV)/.installed-dev  ## Run PEFT's own tests of its tuners on BiasSteer (a minute)
 	$(BIN)/python -m tests.peft_bias_steer.peft_suite

@@ -99,7 +99,7 @@ def choose_form(backend: str, *tensors: torch.Tensor) -> BudgetErrors:
         `ValueError`: If the backend is unknown.
         `ImportError`: If triton is asked for and not installed.
     """
-    if backend not in ("auto", "torch", "triton", "numba"):
+    if not isinstance(backend, str) or backend not in ("auto", "torch", "triton", "numba"):
         raise ValueError(f"backend must be 'auto', 'torch', 'triton' or 'numba', got {backend!r}")
     if backend == "triton" or (backend == "auto" and suits_triton(tensors[1])):
         from .hierarchical_topk_triton import budget_errors_triton

@@ -65,6 +65,8 @@ def splice(
     if max_norm is None:
         max_norm = MAX_NORM_RATIO * sae.median_norm.item() or torch.inf
     max_norm = positive_number("max_norm", max_norm)
+    if not isinstance(keep_error, bool):
+        raise ValueError(f"keep_error must be True or False, got {keep_error!r}")
 
     def replace(hidden_states: torch.Tensor) -> torch.Tensor:
         x = hidden_states.to(sae.W_dec.device, torch.promote_types(hidden_states.dtype, torch.float32))

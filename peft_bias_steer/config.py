@@ -95,7 +95,9 @@ class BiasSteerConfig(PeftConfig):
         if isinstance(self.base_model_name_or_path, os.PathLike):
             self.base_model_name_or_path = os.fspath(self.base_model_name_or_path)
         if not isinstance(self.base_model_name_or_path, str | None):
-            raise TypeError(f"base_model_name_or_path must be a folder or a Hub id, got {self.base_model_name_or_path!r}")
+            raise TypeError(
+                f"base_model_name_or_path must be a folder or a Hub id, got {self.base_model_name_or_path!r}"
+            )
         for field in fields(self):
             value = getattr(self, field.name)
             try:

@@ -101,7 +101,8 @@ def make_model(arguments, **options):
     The convolution tells a key from its value. With learned positions, or weights drawn far below 1 / sqrt(width), a run
     can stay for long where it guesses one of the sequence's values.
     """
-    options = {"use_position_embeddings": False, "initializer_range": 0.5 * arguments.hidden_size**-0.5} | options
+    options.setdefault("use_position_embeddings", False)
+    options.setdefault("initializer_range", 0.5 * arguments.hidden_size**-0.5)
     try:
         config = RebasedConfig(
             vocab_size=arguments.vocab_size,
