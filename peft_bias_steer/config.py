@@ -136,8 +136,8 @@ def as_index(value: Any, name: str) -> int:
     Raises:
         TypeError: If it is a boolean, a fraction or anything else.
     """
-    # a boolean of Python or torch says that it is an index
-    if not isinstance(value, bool) and getattr(value, "dtype", None) != torch.bool:
+    # booleans of Python and torch, and those of older numpy, say that they are indices
+    if not isinstance(value, bool) and str(getattr(value, "dtype", "")) not in ("bool", "torch.bool"):
         try:
             return operator.index(value)
         except TypeError:

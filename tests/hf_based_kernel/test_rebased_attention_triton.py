@@ -4,7 +4,7 @@ import pytest
 import torch
 
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 
 from hf_based_kernel import rebased_attention, taylor_attention  # noqa: E402
 from hf_based_kernel.rebased_features import REBASED, TAYLOR  # noqa: E402

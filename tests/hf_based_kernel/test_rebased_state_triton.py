@@ -4,7 +4,7 @@ import pytest
 import torch
 
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 
 from tests.hf_based_kernel.triton_form import errors, make_inputs  # noqa: E402
 

@@ -442,6 +442,7 @@ def test_architecture_is_steered_exactly_or_refused_as_the_table_says(model_type
     assert row(model_type) in TABLE.read_text().splitlines()
 
 
+@pytest.mark.pinned
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("auto_class", "model_class"),
@@ -452,6 +453,7 @@ def test_class_that_reads_more_than_text_is_steered_exactly_or_refused_as_the_ta
     assert other_row(auto_class, model_class) in TABLE.read_text().splitlines()
 
 
+@pytest.mark.pinned
 def test_of_several_decoders_the_one_that_answers_in_text_is_steered():
     with torch.device("meta"):
         omni = Qwen2_5OmniForConditionalGeneration(tiny_config(Qwen2_5OmniConfig))

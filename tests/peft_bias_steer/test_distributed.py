@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from packaging.version import Version
 
 
 # Each process takes half of the batch; process 0 writes what it found, gathered, for the test to compare.
@@ -48,8 +49,14 @@ dist.destroy_process_group()
 """
 
 
+# So it is for a plain linear layer too: twice the gradient.
+SUMMED_NOT_AVERAGED = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.10"), reason="torch before 2.10 sums FSDP2's gradients over gloo"
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp2", marks=SUMMED_NOT_AVERAGED)])
 def test_two_processes_have_the_gradients_of_one(tiny_language_model, tmp_path, mode):
     from peft import get_peft_model, get_peft_model_state_dict
     from transformers import AutoModelForCausalLM

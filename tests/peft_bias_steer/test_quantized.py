@@ -22,6 +22,7 @@ def torchao_int8():
     return TorchAoConfig(Int8WeightOnlyConfig())
 
 
+@pytest.mark.pinned
 @pytest.mark.parametrize("quantization", [bitsandbytes_4bit, bitsandbytes_8bit, torchao_int8])
 def test_quantised_base_is_steered_and_merged(llama, tokens, tmp_path, set_vectors, add_by_plain_hooks, quantization):
     # on a CPU with bfloat16 instructions bitsandbytes packs 4-bit weights by blocks of 64 inputs

@@ -91,6 +91,7 @@ def test_vectors_on_a_bfloat16_base_stay_in_float32(train, tiny_language_model):
     assert all(vector.dtype == torch.float32 and vector.abs().max() > 0 for vector in vectors_of(trainer.model))
 
 
+@pytest.mark.pinned
 @pytest.mark.parametrize(("callbacks", "dtype"), [((), torch.bfloat16), ([BiasSteerFloat32Callback()], torch.float32)])
 def test_callback_keeps_the_vectors_on_a_quantised_base_in_float32(train, tiny_language_model, callbacks, dtype):
     base = AutoModelForCausalLM.from_pretrained(
