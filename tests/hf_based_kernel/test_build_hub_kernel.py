@@ -33,6 +33,7 @@ def build(path):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.pinned
 @pytest.mark.slow
 def test_kernel_repository_loads_and_runs_without_the_package(tmp_path, monkeypatch, run_isolated):
     monkeypatch.setenv("TRITON_INTERPRET", "1")

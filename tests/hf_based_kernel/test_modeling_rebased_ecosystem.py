@@ -179,7 +179,8 @@ def test_lora_finds_every_linear_layer():
     assert trained == projections
 
 
-@pytest.mark.parametrize("strict", [False, True])
+# Pinned: torch 2.8 fails inside its own tracing.
+@pytest.mark.parametrize("strict", [pytest.param(False, marks=pytest.mark.pinned), True])
 def test_a_model_that_trains_is_exported_with_any_length(strict):
     model, length = tiny_model(), torch.export.Dim("length", min=2, max=512)
     options = {"dynamic_shapes": {"input_ids": {1: length}, "use_cache": None}, "strict": strict}
@@ -295,6 +296,8 @@ print("same gradients")
 """
 
 
+# Pinned: torch before 2.10 sums FSDP2's gradients over gloo, of a plain linear layer too.
+@pytest.mark.pinned
 @pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")

@@ -62,6 +62,7 @@ def test_harvest_writes_every_layer_and_goes_on_after_a_stop(states, harvest_com
     assert f"{len(first)} tokens in {states}" in capsys.readouterr().out
 
 
+@pytest.mark.pinned
 @pytest.mark.slow
 def test_training_ends_in_a_model_that_says_what_it_is_and_prints_its_numbers(states, tmp_path, hub, capsys):
     main(["train", states, str(tmp_path / "sae"), "--layer", "1", *SMALL, "--push-to-hub", "tester/cli-sae"])
@@ -125,6 +126,7 @@ def test_the_dashboard_is_one_page(sae, text, tiny_language_model, tmp_path, cap
     assert f"{page}: " in capsys.readouterr().out
 
 
+@pytest.mark.pinned
 @pytest.mark.parametrize("form", ["saelens", "sparsify"])
 def test_conversion_there_and_back_keeps_the_reconstructions(sae, tmp_path, hub, form):
     original, x = HierarchicalSaeModel.from_pretrained(sae), 3 * torch.randn(20, 32)

@@ -141,6 +141,8 @@ def test_bf16_training_keeps_float32_weights_and_stays_close(tmp_path):
     assert logs[-1]["loss"] != expected_logs[-1]["loss"]
 
 
+# Pinned: torch before 2.10 sums FSDP2's gradients over gloo, of a plain linear layer too.
+@pytest.mark.pinned
 @pytest.mark.slow
 def test_fsdp2_with_two_processes_equals_one_process(tmp_path):
     two = result_of(train_with_fsdp2, tmp_path / "two", {}, processes=2)

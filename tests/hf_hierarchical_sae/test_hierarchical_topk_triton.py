@@ -78,6 +78,7 @@ def assert_equal_to_reference(inputs, *, rtol=1e-5, rtol_gradients=1e-5, **optio
 
 
 @alone
+@pytest.mark.pinned
 @pytest.mark.slow
 @pytest.mark.parametrize("process, interpret, tests", [("interpreter", "1", 31), ("compiler", "0", 28)])
 def test_interpreter_and_compiler(process, interpret, tests, tmp_path):

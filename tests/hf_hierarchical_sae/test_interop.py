@@ -11,6 +11,8 @@ from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, eva
 from hf_hierarchical_sae.interop import load_saelens, load_sparsify, save_saelens, save_sparsify
 
 
+pytestmark = pytest.mark.pinned
+
 D_IN, D_SAE, K = 12, 40, 6
 
 

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from packaging.version import Version
 
 
 # Each process takes half of the batch; process 0 writes what it found, gathered, for the test to compare.
@@ -49,14 +48,9 @@ dist.destroy_process_group()
 """
 
 
-# So it is for a plain linear layer too: twice the gradient.
-SUMMED_NOT_AVERAGED = pytest.mark.skipif(
-    Version(torch.__version__) < Version("2.10"), reason="torch before 2.10 sums FSDP2's gradients over gloo"
-)
-
-
+# Pinned: torch before 2.10 sums FSDP2's gradients over gloo, of a plain linear layer too.
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp2", marks=SUMMED_NOT_AVERAGED)])
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp2", marks=pytest.mark.pinned)])
 def test_two_processes_have_the_gradients_of_one(tiny_language_model, tmp_path, mode):
     from peft import get_peft_model, get_peft_model_state_dict
     from transformers import AutoModelForCausalLM
