@@ -185,7 +185,9 @@ class HierarchicalSaeConfig(PreTrainedConfig):
 
 
 def is_integer(number: Any) -> bool:
-    """Whether it is a whole number by its type, as `True` and 2.0 are not."""
+    """Whether it is a whole number by its type, that of a tensor without dimensions too, as `True` and 2.0 are not."""
+    if isinstance(number, torch.Tensor) and number.ndim == 0:
+        number = number.item()
     return isinstance(number, Integral) and not isinstance(number, bool)
 
 
@@ -193,7 +195,7 @@ def integer(name: str, number: Any, least: int | None = None) -> int:
     """
     Args:
         name (`str`): what it is, for the error.
-        number (`int`): one of numpy too.
+        number (`int`): one of numpy or torch too.
         least (`int`, *optional*): the smallest that is allowed.
 
     Returns:

@@ -86,7 +86,7 @@ def test_what_is_no_integer_is_no_k(k):
         HierarchicalSaeConfig(d_in=4, d_sae=32, k=12).check_k(k)
 
 
-@pytest.mark.parametrize("number", [3, numpy.int64(3), numpy.uint8(3)])
+@pytest.mark.parametrize("number", [3, numpy.int64(3), numpy.uint8(3), torch.tensor(3)])
 def test_integers_of_numpy_are_integers(number):
     found = integer("layer", number, least=3)
 
