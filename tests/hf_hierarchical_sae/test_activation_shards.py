@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -50,8 +51,13 @@ def numbered_texts(pause=0.0):
         yield {"text": f"{number}: to be, or not to be" * (1 + number % 5)}
 
 
+LOADING = threading.Lock()
+
+
 def harvest(path, folder, pause=0.0, layer=(0, 1), processes=(0, 1), **options):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    # While it loads, transformers has PreTrainedModel.tie_weights do nothing, for good if two threads load at once.
+    with LOADING:
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     options = {"batch_tokens": 256, "context_length": 64, "show_progress": False, **options}
     stream = iterate_activations(model, tokenizer, numbered_texts(pause), layer, **options)
     save_shards(stream, folder, shard_tokens=400, process_index=processes[0], num_processes=processes[1])
@@ -97,7 +103,8 @@ def test_shards_are_mapped_not_read(harvested):
 def test_a_killed_harvest_resumes_without_loss_or_repetition(tiny_language_model, harvested, tmp_path):
     program = "\n".join(
         [
-            "import sys, time",
+            "import sys, threading, time",
+            "LOADING = threading.Lock()",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "from hf_hierarchical_sae import iterate_activations, save_shards",
             inspect.getsource(numbered_texts),
