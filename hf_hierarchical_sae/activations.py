@@ -214,10 +214,6 @@ class ActivationStream(Iterator[torch.Tensor]):
         """Each forward pass from the start of the text, until exactly `max_tokens` positions were kept."""
         return self._passes_after(0, 0)
 
-    def forward_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Token ids and attention mask of each forward pass, (contexts, positions), from the start of the text."""
-        return ((inputs.ids, inputs.mask) for inputs in self.inputs())
-
     def inputs(self) -> Iterator[Inputs]:
         """What each forward pass takes, from the start of the text."""
         contexts = _contexts(self.tokenizer, self._texts(), self.settings.context_length)

@@ -89,10 +89,6 @@ def fuzzed(*strategies: st.SearchStrategy, examples: int = 60) -> Callable:
     return decorate
 
 
-def same(a: Any, b: Any) -> bool:
-    return bool(torch.equal(a, b)) if isinstance(a, torch.Tensor) else a == b
-
-
 @pytest.fixture(scope="module")
 def llama():
     config = LlamaConfig(

@@ -130,7 +130,7 @@ def test_contexts_of_like_length_share_a_forward_pass_and_none_is_lost(model, to
     texts = [str(number) * (1 + number * 7 % 50) for number in range(40)]
     stream = iterate_activations(model, tokenizer, texts, 0, batch_tokens=128, show_progress=False)
 
-    batches = list(stream.forward_batches())
+    batches = [(inputs.ids, inputs.mask) for inputs in stream.inputs()]
 
     found = sorted(tuple(row[: int(keep.sum())].tolist()) for ids, mask in batches for row, keep in zip(ids, mask))
     assert found == sorted(tuple(tokenizer(text)["input_ids"]) for text in texts)
@@ -146,7 +146,7 @@ def test_each_context_starts_with_the_token_that_the_tokenizer_puts_in_front(mod
             return {"input_ids": [1, *tokenizer(text)["input_ids"]]}
 
     stream = iterate_activations(model, WithBos(), TEXTS, 0, context_length=10, show_progress=False)
-    ids, mask = next(stream.forward_batches())
+    ids, mask, _ = next(stream.inputs())
 
     assert (ids[:, 0] == 1).all() and (ids[:, 1:] != 1).all()
     given = torch.cat([row[1:][keep[1:].bool()] for row, keep in zip(ids, mask)]).tolist()
@@ -184,7 +184,7 @@ def test_what_is_left_out_is_counted_and_logged(model, tokenizer, caplog):
 
     assert given.counts["first_position"] == len(TEXTS)
     assert given.counts["outlying_norm"] > 0
-    positions = sum(ids.numel() for ids, _ in given.forward_batches())
+    positions = sum(inputs.ids.numel() for inputs in given.inputs())
     assert given.counts["tokens"] == tokens and given.counts.total() == positions
     assert f"left out: 3 at the first position, {given.counts['outlying_norm']} of outlying norm" in caplog.text
 
