@@ -138,7 +138,7 @@ VLLM_PLUGIN_CLASSES = (
 # Stock classes whose biases vLLM applies.
 VLLM_STOCK_CLASSES = ("LlamaForCausalLM",)
 # Model types that llama.cpp, as it converts them, steers with a control vector, and with biases.
-CONTROL_VECTOR_TYPES = ("llama", "mistral")
+CONTROL_VECTOR_TYPES = ("gemma2", "gemma3", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
 GGUF_BIAS_TYPES = ("llama", "mistral")
 # Architecture that a GGUF file names, and its tensor that takes the bias of a layer.
 GGUF_BIAS_ARCHITECTURE = "llama"

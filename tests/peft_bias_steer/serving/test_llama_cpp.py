@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,10 @@ from peft_bias_steer import (  # noqa: E402
     set_steering_vectors,
     steering_vectors,
 )
+from peft_bias_steer.architectures import CONTROL_VECTOR_TYPES, GGUF_BIAS_TYPES  # noqa: E402
 from peft_bias_steer.serving import llama_cpp as running  # noqa: E402
+from tests.peft_bias_steer.serving.tiny_gguf import write_gguf  # noqa: E402
+from tests.peft_bias_steer.tiny_models import SMALL, make_base, steer  # noqa: E402
 
 
 REPOSITORY = Path(__file__).parents[3]
@@ -212,3 +216,112 @@ def test_a_cache_of_states_is_refused(gguf_f32):
 
     with pytest.raises(ValueError, match=re.escape("set_cache(None)")):
         running.set_steering_vectors(llama, {1: torch.ones(576)})
+
+
+# Heads wider than hidden_size / num_attention_heads; windows that a text of 20 tokens is longer than.
+HEADS = {**SMALL, "head_dim": 16, "eos_token_id": 1}
+GEMMA = {**HEADS, "query_pre_attn_scalar": 16, "sliding_window": 8}
+# Every sixth layer of Gemma 3 has no window.
+GEMMA_3 = {**GEMMA, "num_hidden_layers": 7}
+PATCHES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+TINY = {
+    "llama": SMALL,
+    "mistral": {**HEADS, "sliding_window": None},
+    "qwen2": SMALL,
+    "qwen3": HEADS,
+    "gemma2": {**GEMMA, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 2.0},
+    "gemma3": {"text_config": GEMMA_3, "vision_config": {**PATCHES, "image_size": 28, "patch_size": 14}},
+    "gemma3_text": GEMMA_3,
+    "phi3": {**SMALL, "eos_token_id": 1},
+}
+TEXT = [(7 * index) % 97 for index in range(1, 21)]
+# sums of float32 in another order
+TINY_CLOSE = {"atol": 2e-5, "rtol": 0}
+
+
+def tiny_base(model_type: str, *, gate_scale: float = 1e3, **changes):
+    """
+    Random weights, those of the norms and the biases included.
+
+    Llama.cpp looks up Gemma's activation in a table of float16. The norm after the MLP divides by how large its output
+    is, so that behind large gates nothing of the table's rounding is left.
+    """
+    base = make_base(model_type, **{**TINY[model_type], **changes})
+    for weight in base.parameters():
+        weight.data += 0.2 * torch.randn_like(weight)
+    if "gemma" in model_type:
+        for layer in base.get_decoder().layers:
+            layer.mlp.gate_proj.weight.data *= gate_scale
+    return base
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_every_type_has_its_logits_without_and_with_a_control_vector(model_type, tmp_path):
+    base = tiny_base(model_type)
+    write_gguf(base, tmp_path / "base.gguf")
+    llama = load(tmp_path / "base.gguf")
+    unsteered = logits(base, TEXT)
+    torch.testing.assert_close(llama_logits(llama, TEXT), unsteered, **TINY_CLOSE)
+
+    layers = range(1, base.config.get_text_config().num_hidden_layers)
+    model = steer(base, layers_to_transform=list(layers))
+    export_control_vector(model, tmp_path / "steer.gguf")
+    returned = from_control_vector(tmp_path / "steer.gguf", tiny_base(model_type))
+    running.set_steering_vectors(llama, steering_vectors(returned))
+    torch.testing.assert_close(llama_logits(llama, TEXT), logits(model, TEXT), **TINY_CLOSE)
+    assert (logits(model, TEXT) - unsteered).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3", "gemma3_text"])
+def test_gemma_is_as_near_as_the_float16_table_of_its_activation_lets_it_be(model_type, tmp_path):
+    base = tiny_base(model_type, gate_scale=1.0)
+    write_gguf(base, tmp_path / "base.gguf")
+    llama = load(tmp_path / "base.gguf")
+    # float16 keeps 11 bits of each activation, and seven layers add up what is lost
+    table = {"atol": 5e-3, "rtol": 0}
+
+    torch.testing.assert_close(llama_logits(llama, TEXT), logits(base, TEXT), **table)
+    model = steer(base, layers_to_transform=[1, 2])
+    running.set_steering_vectors(llama, steering_vectors(model))
+    torch.testing.assert_close(llama_logits(llama, TEXT), logits(model, TEXT), **table)
+
+
+def test_types_that_the_table_lists_are_those_compared_here():
+    assert set(CONTROL_VECTOR_TYPES) == TINY.keys()
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_every_type_goes_on_under_its_control_vector_token_by_token(model_type, tmp_path):
+    base = tiny_base(model_type)
+    write_gguf(base, tmp_path / "base.gguf")
+    llama = load(tmp_path / "base.gguf")
+    layers = range(1, base.config.get_text_config().num_hidden_layers)
+    model = steer(base, layers_to_transform=list(layers))
+    running.set_steering_vectors(llama, steering_vectors(model))
+
+    told = list(islice(llama.generate(TEXT, temp=0.0, repeat_penalty=1.0), 20))
+    whole = logits(model, TEXT + told)[len(TEXT) - 1 :]
+    assert told == whole.argmax(-1).tolist()[:-1]
+    torch.testing.assert_close(torch.tensor(llama.scores[len(TEXT) - 1 : llama.n_tokens]), whole[:-1], **TINY_CLOSE)
+
+
+@pytest.mark.parametrize("model_type", GGUF_BIAS_TYPES)
+def test_biases_give_the_logits_of_every_type_that_may_have_them(model_type, tmp_path):
+    base = tiny_base(model_type)
+    write_gguf(base, tmp_path / "base.gguf")
+    model = steer(base)
+    export_gguf(model, tmp_path / "base.gguf", tmp_path / "steered.gguf")
+
+    torch.testing.assert_close(llama_logits(load(tmp_path / "steered.gguf"), TEXT), logits(model, TEXT), **TINY_CLOSE)
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "phi3"])
+def test_windows_of_these_types_are_ignored_by_llama_cpp(model_type, tmp_path):
+    window = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}
+    base, without = tiny_base(model_type, **window), tiny_base(model_type)
+    write_gguf(base, tmp_path / "base.gguf")
+    of_file = llama_logits(load(tmp_path / "base.gguf"), TEXT)
+
+    torch.testing.assert_close(of_file, logits(without, TEXT), **TINY_CLOSE)
+    torch.testing.assert_close(of_file[:8], logits(base, TEXT)[:8], **TINY_CLOSE)
+    assert (of_file - logits(base, TEXT))[8:].abs().max() > 0.01
