@@ -221,16 +221,25 @@ def test_a_cache_of_states_is_refused(gguf_f32):
 # Heads wider than hidden_size / num_attention_heads; windows that a text of 20 tokens is longer than.
 HEADS = {**SMALL, "head_dim": 16, "eos_token_id": 1}
 GEMMA = {**HEADS, "query_pre_attn_scalar": 16, "sliding_window": 8}
-# Every sixth layer of Gemma 3 has no window.
+# Every sixth layer of Gemma 3 has no window. What sees images, as the larger ones do, rotates more slowly there.
 GEMMA_3 = {**GEMMA, "num_hidden_layers": 7}
+SLOWER = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+}
+LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 16, "rope_theta": 5e5}  # fmt: skip
 PATCHES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 TINY = {
-    "llama": SMALL,
+    "llama": {**SMALL, "rope_parameters": LLAMA_3},
     "mistral": {**HEADS, "sliding_window": None},
-    "qwen2": SMALL,
+    "qwen2": {**SMALL, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
     "qwen3": HEADS,
     "gemma2": {**GEMMA, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 2.0},
-    "gemma3": {"text_config": GEMMA_3, "vision_config": {**PATCHES, "image_size": 28, "patch_size": 14}},
+    "gemma3": {
+        "text_config": {**GEMMA_3, "rope_parameters": SLOWER},
+        "vision_config": {**PATCHES, "image_size": 28, "patch_size": 14},
+    },
     "gemma3_text": GEMMA_3,
     "phi3": {**SMALL, "eos_token_id": 1},
 }
