@@ -2,8 +2,8 @@ import math
 import numbers
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -16,6 +16,7 @@ from torch import nn
 
 from .config import BiasSteerConfig
 from .merging import MergeSite, merge_sites, refuse_offloaded
+from .tokens import TokenChoice
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,15 @@ class Call:
         disabled (`bool`, *optional*): Whether the layer leaves the output alone.
         adapter_names (`tuple[str, ...]`, *optional*): One adapter (or `"__base__"`) for each row of the batch.
         may_repeat (`bool`, *optional*): Whether every row may come several times in a row, as `generate` repeats them.
+        choice (`TokenChoice`, *optional*): The tokens to act on; all of them if unset.
+        chosen (`torch.Tensor`, *optional*): Those of the present pass, (batch, seq) of booleans.
     """
 
     disabled: bool = False
     adapter_names: tuple[str, ...] | None = None
     may_repeat: bool = False
+    choice: TokenChoice | None = None
+    chosen: torch.Tensor | None = field(default=None, compare=False)
 
 
 NO_CALL = Call()
@@ -44,14 +49,24 @@ _SCALES: ContextVar[WeakKeyDictionary[nn.Module, float] | None] = ContextVar("bi
 def calling(layers: Iterable["BiasSteerLayer"], **changes: Any) -> Generator[None]:
     """Changes the [`Call`] of these layers for the forward passes that this thread runs inside the block."""
     before = {layer: layer.call for layer in layers}
-    during = {layer: replace(call, **changes) for layer, call in before.items()}
-    token = _CALLS.set({**_CALLS.get(), **during})
-    _show(during)
+    token = _change(before, **changes)
     try:
         yield
     finally:
         _CALLS.reset(token)
         _show(before)
+
+
+def choose_tokens(layers: Iterable["BiasSteerLayer"], chosen: torch.Tensor | None) -> None:
+    """Tells these layers the tokens of this thread's present forward pass, (batch, seq), until [`calling`] ends."""
+    _change({layer: layer.call for layer in layers}, chosen=chosen)
+
+
+def _change(calls: dict["BiasSteerLayer", Call], **changes: Any) -> Token[Mapping[nn.Module, Call]]:
+    during = {layer: replace(call, **changes) for layer, call in calls.items()}
+    token = _CALLS.set({**_CALLS.get(), **during})
+    _show(during)
+    return token
 
 
 def in_a_call() -> bool:
@@ -232,7 +247,10 @@ class BiasSteerLayer(nn.Module, BaseTunerLayer):
             steering = self.sum_vectors(self.active_adapters)
         else:
             steering = self._per_row_vectors(output, names, may_repeat=call.may_repeat)
-        return output if steering is None else (output + steering).to(output.dtype)
+        if steering is None:
+            return output
+        steered = (output + steering).to(output.dtype)
+        return steered if call.choice is None else torch.where(_chosen_rows(call, output), steered, output)
 
     def vector(self, adapter_name: str) -> nn.Parameter:
         """The trainable vector of one adapter, unscaled: (size,). On the meta device where accelerate offloads it."""
@@ -309,6 +327,16 @@ class BiasSteerLayer(nn.Module, BaseTunerLayer):
 
     def extra_repr(self) -> str:
         return f"size={self.size}"
+
+
+def _chosen_rows(call: Call, hidden: torch.Tensor) -> torch.Tensor:
+    if call.chosen is None or call.chosen.shape != hidden.shape[:2]:
+        got = None if call.chosen is None else tuple(call.chosen.shape)
+        raise ValueError(
+            f"steer_tokens knows of (rows, tokens) = {got} in this forward pass, but a steered module returns "
+            f"{tuple(hidden.shape)}: call the whole model, on one device and not compiled, and steer decoder layers"
+        )
+    return call.chosen.view(*call.chosen.shape, *[1] * (hidden.dim() - 2))
 
 
 def _steer_output(module: Any, args: tuple, output: Any) -> Any:

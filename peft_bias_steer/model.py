@@ -1,5 +1,5 @@
 from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -13,9 +13,19 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import BiasSteerConfig
 from .guards import keep_biases_on_save, refuse_lossy_rollout_sync
-from .layer import MERGED, BiasSteerLayer, SteeringVector, as_factor, calling, in_a_call, wrong_length
+from .layer import (
+    MERGED,
+    BiasSteerLayer,
+    SteeringVector,
+    as_factor,
+    calling,
+    choose_tokens,
+    in_a_call,
+    wrong_length,
+)
 from .merging import merge_sites
 from .residual import find_layers, residual_width
+from .tokens import Tokens, as_choice, recompute_in_context
 
 
 class BiasSteerModel(BaseTuner):
@@ -287,6 +297,54 @@ class BiasSteerModel(BaseTuner):
         """The base model, for the forward passes that this thread runs inside the block."""
         return calling(self.steering_layers.values(), disabled=True)
 
+    @contextmanager
+    def steer_tokens(
+        self, tokens: Tokens | Sequence[Tokens], prompt_lengths: Sequence[int] | torch.Tensor | None = None
+    ) -> Generator[None]:
+        """
+        Lets the vectors act on some tokens only, in the forward passes that this thread runs inside the block.
+
+        The hidden states of the token at position p, counted without padding, move if p is in the chosen part. The
+        prompt is what [`generate`] is given: with `"generated"`, the first new token is still the unsteered model's
+        choice.
+
+        Args:
+            tokens (`str` or `list[str]`): `"all"`, `"prompt"` or `"generated"`, or one of these for each row.
+            prompt_lengths (`list[int]`, *optional*):
+                Number of tokens of each row's prompt, without padding, for forward passes over prompt and completion.
+                They need an `attention_mask` where there is padding. Not for `generate`.
+
+        Raises:
+            TypeError: If a length is no integer.
+            ValueError: If it is none of these parts, or the model has an encoder beside its decoder. In a forward pass:
+                if adapters are merged, or the lengths of its prompts are unknown.
+        """
+        choice = as_choice(tokens, prompt_lengths)
+        if choice is not None and getattr(self.model.config, "is_encoder_decoder", False):
+            raise ValueError(
+                "expected a decoder alone, whose prompt and completion are one sequence, got a model with an encoder: "
+                "steer_tokens has no meaning there"
+            )
+        layers = list(self.steering_layers.values())
+        hooks = [
+            self.model.register_forward_pre_hook(partial(_before_pass, layers=layers), with_kwargs=True),
+            self.model.register_forward_hook(partial(_after_pass, layers=layers), always_call=True),
+        ]
+        try:
+            with calling(layers, choice=choice):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextmanager
+    def in_generate(self, *args: Any, **kwargs: Any) -> Generator[None]:
+        """Around a call of `generate` with these arguments, which tell the prompts from what is generated."""
+        layers = list(self.steering_layers.values())
+        choice = layers[0].call.choice if layers else None
+        with nullcontext() if choice is None else calling(layers, choice=choice.in_generate(args, kwargs)):
+            yield
+
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         layers = self.steering_layers.values()
@@ -466,6 +524,22 @@ def _pass_adapter_names(
         return args, kwargs
     repeats = len(args[0]) // len(names) if layer.call.may_repeat else 1
     return args, {**kwargs, "adapter_names": [name for name in names for _ in range(repeats)]}
+
+
+def _before_pass(module: nn.Module, args: tuple, kwargs: dict[str, Any], layers: list[BiasSteerLayer]) -> None:
+    choice = layers[0].call.choice
+    if choice is None or layers[0].disable_adapters:  # it may be another thread's pass
+        return
+    if any(layer.merged for layer in layers):
+        raise ValueError(MERGED.replace("adapter_names", "steer_tokens"))
+    choose_tokens(layers, choice.chosen(module, args, kwargs))
+    if torch.is_grad_enabled():
+        recompute_in_context(module)
+
+
+def _after_pass(module: nn.Module, args: tuple, output: Any, layers: list[BiasSteerLayer]) -> None:
+    if layers[0].call.choice is not None:
+        choose_tokens(layers, None)
 
 
 def _coarsest_rounding(model: nn.Module, output: torch.Tensor) -> float:

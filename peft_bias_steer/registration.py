@@ -1,15 +1,16 @@
 """
 Makes `BIAS_STEER` a PEFT type. PEFT has no entry points: without one more member in its enum of types, no config of this
 type can be made, and no saved adapter read. Without `_disable_per_call`, a thread that disables an adapter does so for
-all others, and two that do may leave it disabled.
+all others, and two that do may leave it disabled. Without `_generate_per_call`, a forward pass of `generate` looks like
+any other, and nothing tells the prompt from what was generated.
 """
 
 import functools
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
-from peft import PeftModel
+from peft import PeftModel, PeftModelForCausalLM
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
 
@@ -51,6 +52,18 @@ def _disable_per_call() -> None:
     cast(Any, PeftModel).has_active_enabled_adapter = property(has_active_enabled_adapter, doc=enabled.__doc__)
 
 
+def _generate_per_call(peft_class: type[PeftModel]) -> None:
+    without_prompts = peft_class.generate
+
+    @functools.wraps(without_prompts)
+    def generate(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        tuner = self.base_model
+        with tuner.in_generate(*args, **kwargs) if isinstance(tuner, BiasSteerModel) else nullcontext():
+            return without_prompts(self, *args, **kwargs)
+
+    cast(Any, peft_class).generate = generate
+
+
 def register() -> None:
     """
     Registers the tuner with PEFT. `import peft_bias_steer` calls this; calling it again changes nothing.
@@ -69,4 +82,6 @@ def register() -> None:
             "use that one, or install an older peft to keep peft_bias_steer"
         )
     _disable_per_call()
+    for peft_class in (PeftModel, PeftModelForCausalLM):
+        _generate_per_call(peft_class)
     register_peft_method(name=NAME.lower(), config_cls=BiasSteerConfig, model_cls=BiasSteerModel)
