@@ -7,6 +7,7 @@ from .layer import BiasSteerLayer
 from .model import BiasSteerModel
 from .registration import register
 from .serving.gguf import export_control_vector, export_gguf, from_control_vector
+from .serving.other_servers import export_easysteer, export_hotwire
 from .serving.routes import serving_routes
 from .serving.stock_checkpoint import bias_ready_checkpoint, export_stock_checkpoint
 from .serving.trl import check_vllm_sync, prepare_for_vllm, sync_vectors_only
@@ -23,7 +24,9 @@ __all__ = [
     "bias_ready_checkpoint",
     "check_vllm_sync",
     "export_control_vector",
+    "export_easysteer",
     "export_gguf",
+    "export_hotwire",
     "export_stock_checkpoint",
     "from_control_vector",
     "load_vectors",

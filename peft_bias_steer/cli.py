@@ -25,6 +25,7 @@ from .serving.base_model import (
     trained_modules,
 )
 from .serving.gguf import export_control_vector, export_gguf
+from .serving.other_servers import export_easysteer, export_hotwire
 from .serving.routes import adapter_routes, routes_table
 from .serving.stock_checkpoint import bias_ready_checkpoint, export_stock_checkpoint
 from .vectors import load_vectors, unwrap
@@ -51,6 +52,10 @@ examples:
   bias-steer export outputs/steer --format gguf --gguf_in base.Q4_1.gguf --output steered.gguf
   # a base model with zero biases, on which TRL can train with vLLM
   bias-steer export meta-llama/Llama-3.1-8B --format bias-ready --output llama-bias-ready
+
+  # a file for EasySteer, or for hotwire-vllm; prints what a request to that server holds besides its prompt
+  bias-steer export outputs/steer --format easysteer --output steer.gguf
+  bias-steer export outputs/steer --format hotwire --output steer.pt
 
   # any Python program, which then knows this adapter type: a module, a command or a script, with its own arguments
   bias-steer run -m lm_eval --model hf --model_args pretrained=base,peft=outputs/steer --tasks gsm8k
@@ -91,6 +96,10 @@ def export(args: argparse.Namespace) -> None:
         export_stock_checkpoint(model, args.output)
     elif args.format == "gguf":
         export_gguf(model, args.gguf_in, args.output)
+    elif args.format == "easysteer":
+        print(json.dumps({"steering": export_easysteer(model, args.output)}))
+    elif args.format == "hotwire":
+        print(json.dumps({"vllm_xargs": {"hotwire": json.dumps(export_hotwire(model, args.output))}}))
     else:
         dropped = export_control_vector(model, args.output, drop_first_layer=args.drop_first_layer)
         if dropped:
@@ -206,7 +215,7 @@ def _add_lens_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_export_options(parser: argparse.ArgumentParser) -> None:
-    formats = ["stock", "control-vector", "gguf", "bias-ready"]
+    formats = ["stock", "control-vector", "gguf", "bias-ready", "easysteer", "hotwire"]
     parser.add_argument("--format", choices=formats, required=True, help="see the examples")
     parser.add_argument("--output", required=True, help="file to write, or folder for a checkpoint")
     parser.add_argument("--gguf_in", metavar="FILE", help="llama.cpp model to add the vectors to")

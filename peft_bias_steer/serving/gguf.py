@@ -53,19 +53,28 @@ def export_control_vector(model: PeftModel, path: str | os.PathLike, *, drop_fir
         )
     if not vectors:
         raise ValueError("expected vectors for layers above 0, got none: llama.cpp takes no file without any")
+    write_control_vector(model, vectors, path)
+    return dropped
+
+
+def write_control_vector(
+    model: PeftModel, vectors: dict[int, torch.Tensor], path: str | os.PathLike, notes: dict[str, str] | None = None
+) -> None:
+    """Writes vectors by index of their layer, and notes under `controlvector.`, into a GGUF file without a check."""
     gguf = _import_gguf()
     config = unwrap(model).config.get_text_config(decoder=True)
     with whole_file(path) as unfinished:
         writer = gguf.GGUFWriter(unfinished, "controlvector")
         writer.add_string("controlvector.model_hint", config.model_type)
         writer.add_uint32("controlvector.layer_count", config.num_hidden_layers)
+        for name, note in (notes or {}).items():
+            writer.add_string(f"controlvector.{name}", note)
         for index, vector in sorted(vectors.items()):
             writer.add_tensor(f"direction.{index}", vector.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    return dropped
 
 
 def from_control_vector(

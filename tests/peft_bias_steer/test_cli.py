@@ -121,6 +121,20 @@ def test_export_writes_a_control_vector_and_says_what_it_left_out(steered, tmp_p
     assert torch.equal(steering_vectors(returned)[1], vectors[1])
 
 
+def test_export_for_other_servers_prints_what_a_request_holds(steered, tmp_path, capsys):
+    model, folder = steered
+    vectors = steering_vectors(model)
+
+    easysteer = json.loads(run(capsys, "export", folder, "--format", "easysteer", "--output", tmp_path / "v.gguf"))
+    assert easysteer["steering"]["vectors"][0]["source"] == str(tmp_path / "v.gguf")
+    assert (tmp_path / "v.gguf").exists()
+
+    hotwire = json.loads(run(capsys, "export", folder, "--format", "hotwire", "--output", tmp_path / "v.pt"))
+    entries = json.loads(hotwire["vllm_xargs"]["hotwire"])
+    assert entries == [{"id": "v", "layer": index, "scale": 1.0} for index in vectors]
+    assert torch.equal(torch.load(tmp_path / "v.pt"), torch.stack(list(vectors.values())))
+
+
 def test_export_adds_the_vectors_to_a_gguf_model(steered, tmp_path, capsys):
     import gguf
 
@@ -190,6 +204,8 @@ def test_wrong_uses_end_with_one_sentence(steered, tiny_language_model, tmp_path
         ],
         "a file in a folder that exists, got /": ["export", folder, "--format", "control-vector", "--output", "/"],
         "must be empty or not exist": ["export", folder, "--format", "stock", "--output", folder],
+        "a file named \\*.gguf, .* got .*out": ["export", folder, "--format", "easysteer", *out],
+        "a file named \\*.pt, .* got .*out": ["export", folder, "--format", "hotwire", *out],
         "no --base_model": ["export", folder, "--format", "bias-ready", "--base_model", tiny_language_model, *out],
         "got the adapter in": ["export", folder, "--format", "bias-ready", *out],
         "Format 'xyz' is not supported|'xyz'": ["inspect", folder, "--plot", str(tmp_path / "plot.xyz")],
@@ -342,7 +358,7 @@ def test_help_shows_examples_that_parse(capsys, monkeypatch):
         main(["--help"])
     lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("bias-steer ")]
 
-    assert {line.split()[1] for line in lines} == {"inspect", "lens", "routes", "export", "run"} and len(lines) == 10
+    assert {line.split()[1] for line in lines} == {"inspect", "lens", "routes", "export", "run"} and len(lines) == 12
     parsed = [vars(cli._parser().parse_args(shlex.split(line)[1:])) for line in lines]
     assert all(arguments.get("adapter") or arguments["target"] for arguments in parsed)
 
