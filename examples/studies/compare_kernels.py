@@ -63,9 +63,6 @@ def parse_arguments():
         "--eval_steps", type=int, help="steps between held-out losses (default: only before and after)"
     )
     parser.add_argument("--save_steps", type=int, default=200, help="steps between checkpoints (default: 200)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the weights and the order of the text (default: 0)"
-    )
     arguments = parser.parse_args()
     example.check_options(parser, arguments)
     if "attention" in arguments.kernel and arguments.layer_types:
@@ -104,7 +101,6 @@ def make_trainer(arguments, model, train, held_out, **options):
         eval_strategy="steps" if arguments.eval_steps else "no",
         eval_steps=arguments.eval_steps,
         save_steps=arguments.save_steps,
-        seed=arguments.seed,
         **options,
     )
 

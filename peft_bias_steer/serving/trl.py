@@ -15,7 +15,8 @@ from ..vectors import active_vectors, set_steering_vectors, steering_layers, ste
 from ..whole_files import whole_folder
 from .routes import VLLM_PLUGIN, VLLM_STOCK, serving_routes
 from .stock_checkpoint import bias_ready_checkpoint, find_tokenizer
-from .vllm import PREFIX, VECTOR
+from .vllm.layers import VECTOR
+from .vllm.settings import KEY, POLICY
 
 
 if TYPE_CHECKING:
@@ -30,8 +31,9 @@ def prepare_for_vllm(
     """
     Writes a base checkpoint whose copy in vLLM can receive steering vectors, and loads it for training.
 
-    Where a stock class has the biases it is a [`bias_ready_checkpoint`]. Otherwise the checkpoint names the class that
-    this package's vLLM plugin registers for the architecture; call [`sync_vectors_only`] on the trainer then.
+    Where a stock class has the biases it is a [`bias_ready_checkpoint`]. Otherwise the checkpoint's config asks this
+    package's vLLM plugin for an adapter named `policy`, which every request gets; call [`sync_vectors_only`] on the
+    trainer then.
 
     Args:
         base (`PreTrainedModel`): A model without adapters.
@@ -53,7 +55,7 @@ def prepare_for_vllm(
             if tokenizer := tokenizer or find_tokenizer(base):
                 tokenizer.save_pretrained(folder)
             config = AutoConfig.from_pretrained(folder)
-            config.architectures = [PREFIX + type(base).__name__]
+            setattr(config, KEY, {"adapters": {POLICY: None}, "max_adapters": 1, "default": POLICY})
             config.save_pretrained(folder)
     else:
         raise ValueError(
@@ -133,7 +135,7 @@ def check_vllm_sync(trainer: "GRPOTrainer") -> float:
 
 
 def _is_for_plugin(model: PeftModel) -> bool:
-    return any(name.startswith(PREFIX) for name in model.config.architectures or ())
+    return getattr(model.config, KEY, None) is not None
 
 
 def _vector_weights(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:

@@ -34,19 +34,21 @@ def logits(model):
 
 
 @pytest.mark.parametrize(
-    "model_type, config, architecture",
+    "model_type, config, architecture, adapters",
     [
-        ("llama", {}, "LlamaForCausalLM"),
-        ("mistral", {"sliding_window": None}, "LlamaForCausalLM"),
-        ("qwen3", {}, "BiasSteerQwen3ForCausalLM"),
-        ("gemma2", {}, "BiasSteerGemma2ForCausalLM"),
+        ("llama", {}, "LlamaForCausalLM", None),
+        ("mistral", {"sliding_window": None}, "LlamaForCausalLM", None),
+        ("qwen3", {}, "Qwen3ForCausalLM", {"policy": None}),
+        ("gemma2", {}, "Gemma2ForCausalLM", {"policy": None}),
     ],
 )
-def test_prepared_base_is_the_same_model_under_a_class_that_can_be_steered(model_type, config, architecture, tmp_path):
+def test_prepared_base_is_the_same_model_with_a_place_for_vectors(model_type, config, architecture, adapters, tmp_path):
     base = make_base(model_type, **config)
     prepared = prepare_for_vllm(base, tmp_path / "ready")
 
-    assert json.loads((tmp_path / "ready" / "config.json").read_text())["architectures"] == [architecture]
+    written = json.loads((tmp_path / "ready" / "config.json").read_text())
+    assert written["architectures"] == [architecture]
+    assert written.get("bias_steer", {}).get("adapters") == adapters
     assert prepared.name_or_path == str(tmp_path / "ready")
     torch.testing.assert_close(logits(prepared), logits(base))
 
