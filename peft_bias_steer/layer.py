@@ -334,9 +334,9 @@ def _chosen_rows(call: Call, hidden: torch.Tensor) -> torch.Tensor:
         got = None if call.chosen is None else tuple(call.chosen.shape)
         raise ValueError(
             f"steer_tokens knows of (rows, tokens) = {got} in this forward pass, but a steered module returns "
-            f"{tuple(hidden.shape)}: call the whole model, on one device and not compiled, and steer decoder layers"
+            f"{tuple(hidden.shape)}: call the whole model, no part or replica of it, and steer decoder layers"
         )
-    return call.chosen.view(*call.chosen.shape, *[1] * (hidden.dim() - 2))
+    return call.chosen.to(hidden.device).view(*call.chosen.shape, *[1] * (hidden.dim() - 2))
 
 
 def _steer_output(module: Any, args: tuple, output: Any) -> Any:

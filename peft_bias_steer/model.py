@@ -15,6 +15,7 @@ from .config import BiasSteerConfig
 from .guards import keep_biases_on_save, refuse_lossy_rollout_sync
 from .layer import (
     MERGED,
+    NO_CALL,
     BiasSteerLayer,
     SteeringVector,
     as_factor,
@@ -344,6 +345,20 @@ class BiasSteerModel(BaseTuner):
         choice = layers[0].call.choice if layers else None
         with nullcontext() if choice is None else calling(layers, choice=choice.in_generate(args, kwargs)):
             yield
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        transformers' continuous batching, of which PEFT knows nothing.
+
+        Raises:
+            ValueError: Inside [`steer_tokens`] or `disable_adapter`, which its own thread would not see.
+        """
+        if any(layer.call != NO_CALL for layer in self.steering_layers.values()):
+            raise ValueError(
+                "generate_batch runs in a thread of its own, which sees no steer_tokens and no disable_adapter: call "
+                "generate instead"
+            )
+        return self.model.generate_batch(*args, **kwargs)
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()

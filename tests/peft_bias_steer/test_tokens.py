@@ -7,7 +7,7 @@ from contextvars import copy_context
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForSeq2SeqLM, T5Config
+from transformers import AutoModelForSeq2SeqLM, ContinuousBatchingConfig, T5Config
 
 from peft_bias_steer import BiasSteerConfig
 from peft_bias_steer.tokens import TokenChoice, as_choice
@@ -175,6 +175,13 @@ def test_scoring_token_by_token_with_a_cache_equals_one_pass(steered, tokens):
             parts.append(output.logits)
 
     torch.testing.assert_close(torch.cat(parts, 1), expected, **EXACT)
+
+
+def test_a_mask_of_four_dimensions_says_nothing_of_padding(steered, tokens):
+    causal = torch.ones(7, 7).tril().bool()[None, None].expand(3, 1, 7, 7)
+    with torch.no_grad(), steered.steer_tokens("generated", prompt_lengths=PROMPTS):
+        expected = steered(tokens).logits
+        torch.testing.assert_close(steered(tokens, attention_mask=causal).logits, expected, **EXACT)
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)
@@ -403,6 +410,22 @@ def test_a_pass_that_goes_around_the_model_is_refused(steered, tokens):
             steered.get_base_model().model(tokens)
     with steered.steer_tokens("generated"), pytest.raises(ValueError, match="expected prompt_lengths"):
         steered.get_base_model().generate(tokens, **GREEDY)
+
+
+def test_continuous_batching_refuses_what_its_thread_would_not_see(llama):
+    model = get_peft_model(llama(), BiasSteerConfig(init_weights=False)).eval()
+    options = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    prompt = torch.tensor([[5, 6, 7]])
+    with model.steer_tokens("generated"), pytest.raises(ValueError, match="sees no steer_tokens .* call generate"):
+        model.generate_batch(prompt.tolist())
+    with model.disable_adapter(), pytest.raises(ValueError, match="no disable_adapter"):
+        model.generate_batch(prompt.tolist())
+
+    small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=8)
+    (output,) = model.generate_batch(
+        prompt.tolist(), max_new_tokens=2, continuous_batching_config=small, warmup=False
+    ).values()
+    assert output.generated_tokens == model.generate(prompt, **options)[0, 3:].tolist()
 
 
 def test_nothing_is_left_of_a_block(steered, tokens):
