@@ -25,8 +25,8 @@ def export_easysteer(model: PeftModel, path: str | os.PathLike) -> dict[str, obj
     Writes the active vectors, summed at their present scale, for EasySteer (https://github.com/ZJU-REAL/EasySteer): a
     control vector of llama.cpp's form that may hold layer 0.
 
-    EasySteer turns the vectors into the dtype of the model, unless it is started with `--steer-vector-dtype float32`;
-    read in `vllm/model_hooks/steering/loading.py` of its fork of vLLM at 4ca76fd.
+    EasySteer rounds the vectors to the dtype of the model. The form of the file was read in its fork of vLLM at 4ca76fd,
+    `vllm/model_hooks/steering/loading.py`.
 
     Args:
         model (`PeftModel`): A model with a BiasSteer adapter.
@@ -50,7 +50,7 @@ def export_hotwire(model: PeftModel, path: str | os.PathLike) -> list[dict[str, 
     (https://github.com/moudrkat/hotwire-vllm): one float32 tensor (num_layers, hidden_size), with zeros for layers
     without a vector. The name of the file is the id in requests.
 
-    hotwire turns the vectors into the dtype of the model. It needs one of its `HOTWIRE_SLOTS` (16, if unset) for each
+    hotwire rounds the vectors to the dtype of the model. It needs one of its `HOTWIRE_SLOTS` (16, if unset) for each
     layer of each scale, and serves requests beyond that, or with an unknown id, without the vector and without an error.
 
     Args:
