@@ -1,6 +1,7 @@
 """`vllm serve` with three adapters, asked through the openai client. Run by `make test-serving`."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -72,11 +73,11 @@ class Server:
         )
         return list(answer.choices[0].token_ids)
 
-    def expected(self, *request, prompt=TEXT) -> list[int]:
-        """Twelve greedy tokens of the steered model."""
+    def expected(self, *request, prompt=TEXT, tokens=12) -> list[int]:
+        """Greedy tokens of the steered model."""
         ids = self.tokenizer(prompt).input_ids
         length = len(ids)
-        for _ in range(12):
+        for _ in range(tokens):
             ids = [*ids, reference(self.model, request, ids, length)[-1].argmax().item()]
         return ids[length:]
 
@@ -197,6 +198,31 @@ def test_what_cannot_be_loaded_is_a_bad_request(server, route, body, message):
 
     assert answer.status_code == 400 and message in answer.text
     assert server.adapters() == before
+
+
+def test_blocks_of_the_guide_run_on_this_server(server):
+    guide = (Path(__file__).parents[3] / "docs" / "guide_serving.md").read_text()
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL) if "localhost" in block]
+    folder = server.folder / "adapters"
+    for name, source in {"math": "first", "brief": "second"}.items():
+        server.post("load_bias_steer_adapter", name=name, path=str(folder / source)).raise_for_status()
+    names = {}
+    for block in blocks:
+        for name, source in {"math": "first", "brief": "second"}.items():
+            block = block.replace(f'"adapters/{name}"', repr(str(folder / source)))
+        exec(block.replace("http://localhost:8000", server.url), names)
+
+    text = names["prompt"]["prompt"]
+    asked = {"base": (None,), "math": ("first",), "brief": ("second", 0.8, "generated")}
+    for name, request in asked.items():
+        ids = server.expected(*request, prompt=text, tokens=16)
+        ids = ids[: ids.index(server.tokenizer.eos_token_id)] if server.tokenizer.eos_token_id in ids else ids
+        wanted = server.tokenizer.decode(ids, skip_special_tokens=True)
+        # vLLM keeps back bytes that no further token makes a character of
+        assert names[name].choices[0].text.rstrip("\ufffd") == wanted.rstrip("\ufffd") != ""
+    for name in ("math", "brief"):
+        server.post("unload_bias_steer_adapter", name=name).raise_for_status()
+    assert len(blocks) == 2 and server.adapters().keys() == set(NAMES)
 
 
 def test_a_hundred_clients_that_load_and_remove_while_others_generate_mix_nothing_up(server):
