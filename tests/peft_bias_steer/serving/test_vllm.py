@@ -40,6 +40,16 @@ def test_reference_is_what_peft_computes_for_mixed_rows(served):
         torch.testing.assert_close(row, reference(served.model, request, PROMPTS[0], len(PROMPTS[0])))
 
 
+def test_reference_is_what_steer_tokens_computes(served):
+    ids = torch.tensor([PROMPTS[0]] * 3)
+    names = {"adapter_names": ["first", "second", "third"]}
+    with torch.no_grad(), served.model.steer_tokens(["all", "prompt", "generated"], prompt_lengths=[20] * 3):
+        rows = served.model(input_ids=ids, **names).logits.log_softmax(-1)
+
+    for row, adapter, where in zip(rows, names["adapter_names"], ["all", "prompt", "generated"]):
+        torch.testing.assert_close(row, reference(served.model, (adapter, 1.0, where), PROMPTS[0], 20))
+
+
 def test_a_batch_mixes_adapters_scales_and_the_base_model(served):
     outputs = served.check(MIXED)
 
