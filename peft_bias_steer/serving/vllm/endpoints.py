@@ -3,6 +3,7 @@ HTTP routes of vLLM's server for adapters, and `model="math"` in requests. vLLM 
 `bias_steer`.
 """
 
+import asyncio
 import json
 import os
 from argparse import Namespace
@@ -58,7 +59,8 @@ class Endpoints:
         return await self._answer(self._remove(**_arguments(body, ("name",), ())))
 
     async def _load_from_folder(self, name: Any, path: Any, replace: bool = False) -> dict[str, str]:
-        vectors = load_vectors(_allowed_path(path, self._allowed_folder()))
+        # in a thread: requests that stream meanwhile do not wait for the disk
+        vectors = await asyncio.to_thread(load_vectors, _allowed_path(path, self._allowed_folder()))
         await self._call("load", name, pack(vectors), replace)
         self.names.add(name)
         self._announce(name, path)
