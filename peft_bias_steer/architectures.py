@@ -2,9 +2,9 @@
 Every table of names of architectures. Each entry was measured by a test, which a new one needs too.
 
 To add a model: its decoder layer to `MERGE_SITES` (tests/peft_bias_steer/test_architectures.py compares, and writes
-docs/bias_steer_architectures.md); its class to `LLAMA_COUSINS` if Llama computes the same; to `VLLM_PLUGIN_CLASSES` or
-`VLLM_STOCK_CLASSES` once tests/peft_bias_steer/serving has compared vLLM with the steered model, to
-`CONTROL_VECTOR_TYPES` or `GGUF_BIAS_TYPES` once it has compared llama.cpp. A layer that has no merge site (RMSNorm after
+docs/bias_steer_architectures.md); its class to `LLAMA_COUSINS` if Llama computes the same; to the tables of vLLM
+what tests/peft_bias_steer/serving/walk_vllm.py saw of it, to `CONTROL_VECTOR_TYPES` or `GGUF_BIAS_TYPES` once
+tests/peft_bias_steer/serving has compared llama.cpp. A layer that has no merge site (RMSNorm after
 the MLP, gated or purely routed experts) needs no entry: it can be steered, but not merged.
 """
 
@@ -123,20 +123,100 @@ WHY_NO_STOCK_FORM = {
     "GemmaForCausalLM": "it scales embeddings and norms as no class with MLP biases does",
 }
 
-# Classes of vLLM whose decoder layers its plugin steers.
+# What tests/peft_bias_steer/serving/walk_vllm.py saw of the classes of transformers in vLLM.
+# fmt: off
+# Its plugin gives the steered model's answers.
 VLLM_PLUGIN_CLASSES = (
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "MixtralForCausalLM",
-    "Olmo2ForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM",
+    "AXK1ForCausalLM", "AfmoeForCausalLM", "ArceeForCausalLM", "AriaForConditionalGeneration", "BioGptForCausalLM",
+    "BitNetForCausalLM", "CTRLLMHeadModel", "Cohere2ForCausalLM", "Cohere2MoeForCausalLM",
+    "Cohere2VisionForConditionalGeneration", "CohereForCausalLM", "CwmForCausalLM", "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM", "Dots1ForCausalLM", "Ernie4_5ForCausalLM", "Ernie4_5_MoeForCausalLM",
+    "Exaone4ForCausalLM", "Exaone4_5_ForConditionalGeneration", "ExaoneMoeForCausalLM", "FalconForCausalLM",
+    "FalconH1ForCausalLM", "FlexOlmoForCausalLM", "GPT2LMHeadModel", "GPTBigCodeForCausalLM", "GPTJForCausalLM",
+    "GPTNeoXForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration",
+    "Gemma4ForCausalLM", "Gemma4UnifiedForCausalLM", "GemmaForCausalLM", "Glm4ForCausalLM", "Glm4MoeForCausalLM",
+    "Glm4MoeLiteForCausalLM", "GlmForCausalLM", "GptOssForCausalLM", "GraniteForCausalLM", "GraniteMoeForCausalLM",
+    "GraniteMoeHybridForCausalLM", "GraniteMoeSWAForCausalLM", "GraniteMoeSharedForCausalLM", "GraniteSWAForCausalLM",
+    "HeliumForCausalLM", "HunYuanDenseV1ForCausalLM", "HunYuanMoEV1ForCausalLM", "HyperCLOVAXForCausalLM",
+    "Idefics3ForConditionalGeneration", "InternVLForConditionalGeneration", "Jais2ForCausalLM", "Lfm2ForCausalLM",
+    "Lfm2MoeForCausalLM", "LlamaForCausalLM", "LlavaForConditionalGeneration",
+    "LlavaNextVideoForConditionalGeneration", "Mamba2ForCausalLM", "MellumForCausalLM", "MiniCPM3ForCausalLM",
+    "Ministral3ForCausalLM", "MinistralForCausalLM", "Mistral3ForConditionalGeneration", "MistralForCausalLM",
+    "MixtralForCausalLM", "MoshiForCausalLM", "NanoChatForCausalLM", "NemotronForCausalLM", "OPTForCausalLM",
+    "Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoForCausalLM", "OlmoeForCausalLM",
+    "PaddleOCRVLForConditionalGeneration", "PaliGemmaForConditionalGeneration", "PersimmonForCausalLM",
+    "Phi3ForCausalLM", "Phi4MultimodalForCausalLM", "PhiForCausalLM", "Qwen2ForCausalLM", "Qwen2MoeForCausalLM",
+    "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration", "Qwen3ASRForConditionalGeneration",
+    "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Qwen3VLForConditionalGeneration", "SeedOssForCausalLM",
+    "SmolLM3ForCausalLM", "SmolVLMForConditionalGeneration", "SolarOpenForCausalLM", "StableLmForCausalLM",
+    "Starcoder2ForCausalLM", "VaultGemmaForCausalLM", "ZayaForCausalLM",
 )
-# Stock classes whose biases vLLM applies.
-VLLM_STOCK_CLASSES = ("LlamaForCausalLM",)
+# It does not, or was not compared.
+WHY_NOT_IN_VLLM: dict[str, tuple[str, ...]] = {
+    "not verified: vLLM wants a processor of media, which the tiny models lack": (
+        "AyaVisionForConditionalGeneration", "Cosmos3OmniForConditionalGeneration",
+        "DeepseekVLForConditionalGeneration", "DeepseekVLHybridForConditionalGeneration", "Emu3ForCausalLM",
+        "EvollaForProteinText2Text", "FuyuForCausalLM", "Glm46VForConditionalGeneration",
+        "GotOcr2ForConditionalGeneration", "HunYuanVLForConditionalGeneration",
+        "HyperCLOVAXVisionV2ForConditionalGeneration", "Idefics2ForConditionalGeneration", "InklingForCausalLM",
+        "JanusForConditionalGeneration", "Kimi_K25ForConditionalGeneration", "Kosmos2_5ForConditionalGeneration",
+        "LightOnOcrForConditionalGeneration", "MllamaForCausalLM", "MllamaForConditionalGeneration",
+        "Ovis2ForConditionalGeneration", "Qwen2_5OmniThinkerForConditionalGeneration",
+        "Qwen3OmniMoeThinkerForConditionalGeneration", "VideoLlama3ForConditionalGeneration",
+        "VideoLlavaForConditionalGeneration", "VipLlavaForConditionalGeneration",
+    ),
+    "vLLM has no such class": (
+        "BigBirdForCausalLM", "CodeGenForCausalLM", "GPTNeoForCausalLM", "GPTNeoXJapaneseForCausalLM",
+        "MegatronBertForCausalLM", "MptForCausalLM", "MvpForCausalLM", "OpenAIGPTLMHeadModel", "ProphetNetForCausalLM",
+        "RemBertForCausalLM", "RoFormerForCausalLM", "TrOCRForCausalLM", "XGLMForCausalLM", "XLNetLMHeadModel",
+    ),
+    "vLLM's backend for classes of transformers does not take it": (
+        "AXK2ForCausalLM", "AriaTextForCausalLM", "BambaForCausalLM", "BartForCausalLM", "BertGenerationDecoder",
+        "BertLMHeadModel", "BigBirdPegasusForCausalLM", "BlenderbotForCausalLM", "BlenderbotSmallForCausalLM",
+        "CamembertForCausalLM", "Data2VecTextForCausalLM", "DiffLlamaForCausalLM", "ElectraForCausalLM",
+        "ErnieForCausalLM", "GitForCausalLM", "MBartForCausalLM", "MarianForCausalLM", "MiniMaxForCausalLM",
+        "MiniMaxM3VLForCausalLM", "Mistral4ForCausalLM", "ModernBertDecoderForCausalLM", "PLBartForCausalLM",
+        "PegasusForCausalLM", "RecurrentGemmaForCausalLM", "RoCBertForCausalLM", "RobertaForCausalLM",
+        "RobertaPreLayerNormForCausalLM", "WhisperForCausalLM", "XLMRobertaForCausalLM", "XLMRobertaXLForCausalLM",
+        "XmodForCausalLM", "YoutuForCausalLM",
+    ),
+    "vLLM's base model is exact, the steered one is not": (
+        "LlavaNextForConditionalGeneration", "LlavaOnevisionForConditionalGeneration",
+    ),
+    "vLLM's class does not run the tiny model on a CPU in float32": (
+        "Cosmos3EdgeForConditionalGeneration", "DeepseekV32ForCausalLM", "FalconMambaForCausalLM",
+        "Gemma4ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration", "Glm4vForConditionalGeneration",
+        "Glm4vMoeForConditionalGeneration", "GlmAsrForConditionalGeneration", "GlmMoeDsaForCausalLM",
+        "GlmOcrForConditionalGeneration", "GraniteSpeechForConditionalGeneration",
+        "GraniteSpeechPlusForConditionalGeneration", "HYV3ForCausalLM", "JambaForCausalLM", "KimiLinearForCausalLM",
+        "LagunaForCausalLM", "Lfm2VlForConditionalGeneration", "Llama4ForCausalLM", "Llama4ForConditionalGeneration",
+        "MambaForCausalLM", "MiMoV2FlashForCausalLM", "MiniCPMV4_6ForConditionalGeneration",
+        "MiniCPMV4_7ForConditionalGeneration", "MiniMaxM2ForCausalLM", "MiniMaxM3SparseForConditionalGeneration",
+        "MuseGlimmerForConditionalGeneration", "OlmoHybridForCausalLM", "PhimoeForCausalLM",
+        "QianfanOCRForConditionalGeneration", "Qwen2AudioForConditionalGeneration", "Qwen3NextForCausalLM",
+        "Qwen3VLMoeForConditionalGeneration", "Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration",
+        "Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration", "Step3p7ForConditionalGeneration",
+        "VoxtralForConditionalGeneration", "Zamba2ForCausalLM",
+    ),
+    "vLLM's own base model differs from the one of transformers": (
+        "ApertusForCausalLM", "BloomForCausalLM", "DogeForCausalLM", "JetMoeForCausalLM", "NemotronHForCausalLM",
+    ),
+}
+# Stock checkpoints whose biases vLLM applies, and those whose biases it does not apply, without an error.
+VLLM_STOCK_CLASSES = (
+    "ArceeForCausalLM", "AriaForConditionalGeneration", "BioGptForCausalLM", "CTRLLMHeadModel", "CwmForCausalLM",
+    "FalconForCausalLM", "GPT2LMHeadModel", "GPTBigCodeForCausalLM", "GPTJForCausalLM", "GPTNeoXForCausalLM",
+    "GptOssForCausalLM", "GraniteForCausalLM", "GraniteSWAForCausalLM", "HeliumForCausalLM",
+    "Idefics3ForConditionalGeneration", "Jais2ForCausalLM", "LlamaForCausalLM", "LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration", "LlavaNextVideoForConditionalGeneration", "Mamba2ForCausalLM",
+    "NemotronForCausalLM", "OPTForCausalLM", "PersimmonForCausalLM", "PhiForCausalLM", "SeedOssForCausalLM",
+    "SmolLM3ForCausalLM", "SmolVLMForConditionalGeneration", "Starcoder2ForCausalLM",
+)
+VLLM_DROPS_BIASES = (
+    "Cohere2MoeForCausalLM", "Ernie4_5ForCausalLM", "Ernie4_5_MoeForCausalLM", "FalconH1ForCausalLM",
+    "MiniCPM3ForCausalLM", "PaddleOCRVLForConditionalGeneration",
+)
+# fmt: on
 # Model types that llama.cpp, as it converts them, steers with a control vector, and with biases.
 CONTROL_VECTOR_TYPES = ("gemma2", "gemma3", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
 GGUF_BIAS_TYPES = ("llama", "mistral")

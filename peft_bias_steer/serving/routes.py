@@ -6,14 +6,20 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
-from ..architectures import CONTROL_VECTOR_TYPES, GGUF_BIAS_TYPES, VLLM_PLUGIN_CLASSES, VLLM_STOCK_CLASSES
+from ..architectures import (
+    CONTROL_VECTOR_TYPES,
+    GGUF_BIAS_TYPES,
+    VLLM_DROPS_BIASES,
+    VLLM_PLUGIN_CLASSES,
+    VLLM_STOCK_CLASSES,
+    WHY_NOT_IN_VLLM,
+)
 from ..merging import merge_sites, why_no_merge_site
 from ..residual import find_layers
 from ..stock_forms import StockForm, find_stock_form, why_no_stock_form
 from ..vectors import load_vectors
 from .base_model import find_base_model, read_config, trained_modules
 from .stock_checkpoint import zero_biased_weights
-from .vllm import PREFIX
 
 
 if TYPE_CHECKING:
@@ -120,16 +126,23 @@ def _vllm_stock(form: StockForm | None, why_not: str) -> Route:
     if form is None:
         return Route(VLLM_STOCK, False, why_not)
     architecture = form.model_class.__name__
+    if architecture in VLLM_DROPS_BIASES:
+        return Route(VLLM_STOCK, False, f"vLLM does not apply the biases of a {architecture}, and raises no error")
     if architecture not in VLLM_STOCK_CLASSES:
-        return Route(VLLM_STOCK, False, "not verified that vLLM applies the biases of this class")
+        return Route(VLLM_STOCK, False, _why_not_in_vllm(architecture))
     return Route(VLLM_STOCK, True, f"export --format stock, which writes a {architecture}")
+
+
+def _why_not_in_vllm(architecture: str) -> str:
+    reasons = (reason for reason, classes in WHY_NOT_IN_VLLM.items() if architecture in classes)
+    return next(reasons, "not verified with vLLM")
 
 
 def _vllm_plugin(base: PreTrainedModel) -> Route:
     architecture = type(base).__name__
     if architecture not in VLLM_PLUGIN_CLASSES:
-        return Route(VLLM_PLUGIN, False, "no plugin class for it")
-    return Route(VLLM_PLUGIN, True, f'hf_overrides={{"architectures": ["{PREFIX}{architecture}"], ...}}')
+        return Route(VLLM_PLUGIN, False, _why_not_in_vllm(architecture))
+    return Route(VLLM_PLUGIN, True, "hf_overrides=vllm_overrides({name: adapter})")
 
 
 def _control_vector(base: PreTrainedModel, first_layer_norm: float) -> Route:

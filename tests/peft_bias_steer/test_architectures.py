@@ -11,6 +11,7 @@ import re
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -208,10 +209,12 @@ numbers where a class does not go without. The text decoder is what is steered.
 IDS = torch.tensor([[5, 9, 3, 17, 40, 22], [8, 30, 12, 55, 4, 6]])
 
 
-def tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
+def tiny_config(
+    config_class: type[PreTrainedConfig], given: dict[str, Any] = SIZES, special: dict[str, Any] = SPECIAL
+) -> PreTrainedConfig:
     default = config_class()
     names, aliases = set(default.to_dict()), config_class.attribute_map or {}
-    sizes = {name: size for name, size in SIZES.items() if name in names and aliases.get(name) not in names}
+    sizes = {name: size for name, size in given.items() if name in names and aliases.get(name) not in names}
     if "kv_lora_rank" in names:  # latent attention has as many key as query heads, and derives the size of a head
         sizes["num_key_value_heads"] = 4
     if "qk_rope_head_dim" in names:
@@ -220,10 +223,10 @@ def tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
         half = int(sizes["head_dim"] * default.rope_parameters.get("partial_rotary_factor", 1)) // 2
         sections = [half - 2 * (half // 3), half // 3, half // 3]  # of time, height and width
         sizes["rope_parameters"] = {**default.rope_parameters, "mrope_section": sections}
-    sizes |= SPECIAL.get(config_class.model_type, {})
+    sizes |= special.get(config_class.model_type, {})
     for name in config_class.sub_configs or {}:
         if isinstance(getattr(default, name, None), PreTrainedConfig):
-            sizes[name] = tiny_config(type(getattr(default, name)))
+            sizes[name] = tiny_config(type(getattr(default, name)), given, special)
     for name in {"layer_types", "layers_block_type"} & names - set(aliases) - set(sizes):
         if kinds := list(dict.fromkeys(getattr(default, name) or [])):  # one layer of each kind, two at least
             sizes[name] = (kinds * 2)[: max(2, len(kinds))]
