@@ -19,7 +19,6 @@ from tests.peft_bias_steer.serving.walk_vllm import TABLE, compare  # noqa: E402
 
 
 SAMPLE = [
-    "CTRLLMHeadModel",  # through vLLM's backend for transformers, and not in vLLM's registry
     "DeepseekV2ForCausalLM",  # latent attention
     "FalconH1ForCausalLM",  # attention and state space side by side
     "GPTJForCausalLM",  # attention and MLP side by side

@@ -235,10 +235,9 @@ def off_by(ours: Answers, theirs: Answers) -> float:
 @contextlib.contextmanager
 def engine(folder: str, **options: Any) -> Generator[vllm.LLM]:
     defaults = {"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True, "max_model_len": 128}
-    llm = vllm.LLM(folder, **{**defaults, "max_num_seqs": 4, **options})
-    yield llm
-    del llm
+    # an engine of this process that is gone may have left no group for experts
     cleanup_dist_env_and_memory()
+    yield vllm.LLM(folder, **{**defaults, "max_num_seqs": 4, **options})
 
 
 def compare(name: str, folder: str) -> Seen:
