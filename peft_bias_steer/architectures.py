@@ -139,17 +139,17 @@ VLLM_PLUGIN_CLASSES = (
     "GraniteMoeHybridForCausalLM", "GraniteMoeSWAForCausalLM", "GraniteMoeSharedForCausalLM", "GraniteSWAForCausalLM",
     "HeliumForCausalLM", "HunYuanDenseV1ForCausalLM", "HunYuanMoEV1ForCausalLM", "HyperCLOVAXForCausalLM",
     "Idefics3ForConditionalGeneration", "InternVLForConditionalGeneration", "Jais2ForCausalLM", "Lfm2ForCausalLM",
-    "Lfm2MoeForCausalLM", "LlamaForCausalLM", "LlavaForConditionalGeneration",
-    "LlavaNextVideoForConditionalGeneration", "Mamba2ForCausalLM", "MellumForCausalLM", "MiniCPM3ForCausalLM",
-    "Ministral3ForCausalLM", "MinistralForCausalLM", "Mistral3ForConditionalGeneration", "MistralForCausalLM",
-    "MixtralForCausalLM", "MoshiForCausalLM", "NanoChatForCausalLM", "NemotronForCausalLM", "OPTForCausalLM",
-    "Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoForCausalLM", "OlmoeForCausalLM",
-    "PaddleOCRVLForConditionalGeneration", "PaliGemmaForConditionalGeneration", "PersimmonForCausalLM",
-    "Phi3ForCausalLM", "Phi4MultimodalForCausalLM", "PhiForCausalLM", "Qwen2ForCausalLM", "Qwen2MoeForCausalLM",
-    "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration", "Qwen3ASRForConditionalGeneration",
-    "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Qwen3VLForConditionalGeneration", "SeedOssForCausalLM",
-    "SmolLM3ForCausalLM", "SmolVLMForConditionalGeneration", "SolarOpenForCausalLM", "StableLmForCausalLM",
-    "Starcoder2ForCausalLM", "VaultGemmaForCausalLM", "ZayaForCausalLM",
+    "Lfm2MoeForCausalLM", "LlamaForCausalLM", "LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration",
+    "LlavaNextVideoForConditionalGeneration", "LlavaOnevisionForConditionalGeneration", "Mamba2ForCausalLM",
+    "MellumForCausalLM", "MiniCPM3ForCausalLM", "Ministral3ForCausalLM", "MinistralForCausalLM",
+    "Mistral3ForConditionalGeneration", "MistralForCausalLM", "MixtralForCausalLM", "MoshiForCausalLM",
+    "NanoChatForCausalLM", "NemotronForCausalLM", "OPTForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM",
+    "OlmoForCausalLM", "OlmoeForCausalLM", "PaddleOCRVLForConditionalGeneration", "PaliGemmaForConditionalGeneration",
+    "PersimmonForCausalLM", "Phi3ForCausalLM", "Phi4MultimodalForCausalLM", "PhiForCausalLM", "Qwen2ForCausalLM",
+    "Qwen2MoeForCausalLM", "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3ASRForConditionalGeneration", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Qwen3VLForConditionalGeneration",
+    "SeedOssForCausalLM", "SmolLM3ForCausalLM", "SmolVLMForConditionalGeneration", "SolarOpenForCausalLM",
+    "StableLmForCausalLM", "Starcoder2ForCausalLM", "VaultGemmaForCausalLM", "ZayaForCausalLM",
 )
 # It does not, or was not compared.
 WHY_NOT_IN_VLLM: dict[str, tuple[str, ...]] = {
@@ -179,9 +179,6 @@ WHY_NOT_IN_VLLM: dict[str, tuple[str, ...]] = {
         "PegasusForCausalLM", "RecurrentGemmaForCausalLM", "RoCBertForCausalLM", "RobertaForCausalLM",
         "RobertaPreLayerNormForCausalLM", "WhisperForCausalLM", "XLMRobertaForCausalLM", "XLMRobertaXLForCausalLM",
         "XmodForCausalLM", "YoutuForCausalLM",
-    ),
-    "vLLM's base model is exact, the steered one is not": (
-        "LlavaNextForConditionalGeneration", "LlavaOnevisionForConditionalGeneration",
     ),
     "vLLM's class does not run the tiny model on a CPU in float32": (
         "Cosmos3EdgeForConditionalGeneration", "DeepseekV32ForCausalLM", "FalconMambaForCausalLM",
@@ -220,6 +217,8 @@ VLLM_DROPS_BIASES = (
 # Model types that llama.cpp, as it converts them, steers with a control vector, and with biases.
 CONTROL_VECTOR_TYPES = ("gemma2", "gemma3", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
 GGUF_BIAS_TYPES = ("llama", "mistral")
+# Those whose sliding windows it applies.
+LLAMA_CPP_WINDOW_TYPES = ("gemma2", "gemma3_text")
 # Architecture that a GGUF file names, and its tensor that takes the bias of a layer.
 GGUF_BIAS_ARCHITECTURE = "llama"
 GGUF_BIAS = "blk.{index}.ffn_down.bias"

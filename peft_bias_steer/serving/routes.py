@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from ..architectures import (
     CONTROL_VECTOR_TYPES,
     GGUF_BIAS_TYPES,
+    LLAMA_CPP_WINDOW_TYPES,
     VLLM_DROPS_BIASES,
     VLLM_PLUGIN_CLASSES,
     VLLM_STOCK_CLASSES,
@@ -149,6 +150,8 @@ def _control_vector(base: PreTrainedModel, first_layer_norm: float) -> Route:
     name = "llama.cpp, control vector"
     if base.config.model_type not in CONTROL_VECTOR_TYPES:
         return Route(name, False, "not verified with llama.cpp")
+    if ignored := _ignored_window(base):
+        return Route(name, False, ignored)
     if first_layer_norm:
         return Route(name, False, "all but layer 0, which llama.cpp refuses: export with --drop_first_layer")
     return Route(name, True, "export --format control-vector")
@@ -157,5 +160,15 @@ def _control_vector(base: PreTrainedModel, first_layer_norm: float) -> Route:
 def _gguf_biases(base: PreTrainedModel) -> Route:
     name = "llama.cpp, biases in the GGUF file"
     if base.config.model_type not in GGUF_BIAS_TYPES:
-        return Route(name, False, "only GGUF files of architecture llama may have a bias there")
+        return Route(name, False, "export_gguf writes biases into GGUF files of architecture llama alone")
+    if ignored := _ignored_window(base):
+        return Route(name, False, ignored)
     return Route(name, True, "export --format gguf --gguf_in FILE")
+
+
+def _ignored_window(base: PreTrainedModel) -> str | None:
+    config = base.config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None)
+    if window is None or window >= config.max_position_embeddings or config.model_type in LLAMA_CPP_WINDOW_TYPES:
+        return None
+    return f"llama.cpp ignores its sliding window of {window} tokens: exact for texts that are no longer"

@@ -146,11 +146,28 @@ def test_tokens_of_a_step_are_told_by_where_each_request_stands():
     ]
 
 
-def test_class_that_was_not_proven_is_refused():
-    config = types.SimpleNamespace(architecture="NewForCausalLM")
+@pytest.mark.parametrize(
+    "architecture, model_impl", [("NewForCausalLM", "auto"), ("Qwen3ForCausalLM", "transformers")]
+)
+def test_class_that_was_not_proven_is_refused(architecture, model_impl):
+    hf_config = types.SimpleNamespace(architectures=[architecture])
+    config = types.SimpleNamespace(hf_config=hf_config, model_impl=model_impl)
     worker = types.SimpleNamespace(
         model_runner=None, vllm_config=types.SimpleNamespace(model_config=config), get_model=lambda: None
     )
 
-    with pytest.raises(ValueError, match="it was not verified that vLLM's NewForCausalLM is steered exactly"):
+    with pytest.raises(ValueError, match=f"it was not verified that vLLM's {architecture} is steered exactly"):
         vllm_layers.install(worker, 2)
+
+
+def test_tables_stand_where_the_layers_are():
+    class WithTower(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tower = nn.Linear(8, 8, device="meta")
+            self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+    model = WithTower()
+    choice = SteeredLayers(model, 4, num_layers=3, width=8, max_tokens=16)
+
+    assert choice.device_rows.device.type == "cpu" and choice.vectors(0).keys() == {0, 1, 2}

@@ -58,7 +58,8 @@ def routes_of_all_types() -> dict[str, list[Route]]:
     for name, base in steerable_models():
         with contextlib.suppress(ValueError):  # no layers that can be steered
             find_layers(base)
-            routes[name] = serving_routes(base)
+            # a control vector has no place for layer 0, whatever the type: the head of its column says so
+            routes[name] = serving_routes(base, first_layer_norm=0.0)
     return routes
 
 
@@ -71,6 +72,7 @@ def table() -> str:
         cells = ["yes" if r.exact else f"no ({reasons.setdefault(r.reason, len(reasons) + 1)})" for r in found]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     names = [route.name for route in next(iter(routes.values()))]
+    names[names.index("llama.cpp, control vector")] += ", but layer 0"
     header = [f"| type | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     numbered = [f"{number}. {reason}" for reason, number in reasons.items()]
     return "\n".join([*header, *rows, "", *numbered, "", ROTARY.format(", ".join(rotated_otherwise()))]) + "\n"
@@ -115,6 +117,15 @@ def test_a_type_that_no_stock_class_holds_has_the_plugin_and_says_why_not_the_re
     assert "quantised" in reasons(quantised)["vLLM, stock checkpoint"]
 
 
+def test_llama_cpp_serves_no_model_whose_sliding_window_it_ignores():
+    for model_type in ("mistral", "phi3"):
+        assert exact(build(model_type, sliding_window=64), first_layer_norm=0.0)["llama.cpp, control vector"]
+        ignored = build(model_type, sliding_window=16)
+        assert "ignores its sliding window of 16 tokens" in reasons(ignored)["llama.cpp, control vector"]
+    assert not exact(build("mistral", sliding_window=16))["llama.cpp, biases in the GGUF file"]
+    assert exact(build("gemma2", sliding_window=16), first_layer_norm=0.0)["llama.cpp, control vector"]
+
+
 def test_an_architecture_that_cannot_be_steered_has_no_routes():
     with pytest.raises(ValueError, match="several residual streams"):
         serving_routes(build("deepseek_v4"))
@@ -129,7 +140,9 @@ def test_what_is_said_of_vllm_is_what_was_seen_there():
 
     assert set(VLLM_PLUGIN_CLASSES) == exact_classes
     assert set(VLLM_STOCK_CLASSES) == {name for name, found in stock.items() if found == {"exact"}}
-    assert set(VLLM_DROPS_BIASES) == {name for name, found in stock.items() if "vLLM does not apply its biases" in found}
+    assert set(VLLM_DROPS_BIASES) == {
+        name for name, found in stock.items() if "vLLM does not apply its biases" in found
+    }
     reasons = {name: reason for reason, names in WHY_NOT_IN_VLLM.items() for name in names}
     not_exact = {name: seen["plugin"] for name, seen in WALK.items() if name not in exact_classes}
     assert reasons == {name: reason for name, reason in not_exact.items() if reason != "not built here"}

@@ -81,14 +81,15 @@ class SteeredLayers:
     """
 
     def __init__(self, model: Any, num_adapters: int, *, num_layers: int, width: int, max_tokens: int) -> None:
-        device = next(model.parameters()).device
         self.num_layers, self.width, self.rows_by_name = num_layers, width, dict[str, int]()
+        self.layers = dict(_own_layers(model))
+        # not of any part of the model: towers for media that are not served stay on the meta device
+        device = next(next(iter(self.layers.values())).parameters()).device
         pinned = device.type == "cuda"
         self.rows = torch.zeros(max_tokens + PADDING, dtype=torch.int32, pin_memory=pinned)
         self.scales = torch.zeros(max_tokens + PADDING, 1, pin_memory=pinned)
         self.device_rows, self.device_scales = self.rows.to(device), self.scales.to(device)
         self.used = 0
-        self.layers = dict(_own_layers(model))
         for layer in self.layers.values():
             # buffers: unlike parameters they survive the engine's sleep, and no checkpoint has to hold them
             table = torch.zeros(num_adapters + 1, width, device=device)
@@ -160,11 +161,12 @@ def _own_layers(model: Any) -> Iterator[tuple[int, Any]]:
 def install(worker: Any, num_adapters: int) -> None:
     """Steers the model of a worker from now on. To be called before vLLM compiles it or records graphs of it."""
     runner, config = worker.model_runner, worker.vllm_config.model_config
-    model, architecture = worker.get_model(), config.architecture
-    if architecture not in VLLM_PLUGIN_CLASSES:
+    model, architecture = worker.get_model(), config.hf_config.architectures[0]
+    # what vLLM has no class for runs in transformers' own modules, and was compared so; what it has one for was not
+    if architecture not in VLLM_PLUGIN_CLASSES or config.model_impl == "transformers":
         raise ValueError(
-            f"it was not verified that vLLM's {architecture} is steered exactly: serve it with transformers, or see "
-            "which routes there are with `bias-steer routes`"
+            f"it was not verified that vLLM's {architecture} is steered exactly (model_impl={config.model_impl!r}): "
+            "serve it with transformers, or see which routes there are with `bias-steer routes`"
         )
     layers = SteeredLayers(
         model,

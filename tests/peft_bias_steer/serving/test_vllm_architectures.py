@@ -19,6 +19,7 @@ from tests.peft_bias_steer.serving.walk_vllm import TABLE, compare  # noqa: E402
 
 
 SAMPLE = [
+    "CTRLLMHeadModel",  # which vLLM has no class for: transformers' own modules
     "DeepseekV2ForCausalLM",  # latent attention
     "FalconH1ForCausalLM",  # attention and state space side by side
     "GPTJForCausalLM",  # attention and MLP side by side

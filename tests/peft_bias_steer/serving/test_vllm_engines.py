@@ -80,7 +80,15 @@ def test_rows_without_an_adapter_are_bit_for_bit_those_of_an_engine_without_the_
         # on a CPU vLLM itself fails at this when it does not compile
         {"pipeline_parallel_size": 2, "enforce_eager": False},
     ],
-    ids=["chunked prefill", "preemption", "asynchronous scheduling", "torch.compile", "speculation", "tensor", "pipeline"],
+    ids=[
+        "chunked prefill",
+        "preemption",
+        "asynchronous scheduling",
+        "torch.compile",
+        "speculation",
+        "tensor",
+        "pipeline",
+    ],
 )
 def test_exact_however_vllm_runs_the_model(tmp_path, monkeypatch, options):
     if "tensor_parallel_size" in options or "pipeline_parallel_size" in options:

@@ -47,7 +47,6 @@ from vllm.model_executor.models import registry  # noqa: E402
 from vllm.model_executor.models.registry import (  # noqa: E402
     _MULTIMODAL_MODELS,
     _TEXT_GENERATION_MODELS,
-    _TRANSFORMERS_BACKEND_MODELS,
 )
 
 from peft_bias_steer import (  # noqa: E402
@@ -285,7 +284,7 @@ def compare_plugin(
 
 def compare_and_note(name: str, folder: str) -> None:
     # what has not been compared is refused, but here it is compared
-    plugin.VLLM_PLUGIN_CLASSES = (name, *_TRANSFORMERS_BACKEND_MODELS)
+    plugin.VLLM_PLUGIN_CLASSES = (name,)
     # vLLM looks at a class in yet another process, which would fail at torchvision
     registry._run_in_subprocess = lambda function: function()
     try:
