@@ -1,24 +1,36 @@
 """Quality of a sparse autoencoder at every sparsity budget, alone and inside its language model."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
 
 from .activation_shards import ActivationShards, pieces_of
 from .activations import ActivationStream, Pass
 from .configuration_hierarchical_sae import integer
-from .language_model import check_predicts, edited_output, evaluation_mode
+from .language_model import (
+    check_predicts,
+    decoder_layers,
+    edited_output,
+    evaluation_mode,
+    forward_hook,
+    layer_outputs,
+    next_token_logits,
+    resumed,
+    resumes,
+)
 from .modeling_hierarchical_sae import HierarchicalSaeModel, check_finite
 from .sparse_latents import weighted_rows
 from .whole_files import whole_file
 
 
+Edit = Callable[[torch.Tensor], torch.Tensor]
 # A latent that fires on more than this share of all tokens counts as dense.
 DENSE = 0.1
 TABLE = {
@@ -135,8 +147,8 @@ def evaluate_in_model(
 ) -> HierarchicalSaeEvaluation:
     """
     [`evaluate_budgets`], and the cross-entropy and KL divergence of the language model with the reconstruction in place
-    of the layer's output, at one more forward pass per budget. Positions that the stream leaves out keep the model's
-    own values there.
+    of the layer's output. Positions that the stream leaves out keep the model's own values there. A pass per budget and
+    two more run from that layer on, or, in models whose later layers use more than its output, as a whole.
 
     Args:
         sae ([`HierarchicalSaeModel`]): left in evaluation mode or training mode as it came.
@@ -271,25 +283,22 @@ class _BudgetSums:
 
 def _language_model_sums(sae: HierarchicalSaeModel, stream: ActivationStream, sums: _BudgetSums) -> dict:
     """Cross-entropy and KL at each budget, over the positions that are replaced and have a next token."""
-    model, layer = stream.model, stream.layers[0]
     clean, zeros, predicted = 0.0, 0.0, 0
     spliced, divergence = (torch.zeros(len(sums.budgets), dtype=torch.float64) for _ in range(2))
-    for read in stream.passes():
-        ids, mask, keep = read.ids, read.mask, read.kept
-        states = read.states[keep][:, 0]
-        expected = _logits(model, layer, read, lambda output: None)
-        places = (keep.cpu() & F.pad(mask[:, 1:], (0, 1)).bool()).to(expected.device)
-        targets = ids.roll(-1, dims=1).to(expected.device)[places]
-        expected = expected[places]
-
-        losses = partial(_losses, model, layer, read, places=places, targets=targets, expected=expected)
-        clean += _cross_entropy_and_divergence(expected, targets, expected)[0]
-        zeros += losses(torch.zeros_like(states))[0]
-        for place, reconstruction in enumerate(sums.reconstructions(states.to(sae.W_dec.device))):
-            loss, kl = losses(reconstruction)
-            spliced[place] += loss
-            divergence[place] += kl
-        predicted += len(targets)
+    with closing(_passes_with_logits(stream)) as passes:
+        for read, logits in passes:
+            states, expected = read.states[read.kept][:, 0], logits(torch.clone)
+            scored = read.kept.cpu() & F.pad(read.mask[:, 1:], (0, 1)).bool()
+            rows, targets = scored.flatten().nonzero().squeeze(1), read.ids.roll(-1, dims=1)[scored]
+            losses = partial(_cross_entropy_and_divergence, expected=expected, rows=rows, targets=targets)
+            replaced = partial(_replaced, read.kept)
+            clean += losses(expected)[0]
+            zeros += losses(logits(partial(replaced, torch.zeros_like(states))))[0]
+            for place, reconstruction in enumerate(sums.reconstructions(states.to(sae.W_dec.device))):
+                loss, kl = losses(logits(partial(replaced, reconstruction)))
+                spliced[place] += loss
+                divergence[place] += kl
+            predicted += len(targets)
     if predicted == 0:
         raise ValueError("the language model's loss needs texts of at least 3 tokens, got none")
     if not math.isfinite(clean):
@@ -305,43 +314,53 @@ def _language_model_sums(sae: HierarchicalSaeModel, stream: ActivationStream, su
     }
 
 
-def _logits(
-    model: PreTrainedModel, layer: int, read: Pass, edit: Callable[[torch.Tensor], torch.Tensor | None]
-) -> torch.Tensor:
-    """Logits, (contexts, positions, vocabulary), with `edit(output)` in place of the layer's output unless None."""
-    with edited_output(model, layer, edit), evaluation_mode(model):
-        ids, mask = read.ids.to(model.device), read.mask.to(model.device)
-        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+def _passes_with_logits(
+    stream: ActivationStream,
+) -> Generator[tuple[Pass, Callable[[Edit], torch.Tensor]], None, None]:
+    """Each pass, and what gives its logits, (contexts, positions, vocabulary), with the layer's output edited."""
+    model, layer, outputs = stream.model, stream.layers[0], {}
+    is_resumed = None
+    with forward_hook(decoder_layers(model)[layer], lambda module, args, output: outputs.update(last=output)):
+        for read in stream.passes():
+            used = read.kept.any(dim=1)
+            if not used.any():
+                continue
+            if not used.all():
+                # Contexts beyond `max_tokens` would go through all passes of the others.
+                read = Pass(*(part[used.to(part.device)] for part in (read.ids, read.mask, read.states, read.kept)))
+                layer_outputs(model, [layer], read.ids, read.mask)
+            output = outputs["last"]
+            if is_resumed is None:
+                is_resumed = resumes(model, layer, read.ids[:1], read.mask[:1])
+            yield read, partial(_logits, stream, read, output if is_resumed else None)
 
 
-def _losses(
-    model: PreTrainedModel,
-    layer: int,
-    read: Pass,
-    replacement: torch.Tensor,
-    *,
-    places: torch.Tensor,
-    targets: torch.Tensor,
-    expected: torch.Tensor,
-) -> tuple[float, float]:
-    """Sums of cross-entropy and KL divergence at `places` with `replacement` where positions were kept."""
-    logits = _logits(model, layer, read, lambda output: _replaced(output, read.kept, replacement))
-    return _cross_entropy_and_divergence(logits[places], targets, expected)
+def _logits(stream: ActivationStream, read: Pass, output: Any, edit: Edit) -> torch.Tensor:
+    """Logits with `edit(hidden states)` in place of the layer's; from there on, if all that it returned is given."""
+    model, layer = stream.model, stream.layers[0]
+    if output is not None:
+        return next_token_logits(resumed(model, layer, output, edit), read.ids, read.mask)
+    with edited_output(model, layer, edit):
+        return next_token_logits(model, read.ids, read.mask)
 
 
-def _replaced(output: torch.Tensor, keep: torch.Tensor, replacement: torch.Tensor) -> torch.Tensor:
+def _replaced(keep: torch.Tensor, replacement: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """The output with `replacement`, (tokens, hidden_size), at the positions to keep."""
     output = output.clone()
     output[keep] = replacement.to(output)
     return output
 
 
 def _cross_entropy_and_divergence(
-    logits: torch.Tensor, targets: torch.Tensor, expected: torch.Tensor
+    logits: torch.Tensor, *, expected: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor
 ) -> tuple[float, float]:
-    """Sums over (n, vocabulary) logits, a few rows at a time: a float32 copy of all would double the memory."""
+    """Sums over rows of (…, vocabulary) logits, few at a time: a float32 copy of all would double the memory."""
     loss = divergence = 0.0
-    for rows, ids, clean in zip(logits.split(256), targets.split(256), expected.split(256)):
-        log_probabilities, clean = rows.float().log_softmax(dim=1), clean.float().log_softmax(dim=1)
+    # On a CPU as many as its caches hold.
+    size = 16 if logits.device.type == "cpu" else 256
+    logits, expected = logits.flatten(0, -2), expected.flatten(0, -2)
+    for part, ids in zip(rows.to(logits.device).split(size), targets.to(logits.device).split(size)):
+        log_probabilities, clean = (each[part].float().log_softmax(dim=1) for each in (logits, expected))
         loss += F.nll_loss(log_probabilities, ids, reduction="sum").item()
         divergence += F.kl_div(log_probabilities, clean, reduction="sum", log_target=True).item()
     return loss, divergence

@@ -1,9 +1,12 @@
 """The language model that an autoencoder reads: its decoder layers, their outputs, and what stands in place of them."""
 
+import copy
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -216,12 +219,90 @@ def edited_output(
         edit (`Callable`): called with the hidden states in each forward pass.
     """
 
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        is_tensor = isinstance(output, torch.Tensor)
-        edited = edit(output if is_tensor else output[0])
-        if is_tensor or edited is None:
-            return edited
-        return type(output)((edited, *output[1:]))
-
-    with forward_hook(decoder_layers(model)[layer], hook):
+    with forward_hook(decoder_layers(model)[layer], lambda module, args, output: _edited(output, edit)):
         yield
+
+
+def next_token_logits(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Logits, (contexts, positions, vocabulary), of ids and mask, (contexts, positions), wherever they are."""
+    with evaluation_mode(model):
+        return model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+
+
+def resumed(
+    model: PreTrainedModel, layer: int, output: Any, edit: Callable[[torch.Tensor], torch.Tensor]
+) -> PreTrainedModel:
+    """
+    A model of the same weights in which the decoder layers up to one compute nothing: they return what that one
+    returned before, so that a pass costs what comes after it. The model itself is not touched.
+
+    Args:
+        model (`PreTrainedModel`): any transformers model for which [`resumes`] is true.
+        layer (`int`): decoder layer, counted from 0.
+        output (`Any`): what it returned, with what hooks of others did to it, for the inputs that are to come.
+        edit (`Callable`): called with its hidden states, (batch, positions, hidden_size), gives what stands in their
+            place.
+    """
+    layers = decoder_layers(model)
+    given = [lambda: output] * layer + [partial(_edited, output, edit)]
+    parts = {str(index): _giving(layers[index], give) for index, give in enumerate(given)}
+    path = next(name for name, module in model.named_modules() if module is layers)
+    return _with_parts(model, path.split("."), parts)
+
+
+@torch.no_grad()
+def resumes(model: PreTrainedModel, layer: int, ids: torch.Tensor, mask: torch.Tensor) -> bool:
+    """
+    Whether [`resumed`] gives, to the bit, the logits of a whole pass: it does not where the rest of a model uses more
+    of its first layers than what they return, such as their keys and values, or runs them again.
+
+    Args:
+        model (`PreTrainedModel`): any transformers model with a list of decoder layers and an unembedding.
+        layer (`int`): decoder layer, counted from 0.
+        ids (`torch.Tensor`): (contexts, positions), token ids to try it with.
+        mask (`torch.Tensor`): (contexts, positions), zero where a position is padding.
+    """
+    outputs, calls = [], []
+    with forward_hook(decoder_layers(model)[layer], lambda module, args, output: outputs.append(output)):
+        expected = next_token_logits(model, ids, mask)
+
+    def unchanged(states: torch.Tensor) -> torch.Tensor:
+        calls.append(states)
+        return states.clone()
+
+    try:
+        # Another pass before the one that is compared: nothing of it may be left behind.
+        next_token_logits(resumed(model, layer, outputs[0], torch.zeros_like), ids, mask)
+        found = next_token_logits(resumed(model, layer, outputs[0], unchanged), ids, mask)
+    except Exception as error:
+        # Any type, from the model's own code; what is wrong with the model itself stops whole passes as well.
+        logger.info(f"the language model takes whole passes: from layer {layer} on it raises {error!r}")
+        return False
+    # Unless its layers were reached exactly once: a model that others have patched may run as a whole.
+    return len(calls) == 1 and torch.equal(found, expected)
+
+
+def _edited(output: Any, edit: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:
+    """What a layer returns, with its hidden states edited."""
+    is_tensor = isinstance(output, torch.Tensor)
+    edited = edit(output if is_tensor else output[0])
+    if is_tensor or edited is None:
+        return edited
+    return type(output)((edited, *output[1:]))
+
+
+def _giving(layer: nn.Module, give: Callable[[], Any]) -> nn.Module:
+    """A layer with all that a model asks of it, but for its computation; its hooks are in what it gives already."""
+    part: Any = copy.copy(layer)
+    part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
+    part.forward = lambda *args, **kwargs: give()
+    return part
+
+
+def _with_parts(module: nn.Module, path: Sequence[str], parts: dict[str, nn.Module]) -> Any:
+    """A copy of a module with other parts in the one at `path`; all others are shared."""
+    if path:
+        parts = {path[0]: _with_parts(getattr(module, path[0]), path[1:], parts)}
+    other: Any = copy.copy(module)
+    other._modules = {**module._modules, **parts}
+    return other

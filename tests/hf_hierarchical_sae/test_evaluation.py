@@ -14,6 +14,7 @@ from hf_hierarchical_sae import (
     HierarchicalSaeModel,
     evaluate_budgets,
     evaluate_in_model,
+    evaluation,
     explained_variance,
     iterate_activations,
     plot_evaluations,
@@ -232,6 +233,80 @@ def test_losses_are_what_a_loop_over_texts_gives(model, tokenizer):
     assert evaluation.kl_divergence[0] == pytest.approx(divergence / count, rel=1e-3)
     assert evaluation.loss_recovered[0] == pytest.approx((zeros - loss) / (zeros - clean), rel=1e-3)
     assert evaluation.tokens == count + len(TEXTS)
+
+
+def gemma4():
+    """Its last layer takes keys and values from the first."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "head_dim": 16, "global_head_dim": 16, "vocab_size": 300}
+    shared = {
+        "num_key_value_heads": 1,
+        "num_kv_shared_layers": 1,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 300,
+    }
+    layers = {"num_hidden_layers": 2, "intermediate_size": 32, "layer_types": ["full_attention"] * 2}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma4_text", **sizes, **shared, **layers)).eval()
+
+
+@pytest.mark.parametrize("build", [None, gpt2, gemma4], ids=["llama", "gpt2", "gemma4"])
+def test_numbers_are_those_of_whole_passes(build, model, tokenizer, monkeypatch):
+    language_model = model if build is None else build()
+    sae = make_sae(d_in=32, k=8)
+    # Contexts of several lengths, of which the last pass keeps a part.
+    options = {"context_length": 16, "batch_tokens": 64, "max_tokens": 60}
+
+    found = evaluate_in_model(sae, read(language_model, tokenizer, **options)).to_dict()
+    monkeypatch.setattr(evaluation, "resumes", lambda *given: False)
+    expected = evaluate_in_model(sae, read(language_model, tokenizer, **options)).to_dict()
+
+    assert found == expected and found["tokens"] == 60
+
+
+def test_an_evaluation_that_fails_leaves_no_hook(model, tokenizer, monkeypatch):
+    def fail(*given, **scored):
+        raise KeyError
+
+    hooks = list(model.model.layers[0]._forward_hooks)
+    monkeypatch.setattr(evaluation, "_cross_entropy_and_divergence", fail)
+    with pytest.raises(KeyError) as error:
+        evaluate_in_model(make_sae(d_in=32), read(model, tokenizer))
+
+    assert error.tb is not None and list(model.model.layers[0]._forward_hooks) == hooks
+
+
+def shapes_of_passes(model, stream, budgets):
+    """(contexts, positions) of each call of each layer in an evaluation."""
+    calls = [[] for _ in model.model.layers]
+    handles = [
+        layer.mlp.register_forward_hook(lambda module, args, output, called=called: called.append(output.shape[:2]))
+        for layer, called in zip(model.model.layers, calls)
+    ]
+    evaluate_in_model(make_sae(d_in=32), stream, budgets)
+    for handle in handles:
+        handle.remove()
+    return [sorted(map(tuple, called)) for called in calls]
+
+
+def test_layers_up_to_the_one_that_is_read_run_once(model, tokenizer):
+    stream = read(model, tokenizer, TEXTS * 2, batch_tokens=64)
+    passes = [tuple(inputs.ids.shape) for inputs in stream.inputs()]
+
+    first, second = shapes_of_passes(model, stream, [1, 2, 5])
+
+    # The first context is what resuming is tried on, in one whole pass and two from the layer on.
+    tried = (1, passes[0][1])
+    assert len(passes) > 1
+    assert first == sorted([*passes, tried]) and second == sorted([*passes * 5, *[tried] * 3])
+
+
+def test_contexts_beyond_max_tokens_are_read_and_no_more(model, tokenizer):
+    limits = {"context_length": 8, "batch_tokens": 128, "max_tokens": 30, "max_norm_ratio": None}
+    stream = read(model, tokenizer, [TEXTS[0] * 20], **limits)
+
+    _, second = shapes_of_passes(model, stream, [1, 2, 5])
+
+    # 4 contexts of 7 tokens, then 2 tokens of one
+    assert second == sorted([(4, 8)] * 5 + [(1, 8)] * (5 + 3))
 
 
 def test_the_language_model_gives_the_same_numbers_as_its_activations(model, tokenizer):

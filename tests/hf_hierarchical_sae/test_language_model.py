@@ -9,6 +9,7 @@ from functools import partial
 import numpy
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel
@@ -19,8 +20,12 @@ from hf_hierarchical_sae.language_model import (
     decoder_layers,
     edited_output,
     evaluation_mode,
+    forward_hook,
     layer_indices,
     layer_outputs,
+    next_token_logits,
+    resumed,
+    resumes,
 )
 
 
@@ -216,3 +221,138 @@ def test_an_autoencoder_that_fits_is_given_its_layer(model):
 def test_an_autoencoder_that_does_not_fit_is_refused(model, options, layer, message):
     with pytest.raises(ValueError, match=message):
         check_fits(make_sae(**options), model, layer)
+
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+LLAMA_LIKE = {**SIZES, "num_key_value_heads": 1, "head_dim": 8}
+# Layers return a tensor, a tuple or a list; windows, states, experts and biases are made in the model or in a layer.
+RESUMED = {
+    "llama": LLAMA_LIKE,
+    "gemma2": LLAMA_LIKE,
+    "gemma3_text": {**LLAMA_LIKE, "sliding_window": 4, "sliding_window_pattern": 2},
+    "qwen3": LLAMA_LIKE,
+    "phi": SIZES,
+    "mixtral": {**LLAMA_LIKE, "num_local_experts": 3},
+    "gpt2": {"n_embd": 16, "n_layer": 3, "n_head": 2},
+    "bloom": {"hidden_size": 16, "n_layer": 3, "n_head": 2},
+    "openai-gpt": {"n_embd": 16, "n_layer": 3, "n_head": 2},
+    "jamba": {
+        **LLAMA_LIKE,
+        "num_experts": 2,
+        "use_mamba_kernels": False,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_dt_rank": 2,
+    },
+    "lfm2": {**LLAMA_LIKE, "full_attn_idxs": [1]},
+    "recurrent_gemma": {**LLAMA_LIKE, "lru_width": 16},
+}
+
+
+def causal(architecture, dtype=torch.float32, **sizes):
+    config = AutoConfig.for_model(
+        architecture, vocab_size=300, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Far from uniform predictions: a change then shows.
+            parameter.mul_(6.0 if parameter.ndim == 2 else 1.0)
+    return model
+
+
+def shrink(states):
+    return 0.5 * states + 0.1
+
+
+def both_ways(model, layer, edit=shrink):
+    """Logits with an edited output: from whole passes, and from what comes after the layer, twice in turn."""
+    ids, mask = IDS, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    outputs = []
+    with (
+        torch.no_grad(),
+        forward_hook(decoder_layers(model)[layer], lambda module, args, output: outputs.append(output)),
+    ):
+        layer_outputs(model, [layer], ids, mask)
+    with torch.no_grad(), edited_output(model, layer, edit):
+        whole = next_token_logits(model, ids, mask)
+    with torch.no_grad():
+        rest = [next_token_logits(resumed(model, layer, outputs[0], edit), ids, mask) for _ in range(2)]
+        clean = next_token_logits(model, ids, mask)
+    assert not torch.equal(whole, clean)
+    return whole, *rest
+
+
+@pytest.mark.parametrize("architecture", RESUMED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_comes_after_a_layer_gives_the_logits_of_a_whole_pass_to_the_bit(architecture, dtype):
+    model = causal(architecture, dtype, **RESUMED[architecture])
+
+    for layer in range(3):
+        assert resumes(model, layer, IDS, torch.ones_like(IDS))
+        whole, rest, again = both_ways(model, layer)
+        assert torch.equal(rest, whole) and torch.equal(again, whole)
+
+
+def test_only_what_comes_after_the_layer_is_computed_and_the_model_is_left_alone():
+    model, called = causal("llama", **LLAMA_LIKE), []
+    for index, layer in enumerate(decoder_layers(model)):
+        layer.mlp.register_forward_hook(lambda *given, index=index: called.append(index))
+    before = {name: (part, list(vars(part))) for name, part in model.named_modules()}
+    states = layer_outputs(model, [1], IDS, torch.ones_like(IDS))[0]
+    called.clear()
+
+    next_token_logits(resumed(model, 1, states, shrink), IDS, torch.ones_like(IDS))
+
+    assert called == [2]
+    assert {name: (part, list(vars(part))) for name, part in model.named_modules()} == before
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, next_token_logits(model, IDS, torch.ones_like(IDS)))
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_what_others_changed_in_the_same_layers_is_there_once(layer):
+    model = causal("llama", **LLAMA_LIKE)
+
+    with edited_output(model, 1, lambda states: 3 * states), edited_output(model, 0, lambda states: -states):
+        assert resumes(model, layer, IDS, torch.ones_like(IDS))
+        whole, rest, _ = both_ways(model, layer)
+
+    assert torch.equal(rest, whole)
+
+
+def test_a_peft_model_is_resumed():
+    model = causal("llama", **LLAMA_LIKE)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["v_proj"], init_lora_weights=False)).eval()
+
+    assert resumes(adapted, 1, IDS, torch.ones_like(IDS))
+    whole, rest, _ = both_ways(adapted, 1)
+    assert torch.equal(rest, whole)
+
+
+def share_keys_and_values():
+    sizes = {"num_kv_shared_layers": 1, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 300}
+    return causal("gemma4_text", **LLAMA_LIKE, **sizes, global_head_dim=8, layer_types=["full_attention"] * 3)
+
+
+def bind_forward():
+    """As accelerate does where a model is spread over devices: what a copy runs is the model itself."""
+    model = causal("llama", **LLAMA_LIKE)
+    model.model.forward = model.model.forward
+    return model
+
+
+def run_the_first_layer_again():
+    model = causal("llama", **LLAMA_LIKE)
+
+    def again(module, args, output):
+        rotation = torch.ones(1, 4, 8), torch.zeros(1, 4, 8)
+        output.last_hidden_state = module.layers[0](output.last_hidden_state, position_embeddings=rotation)
+
+    model.model.register_forward_hook(again)
+    return model
+
+
+@pytest.mark.parametrize("build", [share_keys_and_values, bind_forward, run_the_first_layer_again])
+def test_a_model_that_uses_its_first_layers_otherwise_takes_whole_passes(build):
+    assert not resumes(build(), 1, IDS, torch.ones_like(IDS))
