@@ -13,8 +13,17 @@ from typing import Any
 import torch
 from huggingface_hub import create_repo, upload_folder
 from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations import get_available_reporting_integrations
 
 from .activation_shards import ActivationShards, save_shards
@@ -42,6 +51,8 @@ examples:
   hierarchical-sae train states sae --k 64 --resume
   # budgets that are trained for, and an upload with a model card
   hierarchical-sae train states sae --k 64 --budgets 1 2 4 8 16 32 64 --push-to-hub user/my-sae
+  # other objectives, such as BatchTopK, and the numbers in TensorBoard as well
+  hierarchical-sae train states sae --k 64 --selection batch_topk --report_to tensorboard
 
   # one budget for SAELens and SAEBench, or for sparsify; and back
   hierarchical-sae convert sae sae_lens/32 --to saelens --k 32
@@ -54,6 +65,16 @@ SAMPLE_TOKENS = 65_536
 PASSAGE = 10_000
 DTYPES = ["float32", "bfloat16", "float16", "auto"]
 LOADERS = {"hierarchical": HierarchicalSaeModel.from_pretrained, "saelens": load_saelens, "sparsify": load_sparsify}
+# Options of `train` that the config has under the same name.
+OBJECTIVE = (
+    "selection",
+    "budget_weights",
+    "matryoshka_prefixes",
+    "aux_loss_coefficient",
+    "aux_k",
+    "dead_after_tokens",
+    "encoder_chunk_size",
+)
 SAVERS = {"saelens": save_saelens, "sparsify": save_sparsify}
 
 
@@ -87,11 +108,14 @@ def train(args: argparse.Namespace) -> None:
     shards = ActivationShards(args.harvest, args.layer)
     harvested = shards.description
     d_in = harvested["hidden_size"]
+    has_one_budget = args.selection == "batch_topk" or args.matryoshka_prefixes
     config = HierarchicalSaeConfig(
         d_in=d_in,
         d_sae=args.d_sae or 8 * d_in,
         k=args.k,
-        budgets=args.budgets,
+        budgets=args.budgets or ([args.k] if has_one_budget else None),
+        normalize_decoder=not args.no_normalize_decoder,
+        **{name: getattr(args, name) for name in OBJECTIVE},
         model_name=harvested["model_name"],
         layer=harvested["layers"][0] if args.layer is None else args.layer,
         hook_point="output",
@@ -116,12 +140,24 @@ def train(args: argparse.Namespace) -> None:
     with expecting(f"memory for {config.d_sae} latents of size {d_in}"):
         sae = HierarchicalSaeModel(config)
     sae.initialize_from_activations(sample[:8192])
-    trainer = train_sae(sae, shards, sample, arguments, resume=args.resume, overwrite=args.overwrite)
+    going_on = {"resume": args.resume, "overwrite": args.overwrite}
+    trainer = train_sae(sae, shards, sample, arguments, callbacks=[ProgressLine()], **going_on)
     if not trainer.is_world_process_zero():
         return
     print(f"{evaluate_budgets(sae, sample)}\non training data; saved in {args.output}")
     if args.push_to_hub:
         print(f"uploaded: {sae.push_to_hub(args.push_to_hub)}")
+
+
+class ProgressLine(TrainerCallback):
+    """A line at each log, above the progress bar, with the explained variance at the largest budget."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        found = [value for name, value in kwargs["logs"].items() if name.startswith("explained_variance_")]
+        if found and state.is_world_process_zero:
+            budget = kwargs["model"].config.trained_budgets[-1]
+            done = f"step {state.global_step} of {state.max_steps}"
+            tqdm.write(f"{done}: explained variance {found[-1]:.3f} with {budget} latents per token", file=sys.stderr)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -297,7 +333,14 @@ def _train_options(part: argparse.ArgumentParser) -> None:
     _option(part, "layer", type=_integer(), help="which one, if several were harvested")
     _option(part, "d_sae", type=_integer(1), help="number of latents (default: 8 times the hidden size)")
     _option(part, "k", type=_integer(1), default=64, help="largest number of latents per token (default: 64)")
-    _option(part, "budgets", type=_integer(1), nargs="+", help="budgets to train for (default: every one up to k)")
+    _option(
+        part,
+        "budgets",
+        type=_integer(1),
+        nargs="+",
+        help="budgets to train for (default: every one up to k; those with one budget, k)",
+    )
+    _objective_options(part)
     _option(part, "steps", type=_integer(1), default=1000, help="optimizer steps (default: 1000)")
     _option(part, "batch_size", type=_integer(1), default=1024, help="tokens per step and process (default: 1024)")
     _option(part, "learning_rate", type=_positive, default=3e-3, help="peak learning rate (default: 3e-3)")
@@ -309,6 +352,46 @@ def _train_options(part: argparse.ArgumentParser) -> None:
     _option(part, "resume", action="store_true", help="go on from the last whole checkpoint in the output folder")
     _option(part, "overwrite", action="store_true", help="start afresh in a folder that holds a training")
     _option(part, "push_to_hub", metavar="REPO_ID", help="upload the result, with a model card, to this repository")
+
+
+def _objective_options(part: argparse.ArgumentParser) -> None:
+    _option(part, "budget_weights", type=_not_negative, nargs="+", help="weight of each budget (default: equal)")
+    _option(
+        part,
+        "selection",
+        choices=["topk", "batch_topk"],
+        default="topk",
+        help="k latents of each token, or batch × k of a batch, with one budget, k (default: topk)",
+    )
+    _option(
+        part,
+        "matryoshka_prefixes",
+        type=_integer(1),
+        nargs="+",
+        help="train on the first so many latents instead of budgets, the last of these being d_sae",
+    )
+    _option(part, "no_normalize_decoder", action="store_true", help="leave rows of W_dec at any norm")
+    _option(
+        part,
+        "aux_loss_coefficient",
+        type=_not_negative,
+        default=0.0,
+        help="weight of the loss that dead latents get (default: 0, none)",
+    )
+    _option(part, "aux_k", type=_integer(1), help="dead latents per token in it (default: half the hidden size)")
+    _option(
+        part,
+        "dead_after_tokens",
+        type=_integer(1),
+        default=1_000_000,
+        help="a latent that did not fire for so many is dead (default: 1000000)",
+    )
+    _option(
+        part,
+        "encoder_chunk_size",
+        type=_integer(1),
+        help="latents that are computed at a time, for less memory (default: all)",
+    )
 
 
 def _evaluate_options(part: argparse.ArgumentParser) -> None:
@@ -367,12 +450,21 @@ def _integer(least: int | None = None, most: int | None = None) -> Callable[[str
 
 def _positive(text: str) -> float:
     """A type of argparse: a positive and finite number."""
+    return _number(text, math.ulp(0.0), "a positive number")
+
+
+def _not_negative(text: str) -> float:
+    """A type of argparse: a finite number, 0 or more."""
+    return _number(text, 0.0, "a number of at least 0")
+
+
+def _number(text: str, least: float, expected: str) -> float:
     try:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    if not least <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
     return number
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -12,8 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hf_hierarchical_sae import ActivationShards, HierarchicalSaeCallback, HierarchicalSaeModel, cli, evaluate_budgets
+from hf_hierarchical_sae import (
+    ActivationShards,
+    HierarchicalSaeCallback,
+    HierarchicalSaeConfig,
+    HierarchicalSaeModel,
+    cli,
+    evaluate_budgets,
+)
 from hf_hierarchical_sae.cli import main
 
 
@@ -75,6 +84,46 @@ def test_training_ends_in_a_model_that_says_what_it_is_and_prints_its_numbers(st
     assert after > 0.5
     assert "expl. var." in capsys.readouterr().out
     assert {"config.json", "model.safetensors", "README.md"} <= set(hub.files("tester/cli-sae"))
+
+
+OBJECTIVES = {
+    "--selection batch_topk": {"selection": "batch_topk", "budgets": [8]},
+    "--matryoshka_prefixes 16 64": {"matryoshka_prefixes": [16, 64], "budgets": [8]},
+    "--budgets 2 8 --budget_weights 0 1.5": {"budgets": [2, 8], "budget_weights": [0.0, 1.5]},
+    "--aux-loss-coefficient 0.1 --aux_k 4 --dead_after_tokens 100 --encoder_chunk_size 16 --no-normalize-decoder": {
+        "aux_loss_coefficient": 0.1,
+        "aux_k": 4,
+        "dead_after_tokens": 100,
+        "encoder_chunk_size": 16,
+        "normalize_decoder": False,
+        "budgets": None,
+    },
+}
+
+
+@pytest.mark.parametrize("options", OBJECTIVES)
+def test_every_option_of_the_config_is_trained_with(options, states, tmp_path, capsys):
+    main(["train", states, str(tmp_path / "sae"), "--layer", "1", *SMALL, "--steps", "10", *options.split()])
+
+    config, err = HierarchicalSaeModel.from_pretrained(tmp_path / "sae").config, capsys.readouterr().err
+    assert {name: getattr(config, name) for name in OBJECTIVES[options]} == OBJECTIVES[options]
+    assert re.search(r"step 10 of 10: explained variance 0\.\d{3} with 8 latents per token\n", err)
+
+
+def test_training_has_an_option_for_all_that_the_config_says():
+    known = {action.dest for action in cli._parser()._subparsers._group_actions[0].choices["train"]._actions}
+    harvested = {"d_in", "model_name", "hook_point"}
+
+    assert {name.removeprefix("no_") for name in known} >= set(HierarchicalSaeConfig.__annotations__) - harvested
+
+
+def test_reports_hold_the_autoencoder_s_numbers(states, tmp_path):
+    options = ["--layer", "1", *SMALL, "--steps", "10", "--report_to", "tensorboard"]
+    main(["train", states, str(tmp_path / "sae"), *options])
+
+    events = EventAccumulator(str(next((tmp_path / "sae").rglob("events.*")).parent)).Reload()
+    assert {"train/explained_variance_8", "train/dead_fraction", "train/loss"} <= set(events.Tags()["scalars"])
+    assert events.Scalars("train/explained_variance_8")[-1].step == 10
 
 
 @pytest.mark.slow
@@ -180,6 +229,14 @@ def test_a_dataset_of_the_hub_is_read_as_a_stream(tiny_language_model, tmp_path,
         ("train {states} {sae} --layer 1", "holds a finished autoencoder: give resume to go on, overwrite to start"),
         ("train {states} {sae} --layer 1 --resume --k 4 --d_sae 64", "holds a training with k=8, got k=4"),
         ("train {states} {sae} --layer 0 --resume --k 8 --d_sae 64", "holds a training with layer=1, got layer=0"),
+        (
+            "train {states} {out}/x --layer 0 --k 8 --d_sae 64 --matryoshka_prefixes 8 32",
+            r"matryoshka_prefixes must end in d_sae=64, got \[8, 32\]",
+        ),
+        (
+            "train {states} {out}/x --layer 0 --k 8 --d_sae 64 --budgets 4 8 --budget_weights 1",
+            "budget_weights needs one weight per budget",
+        ),
         ("train {states} {out}/x --layer 0 --report_to nothing", "--report_to takes none, all.*, got nothing"),
         (
             "train {states} {out}/x --layer 0 --d_sae 10000000000000",
@@ -236,6 +293,13 @@ OPTIONS = {
         **dict.fromkeys(
             ("--d_sae", "--k", "--budgets", "--steps", "--batch_size", "--save_steps"),
             (["0", "-5", "1.5", "nan", ""], "an integer of at least 1"),
+        ),
+        **dict.fromkeys(
+            ("--matryoshka_prefixes", "--aux_k", "--dead_after_tokens", "--encoder_chunk_size"),
+            (["0", "-5", "1.5"], "an integer of at least 1"),
+        ),
+        **dict.fromkeys(
+            ("--budget_weights", "--aux_loss_coefficient"), (["-1", "inf", "nan", "x"], "a number of at least 0")
         ),
         "--learning_rate": (["0", "-1e-3", "inf", "nan", "fast"], "a positive number"),
         "--seed": (["-1", "4294967296", "0.5"], "an integer of at least 0 and at most 4294967295"),
