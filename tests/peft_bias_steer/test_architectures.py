@@ -93,6 +93,8 @@ MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mr
 SPECIAL = {
     **dict.fromkeys(("glm4v_text", "glm_ocr_text", "hunyuan_vl_text", "paddleocr_vl_text"), MROPE),
     **dict.fromkeys(("qwen2_5_omni_talker", "qwen2_5_omni_text", "qwen2_5_vl_text", "qwen2_vl_text"), MROPE),
+    # its first forms of the state space are computed for whole pieces: minutes at 128 tokens each
+    "nemotron_h": {"chunk_size": 16},
     "glm4v_moe_text": {"rope_parameters": {**MROPE["rope_parameters"], "partial_rotary_factor": 1.0}},
     "step3p5": {"sliding_window": 32},
     "unlimited_ocr_text": {"num_key_value_heads": 4},

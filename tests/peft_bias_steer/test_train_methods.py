@@ -362,14 +362,14 @@ def test_base_for_rollouts_has_room_for_the_vectors_or_is_refused(example, tiny_
     sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
     bases = {
-        t: AutoModelForCausalLM.from_config(AutoConfig.for_model(t, **sizes, **heads)) for t in ("llama", "olmoe")
+        t: AutoModelForCausalLM.from_config(AutoConfig.for_model(t, **sizes, **heads)) for t in ("llama", "bloom")
     }
 
     for _ in range(2):  # written, then read
         ready = example.example.with_room_for_vectors(bases["llama"], tokenizer, tmp_path / "base")
         assert not ready.model.layers[0].mlp.down_proj.bias.any()
-    with pytest.raises(SystemExit, match="--use_vllm: vLLM cannot hold steering vectors of OlmoeForCausalLM"):
-        example.example.with_room_for_vectors(bases["olmoe"], tokenizer, tmp_path / "other")
+    with pytest.raises(SystemExit, match="--use_vllm: vLLM cannot hold steering vectors of BloomForCausalLM"):
+        example.example.with_room_for_vectors(bases["bloom"], tokenizer, tmp_path / "other")
 
 
 def test_biases_of_beft_are_not_sampled_with_vllm(train, example, monkeypatch):
