@@ -84,7 +84,6 @@ def test_rows_without_an_adapter_are_bit_for_bit_those_of_an_engine_without_the_
         "preemption",
         "asynchronous scheduling",
         "torch.compile",
-        "speculation",
         "tensor",
         "pipeline",
     ],
