@@ -66,6 +66,21 @@ def test_each_token_moves_by_the_scaled_vector_of_its_own_row():
         assert torch.equal(after[[2, 5]], before[[2, 5]])
 
 
+def test_few_runs_of_tokens_and_many_are_steered_alike(monkeypatch):
+    model, choice = steered()
+    hidden = torch.randn(12, 8)
+    for row in (1, 2, 3):
+        choice.write(row, str(row), {index: torch.randn(8) for index in range(3)})
+    choices = [(0, 1, 1, 0.5), (1, 2, 1, 0.5), (2, 5, 1, 1.0), (6, 8, 2, 1.0), (8, 12, 3, -2.0)]
+    choice.choose(choices, 12)
+    assert vllm_layers._runs[choice.device_rows.data_ptr()] == [(0, 2, 1, 0.5), *choices[2:]]
+    few = outputs(model, hidden)
+    monkeypatch.setattr(vllm_layers, "FEW", 0)
+
+    for one, other in zip(few, outputs(model, hidden), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_what_a_step_before_has_chosen_is_forgotten():
     model, choice = steered()
     hidden = torch.randn(6, 8)

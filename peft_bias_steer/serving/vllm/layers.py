@@ -20,8 +20,12 @@ ROW = "bias_steer_row"
 # vLLM pads a step to the next size that it has recorded
 PADDING = 512
 
-# addresses of the `rows` buffers of engines whose present step steers no token
-_idle: set[int] = set()
+# so many runs of tokens with one vector are added run by run on a CPU; more are gathered first
+FEW = 4
+
+# what the present step of an engine steers, by the address of its `rows` buffer: first token, the one after the last, row
+# and scale
+_runs: dict[int, list[tuple[int, int, int, float]]] = {}
 
 
 def _steer(hidden: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor) -> None:
@@ -32,7 +36,9 @@ def _steer(hidden: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, scales
     scales: (>= tokens, 1), float32
     """
     # a recorded CUDA graph cannot ask; on a CPU the question is nearly all of what an unused plugin costs
-    if hidden.is_cpu and rows.data_ptr() in _idle:
+    if hidden.is_cpu and len(runs := _runs[rows.data_ptr()]) <= FEW:
+        for start, stop, row, scale in runs:
+            hidden[..., start:stop, :].add_(table[row], alpha=scale)
         return
     tokens = hidden.shape[-2]
     hidden.add_(table.index_select(0, rows[:tokens]).mul_(scales[:tokens]))
@@ -98,7 +104,7 @@ class SteeredLayers:
             layer.register_buffer("steering_scales", self.device_scales, persistent=False)
             # the layers exist by now, made by vLLM's own model class, which knows no other
             layer.__class__ = _steered_layer_class(type(layer))
-        _idle.add(self.device_rows.data_ptr())
+        _runs[self.device_rows.data_ptr()] = []
 
     def write(self, row: int, name: str, vectors: dict[int, torch.Tensor]) -> None:
         """Puts an adapter into a row that no request uses; layers without a vector are not steered."""
@@ -134,7 +140,7 @@ class SteeredLayers:
             tokens (`int`): Tokens of the step.
         """
         address = self.device_rows.data_ptr()
-        if not choices and address in _idle:
+        if not choices and not _runs[address]:
             return
         rows, scales = self.rows.numpy(), self.scales.numpy()
         end = max(tokens, self.used)
@@ -145,7 +151,17 @@ class SteeredLayers:
             self.device_rows[:end].copy_(self.rows[:end], non_blocking=True)
             self.device_scales[:end].copy_(self.scales[:end], non_blocking=True)
         self.used = tokens if choices else 0
-        (_idle.discard if choices else _idle.add)(address)
+        _runs[address] = _joined(choices)
+
+
+def _joined(choices: list[tuple[int, int, int, float]]) -> list[tuple[int, int, int, float]]:
+    """Neighbours with the same vector and scale as one."""
+    runs: list[tuple[int, int, int, float]] = []
+    for start, stop, row, scale in choices:
+        if runs and runs[-1][1:] == (start, row, scale):
+            start = runs.pop()[0]
+        runs.append((start, stop, row, scale))
+    return runs
 
 
 def _own_layers(model: Any) -> Iterator[tuple[int, Any]]:
