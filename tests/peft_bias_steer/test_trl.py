@@ -42,7 +42,9 @@ def logits(model):
         ("gemma2", {}, "Gemma2ForCausalLM", {"policy": None}),
     ],
 )
-def test_prepared_base_is_the_same_model_with_a_place_for_vectors(model_type, config, architecture, adapters, tmp_path):
+def test_prepared_base_is_the_same_model_with_a_place_for_vectors(
+    model_type, config, architecture, adapters, tmp_path
+):
     base = make_base(model_type, **config)
     prepared = prepare_for_vllm(base, tmp_path / "ready")
 
@@ -54,7 +56,9 @@ def test_prepared_base_is_the_same_model_with_a_place_for_vectors(model_type, co
 
 
 def test_base_that_vllm_cannot_steer_is_refused_and_nothing_is_written(tmp_path):
-    with pytest.raises(ValueError, match="vLLM cannot hold steering vectors of BloomForCausalLM: .* Set use_vllm=False"):
+    with pytest.raises(
+        ValueError, match="vLLM cannot hold steering vectors of BloomForCausalLM: .* Set use_vllm=False"
+    ):
         prepare_for_vllm(make_base("bloom"), tmp_path / "ready")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "note").write_text("keep me")
