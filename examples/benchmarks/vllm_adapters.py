@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=32, help="tokens that each request generates (%(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="timed batches for each row (%(default)s)")
     parser.add_argument("--output", type=Path, help="Markdown file to write; it is printed in any case")
-    parser.add_argument("--contestant", choices=["base", "plugin"], help=argparse.SUPPRESS)
+    parser.add_argument("--contestant", choices=["base", "plugin"], help="only be this engine, for the command itself")
     args = parser.parse_args()
     if args.contestant:
         return serve(args)

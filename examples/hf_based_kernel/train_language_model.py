@@ -61,9 +61,7 @@ def add_options(parser):
     parser.add_argument("--max_steps", type=int, default=400, help="optimizer steps (default: 400)")
     parser.add_argument("--learning_rate", type=float, default=4e-3, help="peak learning rate (default: 4e-3)")
     parser.add_argument("--eval_tokens", type=int, default=32_768, help="tokens held out (default: 32768)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the weights and the order of the text (default: 0)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the text (default: 0)")
     parser.add_argument("--output_dir", default="outputs/rebased", help="where all is written (outputs/rebased)")
 
 

@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
 from ...architectures import LAYER_LISTS, VLLM_PLUGIN_CLASSES
@@ -212,14 +211,14 @@ def _taking_vectors(load_weights: Callable[..., Any], layers: SteeredLayers) -> 
 
 
 def _choosing(prepare_inputs: Callable[..., Any], runner: Any, layers: SteeredLayers) -> Callable[..., Any]:
-    def prepare(scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
+    def prepare(scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
         layers.choose(list(_choices(runner, num_scheduled_tokens)), int(num_scheduled_tokens.sum()))
         return prepare_inputs(scheduler_output, num_scheduled_tokens)
 
     return prepare
 
 
-def _choices(runner: Any, num_scheduled_tokens: np.ndarray) -> Iterator[tuple[int, int, int, float]]:
+def _choices(runner: Any, num_scheduled_tokens: Any) -> Iterator[tuple[int, int, int, float]]:
     batch, start = runner.input_batch, 0
     for index, (request, tokens) in enumerate(zip(batch.req_ids, num_scheduled_tokens.tolist())):
         stop = start + tokens

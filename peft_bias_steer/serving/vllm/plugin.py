@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from .adapters import SALT, EngineAdapters
@@ -142,4 +141,4 @@ def pack(vectors: dict[int, torch.Tensor]) -> dict[int, bytes]:
 
 def unpack(vectors: dict[int, bytes]) -> dict[int, torch.Tensor]:
     """The inverse of [`pack`]."""
-    return {int(index): torch.from_numpy(np.frombuffer(data, np.float32).copy()) for index, data in vectors.items()}
+    return {int(index): torch.frombuffer(bytearray(data), dtype=torch.float32) for index, data in vectors.items()}
