@@ -6,6 +6,7 @@ from typing import Any
 
 from ...config import as_index
 from ...layer import as_factor
+from ...tokens import TOKENS
 
 
 # the field of the model's config, and what the keys of a request's extra arguments begin with
@@ -13,7 +14,6 @@ KEY = "bias_steer"
 BASE = "__base__"
 # the adapter whose vectors a trainer sends as weights
 POLICY = "policy"
-TOKENS = ("all", "prompt", "generated")
 REQUEST_KEYS = (KEY, f"{KEY}_scale", f"{KEY}_tokens")
 
 
