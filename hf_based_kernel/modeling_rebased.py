@@ -192,8 +192,7 @@ class RebasedRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normalised = F.rms_norm(hidden_states.float(), self.weight.shape, eps=self.eps)
-        return self.weight * normalised.to(hidden_states.dtype)
+        return self.weight * F.rms_norm(hidden_states, self.weight.shape, eps=self.eps)
 
 
 def _make_norm(config: RebasedConfig) -> nn.Module:
@@ -215,10 +214,10 @@ class RebasedFeatureNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (batch, seq, num_heads * feature_dim) -> (batch, seq, num_heads, feature_dim)"""
         heads = (self.config.num_attention_heads, self.config.feature_dim)
-        if self.config.use_qk_norm and self.config.qk_norm_per_head:
+        if self.config.use_qk_norm and not self.config.qk_norm_per_head:
+            return F.layer_norm(x, x.shape[-1:], self.gamma, self.beta, self.config.norm_eps).unflatten(-1, heads)
+        if self.config.use_qk_norm:
             x = F.layer_norm(x.unflatten(-1, heads), heads[1:], eps=self.config.norm_eps).flatten(-2)
-        elif self.config.use_qk_norm:
-            x = F.layer_norm(x, x.shape[-1:], eps=self.config.norm_eps)
         if self.gamma is not None:
             x = x * self.gamma
         if self.beta is not None:
@@ -302,13 +301,13 @@ class RebasedCausalConv(nn.Module):
             if segment_ids is not None:
                 kept = kept.masked_fill((extended_ids[:, seq_len:] != segment_ids[:, -1:])[..., None], 0)
             past_key_values.update_conv_state(kept.mT, self.layer_idx)
-        out: Any = 0 if self.bias is None else self.bias
+        out = self.bias
         for tap in range(past_len + 1):
-            term = extended[:, tap : tap + seq_len] * self.weight[tap]
+            window = extended[:, tap : tap + seq_len]
             if segment_ids is not None:
                 # Selected, not multiplied: another sequence's NaN must stay there.
-                term = term.masked_fill((extended_ids[:, tap : tap + seq_len] != segment_ids)[..., None], 0)
-            out = out + term
+                window = window.masked_fill((extended_ids[:, tap : tap + seq_len] != segment_ids)[..., None], 0)
+            out = window * self.weight[tap] if out is None else torch.addcmul(out, window, self.weight[tap])
         return out
 
 

@@ -6,7 +6,7 @@ forms of the operation agree in value and gradient:
 
 - `rebased_attention_reference`: quadratic in length, the specification;
 - `rebased_attention_chunked` (in `rebased_attention_chunked.py`): linear in length, for training and prefill;
-- `rebased_attention_step`: one token, for decoding;
+- `rebased_attention_step`: one token, for decoding; `rebased_attention_step_triton` (in `rebased_step_triton.py`) on a GPU;
 - `rebased_attention_triton` (in `rebased_attention_triton.py`): the chunked form on a GPU.
 
 They share one signature, `form(q, k, v, *, scale, eps, initial_state, return_state, attention_mask, segment_ids,
@@ -176,7 +176,7 @@ def _attention(
     _check_tensors(q, k, v, attention_mask=attention_mask, segment_ids=segment_ids)
     _check_state(initial_state, q, v, coefficients)
     _check_numbers(scale, eps, chunk_size)
-    form = _choose_form(q, initial_state, return_state, backend)
+    form = _choose_form(q, k, v, initial_state, return_state=return_state, backend=backend)
     if attention_mask is not None:
         attention_mask = attention_mask.bool()
         padding = ~attention_mask[:, :, None, None]
@@ -278,7 +278,15 @@ def _check_state(
         )
 
 
-def _choose_form(q: torch.Tensor, initial_state: torch.Tensor | None, return_state: bool, backend: str) -> Callable:
+def _choose_form(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    *,
+    return_state: bool,
+    backend: str,
+) -> Callable:
     if not isinstance(return_state, bool):
         raise TypeError(f"return_state must be True or False, got {return_state!r}")
     if not isinstance(backend, str) or backend not in ("auto", "torch", "triton"):
@@ -286,13 +294,18 @@ def _choose_form(q: torch.Tensor, initial_state: torch.Tensor | None, return_sta
     if backend == "triton" and not is_triton_available():
         raise ImportError('backend="triton" needs triton 3.6: `pip install "triton>=3.6"`, or choose backend="torch"')
     has_kernel = q.is_cuda and q.dtype != torch.float64 and is_triton_available()
-    if backend == "triton" or (backend == "auto" and q.shape[1] > 1 and has_kernel):
+    uses_kernel = backend == "triton" or (backend == "auto" and has_kernel)
+    is_step = q.shape[1] == 1 and (return_state or initial_state is not None)
+    inputs = [x for x in (q, k, v, initial_state) if x is not None]
+    if uses_kernel and is_step and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+        from .rebased_step_triton import rebased_attention_step_triton
+
+        return rebased_attention_step_triton
+    if backend == "triton" or (uses_kernel and q.shape[1] > 1):
         from .rebased_attention_triton import rebased_attention_triton
 
         return rebased_attention_triton
-    if q.shape[1] == 1 and (return_state or initial_state is not None):
-        return rebased_attention_step
-    return rebased_attention_chunked
+    return rebased_attention_step if is_step else rebased_attention_chunked
 
 
 # The forms. Their caller has checked the inputs, resolved `scale`, and set q, k and v to zero where `attention_mask` (bool)

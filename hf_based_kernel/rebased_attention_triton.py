@@ -62,10 +62,7 @@ def rebased_attention_triton(
     float32 inputs keep float32 accuracy. Where they enter a tensor core, the features and the state are rounded to 16 bits for
     bfloat16, and weights and their gradients to 8 bits for bfloat16 and 11 for float16; every sum is in float32.
     """
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(
-            f'backend="triton" takes float32, bfloat16 or float16, got {q.dtype}; cast the inputs or use backend="torch"'
-        )
+    check_dtype(q)
     out, _, state = _forward(
         q,
         k,
@@ -80,6 +77,13 @@ def rebased_attention_triton(
         return_state,
     )
     return (out, state) if return_state else out
+
+
+def check_dtype(q: torch.Tensor) -> None:
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f'backend="triton" takes float32, bfloat16 or float16, got {q.dtype}; cast the inputs or use backend="torch"'
+        )
 
 
 def _code_segments(attention_mask: torch.Tensor | None, segment_ids: torch.Tensor | None) -> torch.Tensor | None:

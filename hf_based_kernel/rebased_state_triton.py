@@ -41,7 +41,7 @@ def zero_shift(start, KERNEL: tl.constexpr, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def _degrees(KERNEL: tl.constexpr):
+def degrees(KERNEL: tl.constexpr):
     """How many rows have 2 factors, 1 factor or more, and how many there are."""
     packed: tl.constexpr = KERNEL[6]
     linear = packed + (KERNEL[0] if KERNEL[3] != 0 else 0)
@@ -49,9 +49,9 @@ def _degrees(KERNEL: tl.constexpr):
 
 
 @triton.jit
-def _row_factors(row, scale, KERNEL: tl.constexpr, OF_QUERIES: tl.constexpr):
+def row_factors(row, scale, KERNEL: tl.constexpr, OF_QUERIES: tl.constexpr):
     """What the product of two picked elements is multiplied by: powers of `scale`, or the key's weights."""
-    packed, linear, rows = _degrees(KERNEL)
+    packed, linear, rows = degrees(KERNEL)
     if OF_QUERIES:
         return tl.where(row < packed, scale * scale, tl.where(row < linear, scale, tl.where(row < rows, 1.0, 0.0)))
     weight = tl.where((row < KERNEL[0]) | (2 * (row // KERNEL[0]) == KERNEL[0]), KERNEL[4], 2.0 * KERNEL[4])
@@ -61,7 +61,7 @@ def _row_factors(row, scale, KERNEL: tl.constexpr, OF_QUERIES: tl.constexpr):
 @triton.jit
 def _selectors(row, KERNEL: tl.constexpr, dtype: tl.constexpr):
     """row: (SIZE) -> (padded D, SIZE) twice: 1 where an element of x is the first, the second factor of a row, else 0."""
-    packed, linear, _ = _degrees(KERNEL)
+    packed, linear, _ = degrees(KERNEL)
     first = tl.where(row < packed, row % KERNEL[0], tl.where(row < linear, row - packed, -1))
     second = tl.where(row < packed, (row % KERNEL[0] + row // KERNEL[0]) % KERNEL[0], -1)
     i = tl.arange(0, KERNEL[1])[:, None]
@@ -80,7 +80,7 @@ def _factors(x, row, KERNEL: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: 
         second = tl.dot(x, second, input_precision=PRECISION)
     if KERNEL[2] != 0 or KERNEL[3] != 0:
         # Rows of lower degree have 1 for the factors that they lack.
-        packed, linear, _ = _degrees(KERNEL)
+        packed, linear, _ = degrees(KERNEL)
         one_first, one_second = (row >= linear).to(tl.float32), (row >= packed).to(tl.float32)
         first += one_first[:, None] if TRANSPOSED else one_first[None, :]
         second += one_second[:, None] if TRANSPOSED else one_second[None, :]
@@ -88,7 +88,7 @@ def _factors(x, row, KERNEL: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: 
 
 
 @triton.jit
-def _floor_factors(row, scale, KERNEL: tl.constexpr):
+def floor_factors(row, scale, KERNEL: tl.constexpr):
     """What |q|² is multiplied by where it is added to a query's features: the squares among them carry the floor."""
     return tl.where(row < KERNEL[0], KERNEL[5] * scale * scale, 0.0)
 
@@ -137,9 +137,9 @@ def read_state(
         row = first_row + tl.arange(0, R)
         high, low, row_totals = _load_rows(states, totals, span, row, column, P, V, OPERAND)
         first, second = _factors(x, row, KERNEL, PRECISION, False)
-        features = first * second * _row_factors(row, scale, KERNEL, OF_QUERIES)[None, :]
+        features = first * second * row_factors(row, scale, KERNEL, OF_QUERIES)[None, :]
         if OF_QUERIES and KERNEL[5] != 0:
-            features += squared_length(x)[:, None] * _floor_factors(row, scale, KERNEL)[None, :]
+            features += squared_length(x)[:, None] * floor_factors(row, scale, KERNEL)[None, :]
         value = _product_with_state(features, high, low, value, OPERAND, PRECISION)
         total += tl.sum(features * row_totals[None, :], axis=1)
     return value, total
@@ -176,14 +176,14 @@ def read_state_backward(
         row = first_row + tl.arange(0, R)
         high, low, row_totals = _load_rows(states, totals, span, row, column, P, V, OPERAND)
         first, second = _factors(x, row, KERNEL, PRECISION, False)
-        row_factors = _row_factors(row, scale, KERNEL, OF_QUERIES)[None, :]
+        factors = row_factors(row, scale, KERNEL, OF_QUERIES)[None, :]
         if WITH_VALUE:
-            value = _product_with_state(first * second * row_factors, high, low, value, OPERAND, PRECISION)
+            value = _product_with_state(first * second * factors, high, low, value, OPERAND, PRECISION)
         grad = grad_total[:, None] * row_totals[None, :]
         grad = _product_with_state(grad_value, tl.trans(high), tl.trans(low), grad, OPERAND, PRECISION)
         if OF_QUERIES and KERNEL[5] != 0:
-            grad_length += tl.sum(grad * _floor_factors(row, scale, KERNEL)[None, :], axis=1)
-        grad *= row_factors
+            grad_length += tl.sum(grad * floor_factors(row, scale, KERNEL)[None, :], axis=1)
+        grad *= factors
         pick_first, pick_second = _selectors(row, KERNEL, OPERAND)
         grad_x = _transposed_product(pick_first, grad * second, grad_x, OPERAND, PRECISION)
         grad_x = _transposed_product(pick_second, grad * first, grad_x, OPERAND, PRECISION)
@@ -237,9 +237,9 @@ def add_to_state(
         # Made transposed: turning the product round would cost a trip through shared memory.
         row = STARTS[b] + shift + tl.arange(0, STARTS[b + 1] - STARTS[b])
         first, second = _factors(x, row, KERNEL, PRECISION, True)
-        features = first * second * _row_factors(row, scale, KERNEL, OF_QUERIES)[:, None]
+        features = first * second * row_factors(row, scale, KERNEL, OF_QUERIES)[:, None]
         if OF_QUERIES and KERNEL[5] != 0:
-            features += _floor_factors(row, scale, KERNEL)[:, None] * squared_length(x)[None, :]
+            features += floor_factors(row, scale, KERNEL)[:, None] * squared_length(x)[None, :]
         features *= weight[None, :]
         new_sums = new_sums + (product(features, value, sums[b], OPERAND, PRECISION),)
         new_totals = new_totals + (totals[b] + tl.sum(features * total[None, :], axis=1),)

@@ -22,7 +22,7 @@ FOLDER = str(Path(hf_based_kernel.__file__).parent)
 FLOAT32_TOLERANCE = 1e-5
 
 
-def load_module(name, *, interpreted):
+def load_module(name, *, interpreted, module="rebased_attention_triton"):
     """A copy of the module and its siblings whose kernels are interpreted or compiled, whatever the environment says."""
     for loaded in [other for other in sys.modules if other.partition(".")[0] == name]:
         del sys.modules[loaded]
@@ -30,7 +30,7 @@ def load_module(name, *, interpreted):
     package.__path__ = [FOLDER]
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = interpreted
-        return importlib.import_module(f"{name}.rebased_attention_triton")
+        return importlib.import_module(f"{name}.{module}")
 
 
 @contextlib.contextmanager
