@@ -27,16 +27,17 @@ from .rebased_kernels_triton import (
 
 # Each copy of this module (the package, a checkpoint's remote code) registers its operators under its own name.
 NAMESPACE = re.sub(r"\W", "_", __name__)
-# (operands are float32, kernel) -> tokens of a block, rows of a state that are read at a time, warps, pipeline stages.
+# (operands are float32, kernel) -> tokens of a block, and of the blocks that it is compared with, rows of a state that are read
+# (or, of span_sums, made) at a time, warps, pipeline stages, most registers of a thread on NVIDIA's cards (0: no limit).
 SIZES = {
-    (False, "span_sums"): (32, 64, 4, 3),
-    (False, "forward"): (64, 32, 4, 3),
-    (False, "query_gradient"): (64, 32, 4, 3),
-    (False, "key_value_gradient"): (64, 32, 4, 3),
-    (True, "span_sums"): (16, 64, 8, 2),
-    (True, "forward"): (32, 16, 8, 2),
-    (True, "query_gradient"): (16, 16, 4, 2),
-    (True, "key_value_gradient"): (16, 16, 4, 2),
+    (False, "span_sums"): (64, 64, 64, 4, 3, 0),
+    (False, "forward"): (64, 64, 32, 4, 3, 128),
+    (False, "query_gradient"): (64, 32, 32, 4, 3, 0),
+    (False, "key_value_gradient"): (64, 32, 32, 4, 3, 168),
+    (True, "span_sums"): (16, 16, 64, 8, 2, 0),
+    (True, "forward"): (32, 32, 16, 8, 2, 0),
+    (True, "query_gradient"): (16, 16, 16, 4, 2, 0),
+    (True, "key_value_gradient"): (16, 16, 16, 4, 2, 0),
 }
 # The backward pass has more scores to form for each state that it reads.
 SPAN_TOKENS = {"forward": 512, "backward": 256}
@@ -99,13 +100,18 @@ def _code_segments(attention_mask: torch.Tensor | None, segment_ids: torch.Tenso
 
 def _sizes(q: torch.Tensor, kernel: str) -> dict[str, int]:
     """Tokens of a block, warps and pipeline stages of a kernel, for this dtype and device."""
-    block, rows, warps, stages = SIZES[q.dtype != torch.bfloat16, kernel] if q.is_cuda else (16, 16, 4, 2)
-    return {"C": block, "R": rows, "num_warps": warps, "num_stages": stages}
+    *sizes, registers = SIZES[q.dtype != torch.bfloat16, kernel] if q.is_cuda else (16, 8, 16, 4, 2, 0)
+    limit = {"maxnreg": registers} if registers and not torch.version.hip else {}
+    return dict(zip(("C", "K", "R", "num_warps", "num_stages"), sizes)) | limit
+
+
+def _largest_block(q: torch.Tensor) -> int:
+    return max(_sizes(q, kernel)["C"] for _, kernel in SIZES)
 
 
 def _span_tokens(chunk_size: int | None, q: torch.Tensor, direction: str) -> int:
     """Tokens of a span: `chunk_size`, or what costs least, in whole blocks of every kernel."""
-    block = max(_sizes(q, kernel)["C"] for _, kernel in SIZES)
+    block = _largest_block(q)
     if chunk_size is None:
         chunk_size = SPAN_TOKENS[direction] if q.is_cuda else 2 * block
     return triton.cdiv(min(chunk_size, q.shape[1]), block) * block
@@ -142,6 +148,9 @@ def _constants(
         "P": state_size(feature_dim, coefficients),
         "KERNEL": (feature_dim, max(triton.next_power_of_2(feature_dim), 16), *coefficients, packed_size(feature_dim)),
         "BV": _value_block(feature_dim, v.shape[-1]),
+        "WHOLE": feature_dim == max(triton.next_power_of_2(feature_dim), 16)
+        and v.shape[-1] % _value_block(feature_dim, v.shape[-1]) == 0
+        and q.shape[1] % _largest_block(q) == 0,
         # Squared scores leave the range of float16. The interpreter (CPU) multiplies bfloat16 as if it were integers.
         "OPERAND": tl.bfloat16 if q.dtype == torch.bfloat16 and q.is_cuda else tl.float32,
         "PRECISION": full_precision if q.dtype == torch.float32 else half_precision,
@@ -168,6 +177,7 @@ def _span_states(
     """
     batch_size, seq_len, num_heads, _ = x.shape
     sizes = _sizes(x, "span_sums")
+    del sizes["K"]
     starts = _row_starts(constants["P"], sizes.pop("R"))
     spans, rows, columns = triton.cdiv(seq_len, span_tokens), constants["P"], constants["V"]
     leading = (batch_size, num_heads, spans)
@@ -190,7 +200,7 @@ def _span_states(
         span_tokens,
         **constants | sizes | {"OF_QUERIES": of_queries, "STARTS": starts},
     )
-    shared = {name: constants[name] for name in ("H", "V", "P", "SEGMENTED", "OPERAND")}
+    shared = {name: constants[name] for name in ("H", "V", "P", "SEGMENTED", "KERNEL", "OPERAND")}
     scan_kernel[(batch_size * num_heads, triton.cdiv(rows * (columns + 1), 1024))](
         sums_of_spans,
         states,

@@ -1,8 +1,8 @@
 """
 Triton kernels of ReBased and Taylor attention: linear in the sequence length.
 
-B batch, L tokens, H heads, D feature_dim, V head_dim, P rows of a state, N spans. C tokens of a block, BV values of a
-block. KERNEL is (D, padded D, c0, c1, c2, floor, number of products of two elements) of the kernel c0 + c1 s +
+B batch, L tokens, H heads, D feature_dim, V head_dim, P rows of a state, N spans. C tokens of a block, K of the blocks
+that it is compared with, BV values of a block. KERNEL is (D, padded D, c0, c1, c2, floor, number of products of two elements) of the kernel c0 + c1 s +
 c2 (s² + floor |q|² |k|²), where |q| is scaled as s is. In memory a state is its sums of features times values (P, V), as
 float32 or as a bfloat16 number and the bfloat16 rest (2, P, V), and its sums of features (P).
 
@@ -29,8 +29,10 @@ from .rebased_state_triton import (
     polynomial,
     read_state,
     read_state_backward,
+    row_factors,
     segment_of,
     slope,
+    split_scale,
     squared_length,
     store,
     store_state,
@@ -55,11 +57,13 @@ def forward_kernel(
     H: tl.constexpr,
     V: tl.constexpr,
     P: tl.constexpr,
+    WHOLE: tl.constexpr,
     SEGMENTED: tl.constexpr,
     HAS_STATE: tl.constexpr,
     KERNEL: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
+    K: tl.constexpr,
     BV: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -67,29 +71,31 @@ def forward_kernel(
 ):
     batch_head, start, first_token, token, head = _block_of_program(L, span_tokens, H, C)
     column, element = tl.program_id(1) * BV + tl.arange(0, BV), tl.arange(0, KERNEL[1])
-    queries = load(q, token, start, head, element, L, H, KERNEL[0], C).to(OPERAND)
+    queries = load(q, token, start, head, element, L, H, KERNEL[0], C, WHOLE).to(OPERAND)
     ids, _ = load_segments(segments, token, start, L, C, SEGMENTED)
 
+    scale, kernel_scale = split_scale(scale, KERNEL)
     value, total = tl.zeros([C, BV], tl.float32), tl.zeros([C], tl.float32)
     if HAS_STATE:
         span = _span_number(batch_head, first_token, L, span_tokens)
         value, total = read_state(
-            value, states, totals, span, queries, column, scale, P, V, R, KERNEL, OPERAND, STATE_PRECISION, True
+            states, totals, span, queries, column, scale, P, V, WHOLE, R, BV, KERNEL, OPERAND, STATE_PRECISION
         )
         if SEGMENTED:
             uses_state = ids == segment_of(segments, token, tl.maximum(first_token - 1, 0), True)
             value, total = tl.where(uses_state[:, None], value, 0.0), tl.where(uses_state, total, 0.0)
-    for key_start in range(first_token, start, C):
+    for key_start in range(first_token, start, K):
         value, total = _attend(
             value, total, queries, ids, k, v, segments, token, start, key_start, head, element, column, scale, L,
-            H, V, SEGMENTED, SEGMENTED, KERNEL, C, OPERAND, PRECISION,
+            H, V, SEGMENTED, SEGMENTED, KERNEL, C, K, WHOLE, OPERAND, PRECISION,
         )  # fmt: skip
-    value, total = _attend(
-        value, total, queries, ids, k, v, segments, token, start, start, head, element, column, scale, L,
-        H, V, True, SEGMENTED, KERNEL, C, OPERAND, PRECISION,
-    )  # fmt: skip
-    total += eps
-    store(out, value / total[:, None], token, start, head, column, L, H, V, C)
+    for block in tl.static_range(C // K):
+        value, total = _attend(
+            value, total, queries, ids, k, v, segments, token, start, start + block * K, head, element, column, scale, L,
+            H, V, True, SEGMENTED, KERNEL, C, K, WHOLE, OPERAND, PRECISION,
+        )  # fmt: skip
+    total = total * kernel_scale + eps
+    store(out, value * (kernel_scale / total)[:, None], token, start, head, column, L, H, V, C, WHOLE)
     i = start + tl.arange(0, C)
     tl.store(denominators + (token + i) * H + head, total, mask=(i < L) & (tl.program_id(1) == 0))
 
@@ -117,12 +123,14 @@ def _attend(
     SEGMENTED: tl.constexpr,
     KERNEL: tl.constexpr,
     C: tl.constexpr,
+    K: tl.constexpr,
+    WHOLE: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The sums (C, BV) and (C) of a block of queries plus what a block of keys adds."""
-    keys = load(k, token, key_start, head, element, L, H, KERNEL[0], C).to(OPERAND)
-    values = load(v, token, key_start, head, column, L, H, V, C).to(OPERAND)
+    keys = load(k, token, key_start, head, element, L, H, KERNEL[0], K, WHOLE).to(OPERAND)
+    values = load(v, token, key_start, head, column, L, H, V, K, WHOLE).to(OPERAND)
     weights = polynomial(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale, KERNEL)
     if KERNEL[5] != 0:
         weights += _floor_lengths(queries, scale, KERNEL)[:, None] * squared_length(keys)[None, :]
@@ -130,8 +138,8 @@ def _attend(
     if SEGMENTED:
         weights = tl.where(finite[None, :], weights, float("nan"))
     if MASKED:
-        key_ids, valid = load_segments(segments, token, key_start, L, C, SEGMENTED)
-        weights = tl.where(_visible(start, key_start, ids, key_ids, valid, C, SEGMENTED), weights, 0.0)
+        key_ids, valid = load_segments(segments, token, key_start, L, K, SEGMENTED)
+        weights = tl.where(_visible(start, key_start, ids, key_ids, valid, C, K, SEGMENTED), weights, 0.0)
     total += tl.sum(weights, axis=1)
     return tl.dot(weights.to(OPERAND), finite_values, acc=value, input_precision=PRECISION), total
 
@@ -155,11 +163,13 @@ def query_gradient_kernel(
     H: tl.constexpr,
     V: tl.constexpr,
     P: tl.constexpr,
+    WHOLE: tl.constexpr,
     SEGMENTED: tl.constexpr,
     HAS_STATE: tl.constexpr,
     KERNEL: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
+    K: tl.constexpr,
     BV: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -167,39 +177,68 @@ def query_gradient_kernel(
 ):
     batch_head, start, first_token, token, head = _block_of_program(L, span_tokens, H, C)
     column, element = tl.program_id(1) * BV + tl.arange(0, BV), tl.arange(0, KERNEL[1])
-    queries = load(q, token, start, head, element, L, H, KERNEL[0], C).to(OPERAND)
-    grads = load(grad_out, token, start, head, column, L, H, V, C).to(OPERAND)
+    queries = load(q, token, start, head, element, L, H, KERNEL[0], C, WHOLE).to(OPERAND)
+    grads = load(grad_out, token, start, head, column, L, H, V, C, WHOLE).to(OPERAND)
     ids, valid = load_segments(segments, token, start, L, C, SEGMENTED)
     # The gradient of [value, total] is factor [grad_out, -delta]; one value block stands for the total.
     delta = load_scalars(deltas, token, start, head, L, H, 0.0, C)
     delta = tl.where(tl.program_id(1) == 0, delta, 0.0)
 
+    scale, kernel_scale = split_scale(scale, KERNEL)
     # Transposed: Triton 3.6 miscompiles Hopper's product of 64 rows that is 16 columns wide.
     grad = tl.zeros([element.shape[0], C], tl.float32)
     if HAS_STATE:
         span = _span_number(batch_head, first_token, L, span_tokens)
         _, grad = read_state_backward(
-            0.0, grads, -delta, states, totals, span, queries, column, scale, P, V, R, KERNEL, OPERAND,
-            STATE_PRECISION, True, False,
-        )  # fmt: skip
+            0.0,
+            grads,
+            -delta,
+            states,
+            totals,
+            span,
+            queries,
+            column,
+            scale,
+            P,
+            V,
+            WHOLE,
+            R,
+            KERNEL,
+            OPERAND,
+            STATE_PRECISION,
+            True,
+        )
         if SEGMENTED:
             uses_state = ids == segment_of(segments, token, tl.maximum(first_token - 1, 0), True)
             grad = tl.where(uses_state[None, :], grad, 0.0)
     inner, length = tl.zeros([element.shape[0], C], tl.float32), tl.zeros([C], tl.float32)
-    for key_start in range(first_token, start, C):
+    for key_start in range(first_token, start, K):
         inner, length = _pull(
             inner, length, queries, grads, delta, ids, k, v, segments, token, start, key_start, head, element, column, scale, L,
-            H, V, SEGMENTED, SEGMENTED, KERNEL, C, OPERAND, PRECISION,
+            H, V, SEGMENTED, SEGMENTED, KERNEL, C, K, WHOLE, OPERAND, PRECISION,
         )  # fmt: skip
-    inner, length = _pull(
-        inner, length, queries, grads, delta, ids, k, v, segments, token, start, start, head, element, column, scale, L,
-        H, V, True, SEGMENTED, KERNEL, C, OPERAND, PRECISION,
-    )  # fmt: skip
+    for block in tl.static_range(C // K):
+        inner, length = _pull(
+            inner, length, queries, grads, delta, ids, k, v, segments, token, start, start + block * K, head, element, column,
+            scale, L, H, V, True, SEGMENTED, KERNEL, C, K, WHOLE, OPERAND, PRECISION,
+        )  # fmt: skip
     if KERNEL[5] != 0:
         inner += tl.trans((2.0 * KERNEL[4] * KERNEL[5]) * scale * length[:, None] * queries.to(tl.float32))
-    factor = 1.0 / load_scalars(denominators, token, start, head, L, H, 1.0, C)
+    factor = kernel_scale / load_scalars(denominators, token, start, head, L, H, 1.0, C)
     grad_q += tl.program_id(1) * value_block_stride.to(tl.int64)
-    store(grad_q, tl.trans((grad + inner * scale) * factor[None, :]), token, start, head, element, L, H, KERNEL[0], C)
+    store(
+        grad_q,
+        tl.trans((grad + inner * scale) * factor[None, :]),
+        token,
+        start,
+        head,
+        element,
+        L,
+        H,
+        KERNEL[0],
+        C,
+        WHOLE,
+    )
 
 
 @triton.jit
@@ -227,6 +266,8 @@ def _pull(
     SEGMENTED: tl.constexpr,
     KERNEL: tl.constexpr,
     C: tl.constexpr,
+    K: tl.constexpr,
+    WHOLE: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -234,14 +275,14 @@ def _pull(
     The gradient (padded D, C) of a block of queries plus what a block of keys adds, but for `scale` and the factor; and that of
     the floor (C), as a factor of the queries.
     """
-    keys = load(k, token, key_start, head, element, L, H, KERNEL[0], C).to(OPERAND)
-    values = load(v, token, key_start, head, column, L, H, V, C).to(OPERAND)
+    keys = load(k, token, key_start, head, element, L, H, KERNEL[0], K, WHOLE).to(OPERAND)
+    values = load(v, token, key_start, head, column, L, H, V, K, WHOLE).to(OPERAND)
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
     grad_weights = tl.dot(grads, tl.trans(values), input_precision=PRECISION) - delta[:, None]
     grad_scores, grad_floor = grad_weights * slope(scores, KERNEL), grad_weights * squared_length(keys)[None, :]
     if MASKED:
-        key_ids, valid = load_segments(segments, token, key_start, L, C, SEGMENTED)
-        visible = _visible(start, key_start, ids, key_ids, valid, C, SEGMENTED)
+        key_ids, valid = load_segments(segments, token, key_start, L, K, SEGMENTED)
+        visible = _visible(start, key_start, ids, key_ids, valid, C, K, SEGMENTED)
         grad_scores, grad_floor = tl.where(visible, grad_scores, 0.0), tl.where(visible, grad_floor, 0.0)
     if KERNEL[5] != 0:
         length += tl.sum(grad_floor, axis=1)
@@ -270,11 +311,13 @@ def key_value_gradient_kernel(
     H: tl.constexpr,
     V: tl.constexpr,
     P: tl.constexpr,
+    WHOLE: tl.constexpr,
     SEGMENTED: tl.constexpr,
     HAS_STATE: tl.constexpr,
     KERNEL: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
+    K: tl.constexpr,
     BV: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -282,19 +325,20 @@ def key_value_gradient_kernel(
 ):
     batch_head, start, first_token, token, head = _block_of_program(L, span_tokens, H, C)
     column, element = tl.program_id(1) * BV + tl.arange(0, BV), tl.arange(0, KERNEL[1])
-    keys = load(k, token, start, head, element, L, H, KERNEL[0], C).to(OPERAND)
-    values = load(v, token, start, head, column, L, H, V, C).to(OPERAND)
+    keys = load(k, token, start, head, element, L, H, KERNEL[0], C, WHOLE).to(OPERAND)
+    values = load(v, token, start, head, column, L, H, V, C, WHOLE).to(OPERAND)
     ids, valid = load_segments(segments, token, start, L, C, SEGMENTED)
     is_first_block = tl.program_id(1) == 0
     stop = tl.minimum(first_token + span_tokens, L)
 
+    scale, kernel_scale = split_scale(scale, KERNEL)
     grad_value, grad_key = tl.zeros([C, BV], tl.float32), tl.zeros([element.shape[0], C], tl.float32)
     if HAS_STATE:
         span = _span_number(batch_head, first_token, L, span_tokens)
         one = tl.where(is_first_block & valid, 1.0, 0.0)
         grad_value, grad_key = read_state_backward(
-            grad_value, values, one, grad_states, grad_totals, span, keys, column, 1.0, P, V, R, KERNEL, OPERAND,
-            STATE_PRECISION, False, True,
+            grad_value, values, one, grad_states, grad_totals, span, keys, column, 1.0, P, V, WHOLE, R, KERNEL, OPERAND,
+            STATE_PRECISION, False,
         )  # fmt: skip
         in_state = valid
         if SEGMENTED:
@@ -302,21 +346,23 @@ def key_value_gradient_kernel(
         grad_value = tl.where(in_state[:, None], grad_value, 0.0)
         grad_key = tl.where(in_state[None, :], grad_key, 0.0)
     inner, length = tl.zeros([element.shape[0], C], tl.float32), tl.zeros([C], tl.float32)
-    grad_value, inner, length = _push(
-        grad_value, inner, length, keys, values, ids, valid, q, grad_out, segments, denominators, deltas, token, start, start,
-        head, element, column, scale, L, H, V, True, SEGMENTED, KERNEL, C, OPERAND, PRECISION,
-    )  # fmt: skip
-    for query_start in range(start + C, stop, C):
+    for block in tl.static_range(C // K):
         grad_value, inner, length = _push(
             grad_value, inner, length, keys, values, ids, valid, q, grad_out, segments, denominators, deltas, token,
-            query_start, start, head, element, column, scale, L, H, V, SEGMENTED, SEGMENTED, KERNEL, C, OPERAND,
-            PRECISION,
+            start + block * K, start, head, element, column, scale, kernel_scale, L, H, V, True, SEGMENTED, KERNEL, C, K,
+            WHOLE, OPERAND, PRECISION,
+        )  # fmt: skip
+    for query_start in range(start + C, stop, K):
+        grad_value, inner, length = _push(
+            grad_value, inner, length, keys, values, ids, valid, q, grad_out, segments, denominators, deltas, token,
+            query_start, start, head, element, column, scale, kernel_scale, L, H, V, SEGMENTED, SEGMENTED, KERNEL, C, K,
+            WHOLE, OPERAND, PRECISION,
         )  # fmt: skip
     if KERNEL[5] != 0:
         grad_key += tl.trans(2.0 * length[:, None] * keys.to(tl.float32))
-    store(grad_v, grad_value, token, start, head, column, L, H, V, C)
+    store(grad_v, grad_value, token, start, head, column, L, H, V, C, WHOLE)
     grad_k += tl.program_id(1) * value_block_stride.to(tl.int64)
-    store(grad_k, tl.trans(grad_key + inner * scale), token, start, head, element, L, H, KERNEL[0], C)
+    store(grad_k, tl.trans(grad_key + inner * scale), token, start, head, element, L, H, KERNEL[0], C, WHOLE)
 
 
 @triton.jit
@@ -340,6 +386,7 @@ def _push(
     element,
     column,
     scale,
+    kernel_scale,
     L,
     H: tl.constexpr,
     V: tl.constexpr,
@@ -347,6 +394,8 @@ def _push(
     SEGMENTED: tl.constexpr,
     KERNEL: tl.constexpr,
     C: tl.constexpr,
+    K: tl.constexpr,
+    WHOLE: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -354,10 +403,10 @@ def _push(
     Gradients (C, BV), (padded D, C) of a block of values and keys plus what a block of queries adds, but for `scale`; and that
     of the floor (C), as a factor of the keys.
     """
-    queries = load(q, token, query_start, head, element, L, H, KERNEL[0], C).to(OPERAND)
-    grads = load(grad_out, token, query_start, head, column, L, H, V, C).to(OPERAND)
-    factor = 1.0 / load_scalars(denominators, token, query_start, head, L, H, 1.0, C)
-    delta = load_scalars(deltas, token, query_start, head, L, H, 0.0, C)
+    queries = load(q, token, query_start, head, element, L, H, KERNEL[0], K, WHOLE).to(OPERAND)
+    grads = load(grad_out, token, query_start, head, column, L, H, V, K, WHOLE).to(OPERAND)
+    factor = kernel_scale / load_scalars(denominators, token, query_start, head, L, H, 1.0, K)
+    delta = load_scalars(deltas, token, query_start, head, L, H, 0.0, K)
     delta = tl.where(tl.program_id(1) == 0, delta, 0.0)
     # Rows are keys, columns are queries. Past the end of the sequence, queries and gradients are zeros.
     scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale
@@ -371,10 +420,9 @@ def _push(
     grad_weights = tl.dot(values, tl.trans(grads), input_precision=PRECISION) - delta[None, :]
     grad_scores, grad_floor = grad_weights * (slope(scores, KERNEL) * factor[None, :]), grad_weights * floor[None, :]
     if MASKED:
-        i = tl.arange(0, C)
-        visible = (start + i)[:, None] <= (query_start + i)[None, :]
+        visible = (start + tl.arange(0, C))[:, None] <= (query_start + tl.arange(0, K))[None, :]
         if SEGMENTED:
-            query_ids, _ = load_segments(segments, token, query_start, L, C, SEGMENTED)
+            query_ids, _ = load_segments(segments, token, query_start, L, K, SEGMENTED)
             visible = visible & (ids[:, None] == query_ids[None, :]) & valid[:, None]
         weights = tl.where(visible, weights, 0.0)
         grad_scores, grad_floor = tl.where(visible, grad_scores, 0.0), tl.where(visible, grad_floor, 0.0)
@@ -407,10 +455,9 @@ def _span_number(batch_head, first_token, L, span_tokens):
 
 
 @triton.jit
-def _visible(start, key_start, ids, key_ids, valid, C: tl.constexpr, SEGMENTED: tl.constexpr):
+def _visible(start, key_start, ids, key_ids, valid, C: tl.constexpr, K: tl.constexpr, SEGMENTED: tl.constexpr):
     """(queries, keys): whether the query sees the key."""
-    i = tl.arange(0, C)
-    visible = (start + i)[:, None] >= (key_start + i)[None, :]
+    visible = (start + tl.arange(0, C))[:, None] >= (key_start + tl.arange(0, K))[None, :]
     if SEGMENTED:
         visible = visible & (ids[:, None] == key_ids[None, :]) & valid[None, :]
     return visible
@@ -430,6 +477,7 @@ def span_sums_kernel(
     H: tl.constexpr,
     V: tl.constexpr,
     P: tl.constexpr,
+    WHOLE: tl.constexpr,
     SEGMENTED: tl.constexpr,
     OF_QUERIES: tl.constexpr,
     KERNEL: tl.constexpr,
@@ -450,8 +498,8 @@ def span_sums_kernel(
     added = segment_of(segments, token, first_token if OF_QUERIES else stop - 1, SEGMENTED)
     for start in range(first_token, stop, C):
         shift = zero_shift(start, KERNEL, OPERAND)
-        rows = load(x, token, start, head, element, L, H, KERNEL[0], C).to(OPERAND)
-        value = load(values, token, start, head, column, L, H, V, C).to(OPERAND)
+        rows = load(x, token, start, head, element, L, H, KERNEL[0], C, WHOLE).to(OPERAND)
+        value = load(values, token, start, head, column, L, H, V, C, WHOLE).to(OPERAND)
         ids, valid = load_segments(segments, token, start, L, C, SEGMENTED)
         inside = valid & (ids == added)
         weight, total = tl.full([C], 1.0, tl.float32), inside.to(tl.float32)
@@ -462,7 +510,6 @@ def span_sums_kernel(
             sums,
             totals,
             rows,
-            scale,
             shift,
             value,
             weight,
@@ -476,7 +523,7 @@ def span_sums_kernel(
             SEGMENTED,
         )
     state = sums_of_spans + _span_number(batch_head, first_token, L, span_tokens) * (P * (V + 1))
-    store_state(state, sums, totals, column, P, V, STARTS)
+    store_state(state, sums, totals, column, scale, P, V, STARTS, KERNEL, OF_QUERIES)
 
 
 @triton.jit
@@ -496,6 +543,7 @@ def scan_kernel(
     SEGMENTED: tl.constexpr,
     HAS_STATE: tl.constexpr,
     OF_QUERIES: tl.constexpr,
+    KERNEL: tl.constexpr,
     OPERAND: tl.constexpr,
     BLOCK: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -507,6 +555,10 @@ def scan_kernel(
     is_sum = i < P * V
     # Where number i of a span's state stands in (P, V + 1).
     outside = batch_head * size + tl.where(is_sum, i // V * (V + 1) + i % V, (i - P * V) * (V + 1) + V)
+    # Keys read the gradient of a state with the weights of their features in it.
+    weight = tl.full([BLOCK], 1.0, tl.float32)
+    if OF_QUERIES:
+        weight = row_factors(tl.where(is_sum, i // V, i - P * V), 1.0, KERNEL, False)
     state = tl.zeros([BLOCK], tl.float32)
     if HAS_STATE:
         state = tl.load(boundary + outside, mask=i < size, other=0.0)
@@ -522,14 +574,15 @@ def scan_kernel(
             if first_step + j < spans:
                 span = spans - 1 - first_step - j if OF_QUERIES else first_step + j
                 number = batch_head * spans + span
-                tl.store(totals + number * P + i - P * V, state, mask=(i < size) & (i >= P * V))
+                weighted = state * weight
+                tl.store(totals + number * P + i - P * V, weighted, mask=(i < size) & (i >= P * V))
                 if tl.bfloat16 == OPERAND:
-                    high = state.to(tl.bfloat16)
+                    high = weighted.to(tl.bfloat16)
                     at = states + number * (2 * P * V) + i
                     tl.store(at, high, mask=is_sum)
-                    tl.store(at + P * V, (state - high.to(tl.float32)).to(tl.bfloat16), mask=is_sum)
+                    tl.store(at + P * V, (weighted - high.to(tl.float32)).to(tl.bfloat16), mask=is_sum)
                 else:
-                    tl.store(states + number * (P * V) + i, state, mask=is_sum)
+                    tl.store(states + number * (P * V) + i, weighted, mask=is_sum)
                 if SEGMENTED:
                     before = tl.maximum(span * span_tokens - 1, 0)
                     last = tl.minimum((span + 1) * span_tokens, L) - 1

@@ -161,7 +161,7 @@ def step_kernel(
             # Rows of lower degree have 1 for the factors that they lack.
             features = tl.load(q + first, mask=row < linear, other=1.0).to(tl.float32)
             features *= tl.load(q + second, mask=row < packed, other=1.0).to(tl.float32)
-            features = features * row_factors(row, scale, KERNEL, True) + floor_factors(row, scale, KERNEL) * length
+            features = (features + floor_factors(row, KERNEL) * length) * row_factors(row, scale, KERNEL, True)
             sums += tl.sum(features[:, None] * past, axis=0)
             total += tl.sum(features * past_total, axis=0)
         if RETURN_STATE:

@@ -29,6 +29,7 @@ MODULES = [
     "rebased_features.py",
     "rebased_kernels_triton.py",
     "rebased_state_triton.py",
+    "rebased_step_triton.py",
 ]
 INIT = '''"""Causal linear attention with a quadratic kernel (arXiv 2402.10644, arXiv 2402.18668)."""
 

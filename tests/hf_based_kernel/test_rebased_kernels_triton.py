@@ -90,7 +90,7 @@ TYPE_NAMES = {
     int: "i32",
     float: "fp32",
 }
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 class Recorder:

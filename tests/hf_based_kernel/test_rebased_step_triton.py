@@ -43,7 +43,9 @@ def run_both(form, inputs, options, **others):
     results = form(*inputs[:3], **state, return_state=True, **options, **others)
     exact = {name: x.double() for name, x in state.items()}
     options = {"coefficients": REBASED} | options
-    return results, rebased_attention_reference(*(x.double() for x in inputs[:3]), **exact, return_state=True, **options)
+    return results, rebased_attention_reference(
+        *(x.double() for x in inputs[:3]), **exact, return_state=True, **options
+    )
 
 
 def assert_close(results, expected, dtype):
@@ -162,7 +164,9 @@ def test_it_is_chosen_where_nothing_needs_a_gradient():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("attention", [rebased_attention, taylor_attention])
-@pytest.mark.parametrize("sizes", [{"batch_size": 1}, {"batch_size": 64}, {"feature_dim": 24, "head_dim": 128}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{"batch_size": 1}, {"batch_size": 64}, {"feature_dim": 24, "head_dim": 128}], ids=str
+)
 def test_on_a_gpu_a_thousand_tokens_match_float64(sizes, attention, dtype):
     coefficients = REBASED if attention is rebased_attention else TAYLOR
     sizes = {"num_heads": 12, "head_dim": 64} | sizes
