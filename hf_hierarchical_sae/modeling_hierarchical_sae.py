@@ -485,7 +485,8 @@ reconstruction = sae.decode(top_indices, top_values)
         x = scaled.double()
         tokens = x.new_full((1,), len(x))
         sums = torch.cat([errors.double() * x.numel(), x.sum(dim=0), x.square().sum().reshape(1), tokens])
-        self._training_sums = sums if self._training_sums is None else self._training_sums + sums
+        # A model that has moved since goes on with the sums that it had.
+        self._training_sums = sums if self._training_sums is None else self._training_sums.to(sums.device) + sums
 
     def _dead_latents(self) -> torch.Tensor:
         return self.tokens_since_fired >= self.config.dead_after_tokens

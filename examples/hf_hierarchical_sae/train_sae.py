@@ -176,9 +176,10 @@ def main():
         return
 
     after = explained_variance(sae, held_out)
-    reloaded = explained_variance(AutoModel.from_pretrained(output).to(sae.device), held_out)
-    if reloaded != after:
-        raise SystemExit(f"the reloaded autoencoder differs: expected {after}, got {reloaded}")
+    reloaded = AutoModel.from_pretrained(output).state_dict()
+    lost = [name for name, tensor in sae.state_dict().items() if not torch.equal(tensor.cpu(), reloaded[name])]
+    if lost:
+        raise SystemExit(f"the reloaded autoencoder differs in {', '.join(lost)}")
     result = {
         "model": arguments.model,
         "layer": arguments.layer,
