@@ -57,12 +57,14 @@ ADAPTERS: dict[str, Callable] = {
     "LoRA r=8": lambda: LoraConfig(r=8, target_modules="all-linear"),
 }
 INFERENCE = ["base", STEERED, STEERED_BFLOAT16, MERGED, *list(ADAPTERS)[1:]]
+PARTS = ["training", "forward", "generate", "compiled"]
 BATCH_SIZE, LENGTH, PROMPT_TOKENS, NEW_TOKENS = 8, 512, 32, 64
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="Llama-3.2-1B", help="of the model (%(default)s)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds of forward pass and step (%(default)s)")
     parser.add_argument("--generate_rounds", type=int, default=3, help="timed rounds of generation (%(default)s)")
     parser.add_argument("--compile_seconds", type=float, default=60, help="start no compilation after these (60)")
@@ -220,8 +222,10 @@ def time_in_turn(
 
 def plot(times: list[dict], path: Path) -> None:
     workloads = list(dict.fromkeys(row["workload"] for row in times))
-    figure, axes = pyplot.subplots(len(workloads), figsize=(7, 1.9 * len(workloads)), layout="constrained")
-    for axis, workload in zip(axes, workloads):
+    figure, axes = pyplot.subplots(
+        len(workloads), squeeze=False, figsize=(7, 1.9 * len(workloads)), layout="constrained"
+    )
+    for axis, workload in zip(axes[:, 0], workloads):
         rows = [row for row in times if row["workload"] == workload and row["ratio to base"]][::-1]
         axis.barh([row["method"] for row in rows], [row["ratio to base"] for row in rows], color="C0")
         axis.axvline(1, color="black", linewidth=0.8)
@@ -289,32 +293,37 @@ def main() -> None:
         write(report, args.output_dir)
     # a frozen matrix takes part in a forward and a backward product, a trained one in two backward products
     floors = {"base": 2 * one_pass, FULL: 3 * one_pass}
-    measure("training step", steps, rounds=args.rounds, warmup=2, floors=floors)
+    if "training" in args.parts:
+        measure("training step", steps, rounds=args.rounds, warmup=2, floors=floors)
 
     steps.clear()
     models.pop(FULL, None)
     models |= {method: build(method, args.shape, base) for method in (STEERED_BFLOAT16, MERGED)}
     models = {method: for_inference(method, models[method]) for method in INFERENCE}
     passes: dict[str, Any] = {"rounds": args.rounds, "floors": {"base": one_pass}}
-    measure("forward", {m: partial(forward, model, ids) for m, model in models.items()}, warmup=2, **passes)
+    if "forward" in args.parts:
+        measure("forward", {m: partial(forward, model, ids) for m, model in models.items()}, warmup=2, **passes)
     # the weights are read once for every token
     reading = NEW_TOKENS * 2 * matrices / copy_rate
     generation: dict[str, Any] = {"rounds": args.generate_rounds, "floors": {"base": reading}}
-    for batch_size in (1, 32):
+    for batch_size in (1, 32) if "generate" in args.parts else ():
         prompt = tokens((batch_size, PROMPT_TOKENS))
         tasks = {method: partial(generate, model, prompt) for method, model in models.items()}
         measure(f"generate, batch {batch_size}, dynamic cache, eager", tasks, warmup=1, **generation)
 
-    begun = time.monotonic()
-    few = {method: models[method] for method in ("base", STEERED)}
-    compilation: dict[str, Any] = {"mode": "reduce-overhead"} if device == "cuda" else {"backend": "eager"}
-    tasks = {m: partial(forward, torch.compile(model, dynamic=False, **compilation), ids) for m, model in few.items()}
-    measure("forward, compiled, CUDA graphs", tasks, warmup=3, **passes)
-    # generate() compiles its decoding step by itself for a static cache on a GPU, with CUDA graphs
-    static = partial(generate, input_ids=tokens((1, PROMPT_TOKENS)), cache_implementation="static")
-    tasks = {method: partial(static, model) for method, model in few.items()}
-    if time.monotonic() - begun < args.compile_seconds:
-        measure("generate, batch 1, static cache, compiled, CUDA graphs", tasks, warmup=3, **generation)
+    if "compiled" in args.parts:
+        begun = time.monotonic()
+        few = {method: models[method] for method in ("base", STEERED)}
+        compilation: dict[str, Any] = {"mode": "reduce-overhead"} if device == "cuda" else {"backend": "eager"}
+        tasks = {
+            m: partial(forward, torch.compile(model, dynamic=False, **compilation), ids) for m, model in few.items()
+        }
+        measure("forward, compiled, CUDA graphs", tasks, warmup=3, **passes)
+        # generate() compiles its decoding step by itself for a static cache on a GPU, with CUDA graphs
+        static = partial(generate, input_ids=tokens((1, PROMPT_TOKENS)), cache_implementation="static")
+        tasks = {method: partial(static, model) for method, model in few.items()}
+        if time.monotonic() - begun < args.compile_seconds:
+            measure("generate, batch 1, static cache, compiled, CUDA graphs", tasks, warmup=3, **generation)
     plot(report["times"], args.output_dir / "bias_steer.png")
     print((args.output_dir / "bias_steer.md").read_text())
 
