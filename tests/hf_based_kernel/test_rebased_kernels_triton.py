@@ -26,9 +26,10 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     "sizes",
     [
         {"seq_len": 50},
+        {"seq_len": 64, "with_state": True, "with_segments": True, "num_heads": 2},
         {"seq_len": 50, "with_state": True, "with_segments": True, "coefficients": TAYLOR, "feature_dim": 5},
     ],
-    ids=["rebased", "taylor_with_segments"],
+    ids=["rebased", "whole_blocks", "taylor_with_segments"],
 )
 @pytest.mark.parametrize("chunk_size", [16, 32, 64])
 def test_spans_of_any_size_give_the_same(interpreted, sizes, chunk_size):
