@@ -20,13 +20,14 @@ class HierarchicalSaeConfig(PreTrainedConfig):
         d_in (`int`, defaults to 768): size of the activations, the language model's `hidden_size`.
         d_sae (`int`, defaults to 16384): number of latents.
         k (`int`, defaults to 64): largest number of latents per input. With `selection="batch_topk"` it is the mean
-            number over a batch.
+            number over a batch, with `"relu"` and `"jumprelu"` it is `d_sae`.
         budgets (`list[int]`, *optional*): sparsity budgets that the loss averages over, strictly increasing, in
             [1, k]. Every prefix 1…k by default; `[k]` is a plain TopK autoencoder.
         budget_weights (`list[float]`, *optional*): one weight per budget, equal by default.
         selection (`str`, defaults to `"topk"`): `"topk"` keeps k latents of each input; `"batch_topk"`
             (arXiv 2412.06410) keeps the batch × k strongest of a training batch and, at inference, those above a
-            learned threshold. It takes `budgets=[k]`.
+            learned threshold. `"relu"` keeps every latent that is active, `"jumprelu"` (arXiv 2407.14435) those above
+            a threshold of their own: dictionaries trained elsewhere, for use. All but `"topk"` take `budgets=[k]`.
         matryoshka_prefixes (`list[int]`, *optional*): train on prefixes of the dictionary instead (Matryoshka SAE,
             arXiv 2503.17547): the loss is averaged over reconstructions from the first m latents, for each m here.
             Strictly increasing, ending in `d_sae`. Takes `budgets=[k]`.
@@ -66,8 +67,13 @@ class HierarchicalSaeConfig(PreTrainedConfig):
 
     @property
     def has_budgets(self) -> bool:
-        """Whether every number of latents up to k can be asked for; `selection="batch_topk"` has one only."""
+        """Whether every number of latents up to k can be asked for, as with `selection="topk"` alone."""
         return self.selection == "topk"
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether it can be trained here; `selection="relu"` and `"jumprelu"` are for use."""
+        return self.selection in ("topk", "batch_topk")
 
     @property
     def trained_budgets(self) -> tuple[int, ...]:
@@ -93,6 +99,8 @@ class HierarchicalSaeConfig(PreTrainedConfig):
         k = self.k if k is None else k
         if not is_integer(k):
             raise ValueError(f"k must be an integer in [1, {self.k}], got {k!r}")
+        if not self.is_trainable and k != self.k:
+            raise ValueError(f"a {self.selection} SAE keeps any number of latents: it has no budget, got {k}")
         if not 1 <= k <= self.k:
             raise ValueError(f"k must be in [1, {self.k}], the trained budget, got {k}")
         if not self.has_budgets and k != self.k:
@@ -113,6 +121,9 @@ class HierarchicalSaeConfig(PreTrainedConfig):
         """
         least = self.default_budgets[0]
         budgets = sorted(set(integers("budgets", self.default_budgets if budgets is None else budgets)))
+        if not self.is_trainable:
+            for budget in budgets:
+                self.check_k(budget)
         if not budgets or budgets[0] < least or budgets[-1] > self.k:
             raise ValueError(f"budgets must be in [{least}, {self.k}], the trained budget, got {budgets}")
         return budgets
@@ -164,8 +175,13 @@ class HierarchicalSaeConfig(PreTrainedConfig):
         weights = list(self.budget_weights or [1.0])
         if not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
             raise ValueError(f"budget_weights must be finite, not negative and not all zero, got {weights}")
-        if self.selection not in ("topk", "batch_topk"):
-            raise ValueError(f"selection must be 'topk' or 'batch_topk', got {self.selection!r}")
+        if self.selection not in ("topk", "batch_topk", "relu", "jumprelu"):
+            raise ValueError(f"selection must be 'topk', 'batch_topk', 'relu' or 'jumprelu', got {self.selection!r}")
+        if not self.is_trainable and (self.k, list(self.budgets or [])) != (self.d_sae, [self.d_sae]):
+            raise ValueError(
+                f"selection={self.selection!r} keeps any number of latents: it takes k=d_sae and "
+                f"budgets=[{self.d_sae}], got k={self.k} and budgets={self.budgets}"
+            )
         if self.matryoshka_prefixes is not None and self.matryoshka_prefixes[-1] != self.d_sae:
             raise ValueError(
                 f"matryoshka_prefixes must end in d_sae={self.d_sae}, got {list(self.matryoshka_prefixes)}"

@@ -18,7 +18,14 @@ from transformers.utils import ModelOutput
 
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
 from .hierarchical_topk import choose_form, normalized_weights
-from .sparse_latents import SparseEncoder, TangentGradient, pre_activations, strongest_latents, weighted_rows
+from .sparse_latents import (
+    SparseEncoder,
+    TangentGradient,
+    latents_above,
+    pre_activations,
+    strongest_latents,
+    weighted_rows,
+)
 from .whole_files import whole_folder
 
 
@@ -57,6 +64,9 @@ class HierarchicalSaeModel(PreTrainedModel):
     k up to the trained one can be used at inference. The encoder is stored by latent, as `encoder_weight`
     (d_sae, d_in): gradients reach only selected latents, and a latent is then one row. `W_enc` is its transpose.
 
+    Dictionaries trained elsewhere with another activation function, ReLU or JumpReLU, are the same model for use, with
+    `selection="relu"` or `"jumprelu"`: every input has as many latents as are active (see [`load_saelens`]).
+
     While training, parameters live in units of the scaled input `input_scale · x`; what goes in and comes out of
     every method is in units of x. [`~HierarchicalSaeModel.fold_input_scale`] moves the scale into the biases.
     """
@@ -77,7 +87,8 @@ class HierarchicalSaeModel(PreTrainedModel):
         self.W_dec = nn.Parameter(torch.empty(config.d_sae, config.d_in))
         self.b_dec = nn.Parameter(torch.empty(config.d_in))
         self.register_buffer("input_scale", torch.ones(()))
-        self.register_buffer("threshold", torch.zeros(()))
+        # (d_sae,) with `selection="jumprelu"`.
+        self.register_buffer("threshold", torch.zeros(config.d_sae if config.selection == "jumprelu" else ()))
         self.register_buffer("tokens_since_fired", torch.zeros(config.d_sae, dtype=torch.int64))
         # In units of x; 0 until `record_statistics` has measured them.
         self.register_buffer("mean_activation", torch.zeros(config.d_sae))
@@ -156,10 +167,12 @@ class HierarchicalSaeModel(PreTrainedModel):
 
         Raises:
             `ValueError`: If shape or dtype are wrong, `k` is out of range or, in training mode, activations are NaN or
-                infinite, or weights are in half precision; the gradient of the loss raises it as well then.
+                infinite, weights are in half precision, the gradient of the loss raises it as well then, or
+                `config.selection` is for use only.
         """
         self._check_input(hidden_states, attention_mask)
         if self.training:
+            self._check_trainable()
             self._check_float32()
         flat = hidden_states.reshape(-1, self.config.d_in)
         keep = None if attention_mask is None else attention_mask.reshape(-1).bool()
@@ -198,8 +211,8 @@ class HierarchicalSaeModel(PreTrainedModel):
             k (`int`, *optional*): latents per input, at most `config.k`, which is the default.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: top_indices and top_values, (..., k) each, strongest first. With
-            `selection="batch_topk"` the last size is the largest number of latents that any input uses, and
+            `tuple[torch.Tensor, torch.Tensor]`: top_indices and top_values, (..., k) each, strongest first. With a
+            `selection` other than `"topk"` the last size is the largest number of latents that any input uses, and
             unused places hold the value 0.
         """
         self._check_input(x, None)
@@ -243,6 +256,7 @@ class HierarchicalSaeModel(PreTrainedModel):
         Args:
             activations (`torch.Tensor`): (tokens, d_in), a sample of the training data; a few thousand are enough.
         """
+        self._check_trainable()
         self._check_input(activations, None)
         check_finite(activations)
         activations = activations.reshape(-1, self.config.d_in).float()
@@ -358,6 +372,13 @@ reconstruction = sae.decode(top_indices, top_values)
 ```
 """)
 
+    def _check_trainable(self) -> None:
+        if not self.config.is_trainable:
+            raise ValueError(
+                f"a {self.config.selection} SAE is for use: it is not trained here, got training mode or activations "
+                "to start from; call eval(), or train one with selection='topk' or 'batch_topk'"
+            )
+
     def _check_float32(self, grad_loss: torch.Tensor | None = None) -> None:
         """Half precision is for inference; a hook of the loss as well."""
         if self.W_dec.dtype.itemsize < 4:
@@ -389,13 +410,17 @@ reconstruction = sae.decode(top_indices, top_values)
         """Pre-activations and indices of the latents to keep; outside training, of some inputs at a time."""
         chunk_size = self.config.encoder_chunk_size or self.config.d_sae
         tokens = len(scaled) if self.training else PRE_ACTIVATIONS // chunk_size
-        parts = [
-            strongest_latents(self._chunks(part), k) if self.config.has_budgets else self._batch_topk(part, k)
-            for part in scaled.split(max(1, tokens))
-        ]
+        parts = [self._select_part(part, k) for part in scaled.split(max(1, tokens))]
         width = max(values.shape[1] for values, _ in parts)
         values, indices = (torch.cat([F.pad(p, (0, width - p.shape[1])) for p in part]) for part in zip(*parts))
         return values, indices
+
+    def _select_part(self, scaled: torch.Tensor, k: int) -> Sequence[torch.Tensor]:
+        if self.config.selection == "topk":
+            return strongest_latents(self._chunks(scaled), k)
+        if self.config.selection == "batch_topk":
+            return self._batch_topk(scaled, k)
+        return latents_above(self._chunks(scaled), self.threshold)
 
     def _chunks(self, scaled: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         chunk_size = self.config.encoder_chunk_size or self.config.d_sae
@@ -520,6 +545,13 @@ def _objective(config: Any) -> str:
         nested = nested.format("[arXiv 2503.17547](https://arxiv.org/abs/2503.17547)")
     else:
         nested = ""
+    if not config.is_trainable:
+        kept = "every latent that is active (ReLU)"
+        if config.selection == "jumprelu":
+            kept = (
+                "every latent above its own threshold (JumpReLU, [arXiv 2407.14435](https://arxiv.org/abs/2407.14435))"
+            )
+        return nested + f"It keeps {kept},\nany number per input: it has no budget."
     if not config.has_budgets:
         return nested + (
             f"A threshold selects its latents, {config.k} per input on average (BatchTopK,\n"

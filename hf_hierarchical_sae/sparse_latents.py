@@ -62,6 +62,35 @@ def strongest_latents(
     return found
 
 
+def latents_above(chunks: Iterable[tuple[int, torch.Tensor]], threshold: torch.Tensor) -> list[torch.Tensor]:
+    """
+    All latents of each input that are positive and above a threshold.
+
+    Args:
+        chunks (`Iterable`): as from [`pre_activations`].
+        threshold (`torch.Tensor`): (d_sae,), one for each latent, or ().
+
+    Returns:
+        `list[torch.Tensor]`: their pre-activations, the strongest first, and their indices, (inputs, n) each, with n
+            the largest number that any input has, at least 1; unused places hold 0.
+    """
+    parts = []
+    for start, latents in chunks:
+        least = threshold[start : start + latents.shape[1]] if threshold.ndim else threshold
+        # The other way round, so that NaN counts as active and is seen in what comes out.
+        inputs, columns = (latents <= least.to(latents.dtype).clamp(min=0)).logical_not_().nonzero(as_tuple=True)
+        counts = torch.bincount(inputs, minlength=len(latents))
+        places = torch.arange(len(inputs), device=inputs.device) - (counts.cumsum(0) - counts)[inputs]
+        values = latents.new_zeros(len(latents), int(places.max()) + 1 if len(places) else 1)
+        indices = torch.zeros_like(values, dtype=torch.int64)
+        values[inputs, places], indices[inputs, places] = latents[inputs, columns], columns + start
+        parts.append((values, indices))
+    values, indices = (torch.cat(part, dim=1) for part in zip(*parts))
+    values, order = values.sort(dim=1, descending=True)
+    used = max(1, int((values != 0).any(dim=0).sum()))
+    return [values[:, :used], indices.gather(1, order)[:, :used]]
+
+
 def topk_of_rows(x: torch.Tensor, k: int, groups: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
     """`x.topk(k, dim=1)` for long rows: the k largest lie in the k columns with the largest maxima over groups."""
     if x.shape[1] % groups or x.shape[1] // groups < 4 * k:

@@ -35,7 +35,12 @@ def test_a_saved_configuration_is_found_by_its_type(tmp_path):
         ({"budgets": "all"}, "budgets"),
         ({"budgets": [1, 16], "budget_weights": [1.0]}, r"one weight per budget \(2\), got 1"),
         ({"budgets": [1, 16], "budget_weights": [1.0, -1.0]}, "not negative"),
-        ({"selection": "top_p"}, "selection must be 'topk' or 'batch_topk', got 'top_p'"),
+        ({"selection": "top_p"}, "selection must be 'topk', 'batch_topk', 'relu' or 'jumprelu', got 'top_p'"),
+        ({"selection": "relu"}, r"'relu' keeps any number of latents: it takes k=d_sae and budgets=\[512\], got k=16"),
+        (
+            {"selection": "jumprelu", "k": 512},
+            r"'jumprelu' keeps any number of latents: it takes k=d_sae and budgets=\[512\], got k=512 and budgets=None",
+        ),
         ({"selection": "batch_topk"}, r"take budgets=\[k\]"),
         ({"matryoshka_prefixes": [16, 256], "budgets": [16]}, r"end in d_sae=512, got \[16, 256\]"),
         ({"encoder_chunk_size": 0}, "encoder_chunk_size must be positive"),
@@ -119,6 +124,27 @@ def test_a_batch_topk_config_has_one_budget():
         config.check_k(3)
     with pytest.raises(ValueError, match=r"budgets must be in \[12, 12\], the trained budget, got \[3\]"):
         config.check_budgets([3])
+
+
+@pytest.mark.parametrize("selection", ["relu", "jumprelu"])
+def test_what_keeps_any_number_of_latents_has_no_budget(selection):
+    config = HierarchicalSaeConfig(d_in=4, d_sae=32, k=32, budgets=[32], selection=selection)
+
+    assert not config.has_budgets and not config.is_trainable
+    assert config.check_k(None) == 32 and config.default_budgets == config.check_budgets(None) == [32]
+    for budget in (3, 40):
+        with pytest.raises(
+            ValueError, match=f"a {selection} SAE keeps any number of latents: it has no budget, got {budget}"
+        ):
+            config.check_k(budget)
+        with pytest.raises(
+            ValueError, match=f"a {selection} SAE keeps any number of latents: it has no budget, got {budget}"
+        ):
+            config.check_budgets([32, budget])
+    with pytest.raises(ValueError, match="budgets must be in"):
+        config.check_budgets([])
+    with pytest.raises(ValueError, match="k must be an integer"):
+        config.check_k(True)
 
 
 @pytest.mark.parametrize("number", [2, 2.5, math.inf, numpy.float32(2.5), torch.tensor(2.5)])

@@ -188,6 +188,132 @@ def test_batch_topk_multiplies_by_the_encoder_once():
     assert counted.get_total_flops() == 2 * x.numel() * sae.config.d_sae
 
 
+FOR_USE = {name: {"selection": name, "k": 64, "budgets": [64]} for name in ("relu", "jumprelu")}
+for_use = pytest.mark.parametrize("options", FOR_USE.values(), ids=FOR_USE)
+
+
+def make_for_use(**options):
+    """One with a threshold for each latent, some of them negative."""
+    sae = make_sae(**options)
+    with torch.no_grad():
+        sae.b_enc.normal_(mean=-1.0, std=0.2)
+        sae.b_dec.normal_()
+        if sae.config.selection == "jumprelu":
+            sae.threshold.copy_(torch.linspace(-0.5, 2.5, 64))
+    sae.input_scale.fill_(0.5)
+    return sae
+
+
+@pytest.mark.parametrize("chunk", [None, 10])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@for_use
+def test_every_latent_above_its_own_threshold_is_kept_and_no_other(options, dtype, chunk):
+    sae, x = (
+        make_for_use(**options, encoder_chunk_size=chunk).to(dtype),
+        make_activations(40, scale=1.0).to(dtype) - 100,
+    )
+    # One input with many active latents, one with none.
+    x[3] *= 50
+    x[5] = sae.b_dec.detach() / sae.input_scale
+    pre = (sae.input_scale * x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    expected = (pre.relu() * (pre > sae.threshold)).detach() / sae.input_scale
+
+    top_indices, top_values = sae.encode(x)
+
+    found = torch.zeros_like(expected).scatter_add(1, top_indices, top_values)
+    # The same products, blocked differently.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    used = (expected > 0).sum(dim=1)
+    assert used[3] > 20 > used.float().mean() and used[5] == 0 and top_indices.shape == (40, used.max())
+    assert (top_values.diff(dim=1) <= 0).all() and top_values.dtype == dtype
+    output = sae(x.view(2, 20, 16), attention_mask=torch.ones(2, 20).index_fill(1, torch.tensor([4]), 0))
+    reconstruction = (expected @ sae.W_dec + sae.b_dec / sae.input_scale).view(2, 20, 16)
+    reconstruction[:, 4] = 0
+    torch.testing.assert_close(output.reconstruction, reconstruction, rtol=1e-5, atol=1e-3)
+    assert output.loss.isfinite() and output.budget_errors.shape == (1,)
+
+
+@for_use
+def test_without_inputs_or_active_latents_there_is_one_empty_place(options):
+    sae = make_for_use(**options)
+    with torch.no_grad():
+        sae.b_enc.fill_(-1e6)
+
+    assert [tuple(part.shape) for part in sae.encode(torch.zeros(0, 16))] == [(0, 1), (0, 1)]
+    indices, values = sae.encode(torch.zeros(3, 16))
+    assert indices.shape == (3, 1) and (values == 0).all()
+    torch.testing.assert_close(sae.decode(indices, values), (sae.b_dec / sae.input_scale).expand(3, 16))
+
+
+@pytest.mark.parametrize("chunk", [None, 10])
+@for_use
+def test_parts_of_the_input_with_different_numbers_of_latents_are_put_together(options, chunk, monkeypatch):
+    sae, x = make_for_use(**options, encoder_chunk_size=chunk), make_activations(40, scale=1.0) - 100
+    x[33] *= 50
+    expected = sae.encode(x)
+    monkeypatch.setattr("hf_hierarchical_sae.modeling_hierarchical_sae.PRE_ACTIVATIONS", 640)
+
+    found = sae.encode(x)
+
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-4)
+
+
+@for_use
+def test_activations_that_are_not_numbers_do_not_pass_for_inactive(options):
+    sae, x = make_for_use(**options), make_activations(5, scale=1.0) - 100
+    x[2, 7] = torch.nan
+
+    assert sae(x).reconstruction.isnan().all(dim=1).tolist() == [False, False, True, False, False]
+
+
+@for_use
+def test_it_multiplies_by_the_encoder_once_and_has_gradients_of_its_input(options):
+    sae, x = make_for_use(**options), make_activations(40, scale=1.0) - 100
+
+    with FlopCounterMode(display=False) as counted:
+        sae.encode(x)
+    assert counted.get_total_flops() == 2 * x.numel() * sae.config.d_sae
+    own, dense = (x.clone().requires_grad_() for _ in range(2))
+    sae(own).reconstruction.square().sum().backward()
+    pre = (sae.input_scale * dense - sae.b_dec) @ sae.W_enc + sae.b_enc
+    reconstruction = (pre.relu() * (pre > sae.threshold)) @ sae.W_dec + sae.b_dec
+    (reconstruction / sae.input_scale).square().sum().backward()
+    torch.testing.assert_close(own.grad, dense.grad, rtol=1e-4, atol=1e-4)
+
+
+@for_use
+def test_a_threshold_for_each_latent_is_folded_saved_and_loaded(options, tmp_path):
+    sae, x = make_for_use(**options, normalize_decoder=False), make_activations(40, scale=1.0) - 100
+    before = sae(x)
+    sae.fold_input_scale()
+    sae.save_pretrained(tmp_path)
+
+    loaded = AutoModel.from_pretrained(tmp_path)
+
+    assert torch.equal(loaded.threshold, sae.threshold) and loaded.threshold.ndim == (options["selection"] != "relu")
+    assert torch.equal(loaded(x).reconstruction, before.reconstruction)
+    assert torch.equal(loaded(x).top_values, before.top_values)
+
+
+@for_use
+def test_one_for_use_is_not_trained_and_has_no_budget(options):
+    sae, x = make_for_use(**options), make_activations(40, scale=1.0)
+
+    with pytest.raises(
+        ValueError, match=f"a {options['selection']} SAE is for use: it is not trained here, got training"
+    ):
+        sae.train()(x)
+    with pytest.raises(ValueError, match="is for use"):
+        sae.initialize_from_activations(x)
+    for call in (sae.eval(), sae.encode):
+        with pytest.raises(ValueError, match="keeps any number of latents: it has no budget, got 8"):
+            call(x, k=8)
+    with pytest.raises(ValueError, match="keeps any number of latents: it has no budget, got 8"):
+        explained_variance(sae, x, [8])
+    assert explained_variance(sae, x).keys() == {64}
+
+
 @objectives
 def test_training_explains_more_variance(options):
     sae, x = make_sae(**options), make_activations()
@@ -680,6 +806,16 @@ CLAIMS = {
         {"budgets": [8], "selection": "batch_topk"},
         ["8 per input on average", "no other budget", "2412.06410"],
         ["every", "2505.24473", "k="],
+    ),
+    "relu": (
+        {"budgets": [64], "k": 64, "selection": "relu"},
+        ["every latent that is active", "any number per input", "no budget"],
+        ["every number", "2505.24473", "k=", "64 per input"],
+    ),
+    "jumprelu": (
+        {"budgets": [64], "k": 64, "selection": "jumprelu"},
+        ["every latent above its own threshold", "any number per input", "no budget", "2407.14435"],
+        ["every number", "2505.24473", "k=", "64 per input"],
     ),
     "matryoshka": (
         {"budgets": [8], "matryoshka_prefixes": [8, 24, 64]},
