@@ -14,7 +14,7 @@ from .evaluation import (
     plot_evaluations,
 )
 from .hierarchical_topk import hierarchical_topk_loss
-from .interop import load_saelens, load_sparsify, save_saelens, save_sparsify
+from .interop import load_gemma_scope, load_saelens, load_sparsify, save_saelens, save_sparsify
 from .interventions import ablate, record_statistics, splice, steer
 from .judge_scores import JudgeScore, detection_scores, explain_latents, fuzzing_scores
 from .label_scores import LabelScores, score_labels
@@ -51,6 +51,7 @@ __all__ = [
     "fuzzing_scores",
     "hierarchical_topk_loss",
     "iterate_activations",
+    "load_gemma_scope",
     "load_saelens",
     "load_sparsify",
     "plot_evaluations",

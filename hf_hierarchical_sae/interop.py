@@ -1,18 +1,25 @@
-"""Exchange with other libraries at a chosen budget: the formats of SAELens, which SAEBench takes too, and sparsify."""
+"""
+Exchange with other libraries at a chosen budget: the formats of SAELens, which SAEBench takes too, and sparsify; and
+dictionaries of Gemma Scope.
+"""
 
 import json
 import re
+import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
+import numpy
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import cached_file
 
-from .configuration_hierarchical_sae import HierarchicalSaeConfig, integer
+from .configuration_hierarchical_sae import HierarchicalSaeConfig, integer, is_integer
 from .modeling_hierarchical_sae import HierarchicalSaeModel
 from .whole_files import whole_folder
 
@@ -21,6 +28,17 @@ CONFIG = "cfg.json"
 SAELENS_WEIGHTS, SPARSIFY_WEIGHTS = "sae_weights.safetensors", "sae.safetensors"
 # Version of the format that is written; SAELens reads one without a version, or below 6, by older rules.
 SAELENS_VERSION = "6.54.0"
+GEMMA_SCOPE_WEIGHTS = "params.npz"
+# Where its dictionaries of each repository are from, as TransformerLens says it.
+GEMMA_SCOPE_SITES = {
+    "res": "blocks.{}.hook_resid_post",
+    "mlp": "blocks.{}.hook_mlp_out",
+    "att": "blocks.{}.attn.hook_z",
+}
+# The architecture of SAELens that each selection is.
+ARCHITECTURES = {"topk": "topk", "batch_topk": "jumprelu", "jumprelu": "jumprelu", "relu": "standard"}
+# What reading one can raise, besides TypeError and ValueError.
+DAMAGED_NPZ = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, TokenError)
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 
 
@@ -28,7 +46,7 @@ def save_saelens(sae: HierarchicalSaeModel, folder: str | Path, k: int | None = 
     """
     Write an autoencoder for SAELens 6 (`SAE.load_from_disk`) and what takes its objects, such as SAEBench, with one
     budget: as a TopK SAE, or as a JumpReLU SAE if it selects by a threshold (`selection="batch_topk"`), which is what
-    SAELens does itself.
+    SAELens does itself. A ReLU or JumpReLU SAE, which has no budget, is written as one.
 
     Args:
         sae ([`HierarchicalSaeModel`]): its decoder rows are normalised first, as by `save_pretrained`.
@@ -36,7 +54,7 @@ def save_saelens(sae: HierarchicalSaeModel, folder: str | Path, k: int | None = 
         k (`int`, *optional*): latents per input, at most `sae.config.k`, which is the default.
 
     Raises:
-        `ValueError`: If `k` is out of range, or a batch_topk SAE is asked for another budget than its own.
+        `ValueError`: If `k` is out of range, or asked of an autoencoder that has no other budget than its own, or none.
     """
     k, config, tensors = sae.config.check_k(k), sae.config, _tensors(sae)
     tensors["W_enc"] = tensors.pop("encoder_weight").T.contiguous()
@@ -54,74 +72,50 @@ def save_saelens(sae: HierarchicalSaeModel, folder: str | Path, k: int | None = 
         "device": "cpu",
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
-        "reshape_activations": "none",
+        "reshape_activations": _reshaping(metadata["hook_name"]),
         "metadata": metadata,
+        "architecture": ARCHITECTURES[config.selection],
     }
-    if not config.has_budgets:
+    if settings["architecture"] == "jumprelu":
         tensors["threshold"] = (sae.threshold / sae.input_scale).expand(config.d_sae).contiguous().cpu()
+    if config.selection == "batch_topk":
         metadata |= {"training_architecture": "batchtopk", "training_architecture_details": {"k": k}}
-        settings |= {"architecture": "jumprelu"}
-    else:
-        settings |= {"architecture": "topk", "k": k, "rescale_acts_by_decoder_norm": False}
+    elif config.selection == "topk":
+        settings |= {"k": k, "rescale_acts_by_decoder_norm": False}
     _write(folder, settings, SAELENS_WEIGHTS, tensors)
 
 
 def load_saelens(source: str | Path, subfolder: str = "") -> HierarchicalSaeModel:
     """
-    Read a TopK SAE of SAELens 6, or a BatchTopK SAE, which SAELens saves as a JumpReLU SAE with one threshold.
+    Read a ReLU (standard), TopK or JumpReLU SAE of SAELens 6, or a BatchTopK SAE, which SAELens saves as a JumpReLU
+    SAE with one threshold.
 
     Args:
         source (`str` or `Path`): folder, or id on the Hub, with `cfg.json` and `sae_weights.safetensors`.
         subfolder (`str`, *optional*): where they are in it.
 
     Returns:
-        [`HierarchicalSaeModel`]: in evaluation mode and float32, with the same reconstructions, at the budget of the
-            file and at smaller ones.
+        [`HierarchicalSaeModel`]: in evaluation mode and float32, with the same reconstructions; of a TopK SAE, at the
+            budget of the file and at smaller ones.
 
     Raises:
         `ValueError`: If it is of another architecture, has missing or unknown keys, transposed or torn weights, a
             setting that cannot be represented, or a pickle, which is never loaded.
     """
     settings, tensors = _read(source, subfolder, SAELENS_WEIGHTS)
-    metadata = _section(settings, "metadata")
-    version = str(metadata.get("sae_lens_version") or settings.get("sae_lens_version"))
-    if not re.match(r"[6-9]\.|\d\d+\.", version):
-        raise ValueError(
-            f"expected the format of SAELens 6 or later, got version {version}: load it with SAELens and save it again"
-        )
-    architecture = settings.get("architecture")
-    if architecture not in ("topk", "jumprelu"):
-        raise ValueError(
-            f"expected a TopK SAE or a BatchTopK SAE saved as jumprelu, got architecture {architecture!r}, whose "
-            "activation function has no budget"
-        )
-    needed = {"d_in", "d_sae", "metadata", "architecture", *(["k"] if architecture == "topk" else [])}
-    defaults: dict[str, Any] = {
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        **({"rescale_acts_by_decoder_norm": False} if architecture == "topk" else {}),
-    }
-    _check_keys(CONFIG, settings, needed, defaults)
-    settings = {**defaults, **settings}
-    for name in ("normalize_activations", "reshape_activations"):
-        if settings[name] != "none":
-            raise ValueError(
-                f"expected {name}='none', got {settings[name]!r}: fold it into the weights with SAELens first"
-            )
+    settings = _saelens_settings(settings)
     d_in, d_sae = (integer(f"{name} in {CONFIG}", settings[name], 1) for name in ("d_in", "d_sae"))
     shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
-    if architecture == "jumprelu":
+    if settings["architecture"] == "jumprelu":
         shapes["threshold"] = (d_sae,)
     tensors = _checked(tensors, shapes)
-    W_enc, W_dec, b_enc = tensors["W_enc"], tensors["W_dec"], tensors["b_enc"]
     if not settings["apply_b_dec_to_input"]:
-        b_enc = b_enc + tensors["b_dec"] @ W_enc
+        tensors["b_enc"] = _centred(tensors)
     if settings.get("rescale_acts_by_decoder_norm"):
-        norms = torch.linalg.vector_norm(W_dec, dim=1)
-        W_enc, b_enc, W_dec = W_enc * norms, b_enc * norms, W_dec / norms.unsqueeze(1)
+        norms = torch.linalg.vector_norm(tensors["W_dec"], dim=1)
+        tensors["W_enc"], tensors["b_enc"] = tensors["W_enc"] * norms, tensors["b_enc"] * norms
+        tensors["W_dec"] = tensors["W_dec"] / norms.unsqueeze(1)
+    metadata = settings["metadata"]
     layer, hook_point = _place(metadata.get("hook_name"))
     origin = {
         "layer": layer,
@@ -129,18 +123,55 @@ def load_saelens(source: str | Path, subfolder: str = "") -> HierarchicalSaeMode
         "model_name": metadata.get("model_name"),
         "dataset_name": metadata.get("dataset_path"),
     }
-    threshold = None
-    if architecture == "topk":
-        k = settings["k"]
-    else:
-        threshold, k = tensors["threshold"], _section(metadata, "training_architecture_details").get("k")
-        if k is None or not bool((threshold == threshold[0]).all()):
-            raise ValueError(
-                "a JumpReLU SAE with a threshold for each latent has no budget: expected a TopK SAE, or a BatchTopK "
-                "SAE with one threshold and its k in metadata.training_architecture_details"
-            )
-        origin["selection"] = "batch_topk"
-    return _build(k, W_enc.T, W_dec, b_enc, b_dec=tensors["b_dec"], threshold=threshold, **origin)
+    if settings["architecture"] == "topk":
+        return _build(integer(f"k in {CONFIG}", settings["k"], 1), tensors, **origin)
+    if settings["architecture"] == "standard":
+        return _build(d_sae, tensors, selection="relu", **origin)
+    threshold = tensors["threshold"]
+    k: Any = _section(metadata, "training_architecture_details").get("k")
+    if not is_integer(k) or not 1 <= k <= d_sae or not bool((threshold == threshold[0]).all()):
+        return _build(d_sae, tensors, selection="jumprelu", **origin)
+    tensors["threshold"] = threshold[0]
+    return _build(int(k), tensors, selection="batch_topk", **origin)
+
+
+def load_gemma_scope(source: str | Path, subfolder: str = "") -> HierarchicalSaeModel:
+    """
+    Read a JumpReLU SAE of Gemma Scope (arXiv 2408.05147) in its own format.
+
+    Args:
+        source (`str` or `Path`): folder, or id on the Hub, with `params.npz`, such as `google/gemma-scope-2b-pt-res`.
+        subfolder (`str`, *optional*): where it is in it, such as `layer_20/width_16k/average_l0_71`.
+
+    Returns:
+        [`HierarchicalSaeModel`]: in evaluation mode and float32, with `selection="jumprelu"`. The names of repository
+            and folders say the language model, layer and site; what they do not say stays open.
+
+    Raises:
+        `ValueError`: If it is a transcoder or a dictionary of embeddings, has missing or unknown arrays, transposed or
+            torn ones, or pickled objects, which are never loaded.
+    """
+    path = Path(source, subfolder).as_posix()
+    other = re.search(r"gemma-scope[^/]*-(transcoder)|\b(embedding)/width_", path)
+    if other is not None:
+        raise ValueError(
+            f"expected a dictionary of residual stream, MLP or attention outputs, got {other[1] or other[2]}s: {path}"
+        )
+    (weights_path,) = _find(source, subfolder, GEMMA_SCOPE_WEIGHTS)
+    arrays = _arrays(weights_path, Path(source, subfolder))
+    _check_keys("the weights", arrays, {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"})
+    d_in, d_sae = arrays["b_dec"].numel(), arrays["b_enc"].numel()
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
+    tensors = _checked(arrays, {**shapes, "threshold": (d_sae,)})
+    tensors["b_enc"] = _centred(tensors)
+    layer = re.search(r"layer_(\d+)", path)
+    repository = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att)", path)
+    origin: dict[str, Any] = {"layer": None if layer is None else int(layer[1])}
+    if repository is not None:
+        origin["model_name"] = f"google/gemma-2-{repository[1]}{'-it' if repository[2] == 'it' else ''}"
+        if layer is not None:
+            origin["layer"], origin["hook_point"] = _place(GEMMA_SCOPE_SITES[repository[3]].format(layer[1]))
+    return _build(d_sae, tensors, selection="jumprelu", **origin)
 
 
 def save_sparsify(sae: HierarchicalSaeModel, folder: str | Path, k: int | None = None) -> None:
@@ -155,7 +186,7 @@ def save_sparsify(sae: HierarchicalSaeModel, folder: str | Path, k: int | None =
 
     Raises:
         `ValueError`: If `k` is out of range, the folder is called after another module than the autoencoder's, or for
-            a batch_topk SAE, which the format cannot hold.
+            one that keeps no fixed number of latents, which the format cannot hold.
     """
     k, config, tensors = sae.config.check_k(k), sae.config, _tensors(sae)
     if not config.has_budgets:
@@ -219,15 +250,45 @@ def load_sparsify(source: str | Path, subfolder: str = "") -> HierarchicalSaeMod
         {"encoder.weight": (d_sae, d_in), "encoder.bias": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)},
     )
     layer, hook_point = _place(Path(subfolder or source).name)
-    return _build(
-        settings["k"],
-        tensors["encoder.weight"],
-        tensors["W_dec"],
-        tensors["encoder.bias"],
-        b_dec=tensors["b_dec"],
-        layer=layer,
-        hook_point=hook_point,
-    )
+    tensors["W_enc"], tensors["b_enc"] = tensors.pop("encoder.weight").T, tensors.pop("encoder.bias")
+    return _build(integer(f"k in {CONFIG}", settings["k"], 1), tensors, layer=layer, hook_point=hook_point)
+
+
+def _saelens_settings(settings: dict) -> dict:
+    """What a `cfg.json` says, with defaults for what it leaves out; refuses what cannot be represented."""
+    metadata = _section(settings, "metadata")
+    hook_name = metadata.get("hook_name")
+    if not isinstance(hook_name, str | None):
+        raise ValueError(f"metadata.hook_name in {CONFIG} must be the name of a place, got {hook_name!r}")
+    version = str(metadata.get("sae_lens_version") or settings.get("sae_lens_version"))
+    if not re.match(r"[6-9]\.|\d\d+\.", version):
+        raise ValueError(
+            f"expected the format of SAELens 6 or later, got version {version}: load it with SAELens and save it again"
+        )
+    architecture = settings.get("architecture")
+    if architecture not in ("standard", "topk", "jumprelu"):
+        raise ValueError(
+            f"expected a standard (ReLU), TopK or JumpReLU SAE, got architecture {architecture!r}, which cannot be "
+            "represented"
+        )
+    needed = {"d_in", "d_sae", "metadata", "architecture", *(["k"] if architecture == "topk" else [])}
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        **({"rescale_acts_by_decoder_norm": False} if architecture == "topk" else {}),
+    }
+    _check_keys(CONFIG, settings, needed, defaults)
+    settings = {**defaults, **settings, "metadata": metadata}
+    allowed = {"normalize_activations": "none", "reshape_activations": _reshaping(hook_name)}
+    for name, value in allowed.items():
+        if settings[name] not in ("none", value):
+            raise ValueError(
+                f"expected {name}='none', got {settings[name]!r}: fold it into the weights with SAELens first"
+            )
+    return settings
 
 
 def _tensors(sae: HierarchicalSaeModel) -> dict[str, torch.Tensor]:
@@ -239,32 +300,31 @@ def _tensors(sae: HierarchicalSaeModel) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _build(
-    k: Any,
-    encoder_weight: torch.Tensor,
-    W_dec: torch.Tensor,
-    b_enc: torch.Tensor,
-    *,
-    b_dec: torch.Tensor,
-    threshold: torch.Tensor | None = None,
-    **origin: Any,
-) -> HierarchicalSaeModel:
-    d_sae, d_in = W_dec.shape
-    is_unit = bool(((torch.linalg.vector_norm(W_dec, dim=1) - 1).abs() <= 1e-6).all())
-    k = integer(f"k in {CONFIG}", k, 1)
+def _build(k: int, tensors: dict[str, torch.Tensor], **settings: Any) -> HierarchicalSaeModel:
+    """A model of weights that go by SAELens' names, in units of x, which are left as they are."""
+    d_sae, d_in = tensors["W_dec"].shape
+    is_unit = bool(((torch.linalg.vector_norm(tensors["W_dec"], dim=1) - 1).abs() <= 1e-6).all())
     try:
-        config = HierarchicalSaeConfig(d_in=d_in, d_sae=d_sae, k=k, budgets=[k], normalize_decoder=is_unit, **origin)
+        config = HierarchicalSaeConfig(d_in=d_in, d_sae=d_sae, k=k, budgets=[k], normalize_decoder=is_unit, **settings)
     except StrictDataclassError as error:
-        raise ValueError(f"{CONFIG} does not describe an autoencoder: {error.__cause__}") from error
+        raise ValueError(f"the file does not describe an autoencoder: {error.__cause__}") from error
     sae = HierarchicalSaeModel(config).eval()
     with torch.no_grad():
-        sae.encoder_weight.copy_(encoder_weight)
-        sae.W_dec.copy_(W_dec)
-        sae.b_enc.copy_(b_enc)
-        sae.b_dec.copy_(b_dec)
-        if threshold is not None:
-            sae.threshold.copy_(threshold[0])
+        sae.encoder_weight.copy_(tensors["W_enc"].T)
+        for name in tensors.keys() - {"W_enc"}:
+            getattr(sae, name).copy_(tensors[name])
     return sae
+
+
+def _centred(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The encoder's bias, (d_sae,), with which it takes x − b_dec for x; float64 where it sums, some latents at a time."""
+    shift = [tensors["b_dec"].double() @ columns.double() for columns in tensors["W_enc"].split(4096, dim=1)]
+    return (tensors["b_enc"].double() + torch.cat(shift)).float()
+
+
+def _reshaping(hook_name: str | None) -> str:
+    """What SAELens does to activations at this place, which come flat here: it flattens the heads' outputs."""
+    return "hook_z" if (hook_name or "").endswith("hook_z") else "none"
 
 
 def _place(name: str | None) -> tuple[int | None, str | None]:
@@ -305,7 +365,8 @@ def _write(folder: str | Path, settings: dict, weights_name: str, tensors: dict[
         (unfinished / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _read(source: str | Path, subfolder: str, weights_name: str) -> tuple[dict, dict[str, torch.Tensor]]:
+def _find(source: str | Path, subfolder: str, weights_name: str, *others: str) -> list[str]:
+    """Where the weights and other files are, from the Hub if `source` is no folder."""
     folder = Path(source, subfolder)
     if folder.is_dir() and not (folder / weights_name).exists():
         pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
@@ -315,11 +376,14 @@ def _read(source: str | Path, subfolder: str, weights_name: str) -> tuple[dict, 
                 "it is never done; have it saved as safetensors"
             )
         raise ValueError(f"expected {weights_name} in {folder}, got {sorted(path.name for path in folder.iterdir())}")
-    config_path, weights_path = (
-        cached_file(str(source), name, subfolder=subfolder) for name in (CONFIG, weights_name)
-    )
+    return [str(cached_file(str(source), name, subfolder=subfolder)) for name in (weights_name, *others)]
+
+
+def _read(source: str | Path, subfolder: str, weights_name: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    folder = Path(source, subfolder)
+    weights_path, config_path = _find(source, subfolder, weights_name, CONFIG)
     try:
-        settings, tensors = json.loads(Path(str(config_path)).read_text()), load_file(str(weights_path))
+        settings, tensors = json.loads(Path(config_path).read_text()), load_file(weights_path)
     except (SafetensorError, ValueError) as error:
         raise ValueError(
             f"expected JSON in {CONFIG} and safetensors in {weights_name} of {folder}, got {error}"
@@ -327,6 +391,19 @@ def _read(source: str | Path, subfolder: str, weights_name: str) -> tuple[dict, 
     if not isinstance(settings, dict):
         raise ValueError(f"{CONFIG} in {folder} must hold settings by name, got {settings!r}")
     return settings, tensors
+
+
+def _arrays(path: str, folder: Path) -> dict[str, torch.Tensor]:
+    """What an `.npz` holds. Objects in it are pickles, which numpy leaves alone."""
+    expected = f"expected arrays in {GEMMA_SCOPE_WEIGHTS} in {folder}"
+    try:
+        return {name: torch.from_numpy(array) for name, array in dict(numpy.load(path, allow_pickle=False)).items()}
+    except (*DAMAGED_NPZ, TypeError, ValueError) as error:
+        if "allow_pickle" in str(error):
+            raise ValueError(
+                f"{expected}, got pickled objects: loading them can run any code, so it is never done"
+            ) from error
+        raise ValueError(f"{expected}, got {error}") from error
 
 
 def _section(settings: dict, name: str) -> dict:
@@ -349,6 +426,7 @@ def _check_keys(where: str, found: dict, needed: set[str], optional: Iterable[st
 def _checked(tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """The tensors in float32, if they are those of `shapes`."""
     _check_keys("the weights", tensors, set(shapes))
+    checked = {}
     for name, shape in shapes.items():
         found = tuple(tensors[name].shape)
         if found != shape:
@@ -356,9 +434,10 @@ def _checked(tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]
             raise ValueError(f"{name} must have shape {shape}, got {found}{hint}")
         if not tensors[name].is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensors[name].dtype}")
-        if not bool(tensors[name].isfinite().all()):
+        checked[name] = tensors[name].float()
+        if not bool(checked[name].isfinite().all()):
             raise ValueError(f"{name} must be finite, got NaN or infinity")
-    return {name: tensor.float() for name, tensor in tensors.items()}
+    return checked
 
 
-__all__ = ["load_saelens", "load_sparsify", "save_saelens", "save_sparsify"]
+__all__ = ["load_gemma_scope", "load_saelens", "load_sparsify", "save_saelens", "save_sparsify"]

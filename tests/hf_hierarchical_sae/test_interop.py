@@ -2,13 +2,15 @@
 
 import json
 import os
+import zipfile
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, evaluate_budgets, interop
-from hf_hierarchical_sae.interop import load_saelens, load_sparsify, save_saelens, save_sparsify
+from hf_hierarchical_sae.interop import load_gemma_scope, load_saelens, load_sparsify, save_saelens, save_sparsify
 
 
 pytestmark = pytest.mark.pinned
@@ -126,6 +128,268 @@ def test_ours_loads_a_batch_topk_sae_as_saelens_saves_it_after_training(saelens,
     assert (ours.config.selection, ours.config.k) == ("batch_topk", K)
 
 
+FOR_USE = {"selection": "jumprelu", "k": D_SAE, "budgets": [D_SAE]}
+
+
+def theirs_of(saelens, kind, dtype="float32", **options):
+    """A ReLU or JumpReLU SAE of SAELens, with weights such that it is sparse, some thresholds negative."""
+    config = {"d_in": D_IN, "d_sae": D_SAE, "dtype": dtype, **options}
+    if kind == "relu":
+        theirs = saelens.StandardSAE(saelens.StandardSAEConfig(**config))
+    else:
+        theirs = saelens.JumpReLUSAE(saelens.JumpReLUSAEConfig(**config))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.normal_(std=0.3 if name.startswith("W") else 1.0)
+        theirs.b_enc.sub_(2.0)
+    return theirs
+
+
+def dense(sae, x):
+    """(tokens, d_sae): what `encode` found."""
+    indices, values = sae.encode(x)
+    return values.new_zeros(*x.shape[:-1], sae.config.d_sae).scatter_add(-1, indices, values)
+
+
+@pytest.mark.parametrize("options", [{}, {"apply_b_dec_to_input": False}], ids=["plain", "b_dec_not_applied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["relu", "jumprelu"])
+def test_ours_loads_a_relu_and_a_jumprelu_sae_of_saelens_with_equal_latents(
+    saelens, x, tmp_path, kind, dtype, options
+):
+    metadata = saelens.saes.sae.SAEMetadata(hook_name="blocks.3.hook_resid_post", model_name="gpt2")
+    # What float32 can hold, so that float64 compares the equations alone.
+    theirs = theirs_of(saelens, kind, metadata=metadata, **options)
+    theirs.save_model(tmp_path / "theirs")
+    theirs, x = theirs.to(dtype), x.to(dtype)
+
+    ours = load_saelens(tmp_path / "theirs")
+    save_saelens(ours, tmp_path / "again")
+    again = load_saelens(tmp_path / "again")
+    back = saelens.SAE.load_from_disk(tmp_path / "again")
+
+    assert ours.config.selection == kind and type(back) is type(theirs) and not ours.training
+    assert (ours.config.layer, ours.config.hook_point, ours.config.model_name) == (3, "output", "gpt2")
+    assert ours.config.normalize_decoder is False
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
+    with torch.no_grad():
+        latents = theirs.encode(x)
+        assert 0 < (latents > 0).sum(dim=1).float().mean() < D_SAE / 2
+        for found in (ours.to(dtype), again.to(dtype)):
+            close(dense(found, x), latents)
+            close(found(x).reconstruction, theirs(x))
+        close(back.to(dtype)(x), theirs(x))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+def test_weights_of_another_dtype_are_read_as_float32(saelens, x, tmp_path, dtype):
+    theirs = theirs_of(saelens, "jumprelu", dtype)
+    theirs.save_model(tmp_path)
+
+    ours = load_saelens(tmp_path)
+
+    assert ours.dtype == torch.float32
+    with torch.no_grad():
+        close(ours(x).reconstruction, theirs.to(torch.float32)(x))
+
+
+@pytest.mark.parametrize("k", [None, 2.5])
+def test_one_threshold_for_all_without_a_mean_number_is_a_jumprelu(saelens, x, tmp_path, k):
+    theirs = theirs_of(saelens, "jumprelu")
+    theirs.threshold.data.fill_(0.7)
+    theirs.cfg.metadata.training_architecture_details = {} if k is None else {"k": k}
+    theirs.save_model(tmp_path)
+
+    ours = load_saelens(tmp_path)
+
+    assert ours.config.selection == "jumprelu" and (ours.threshold == 0.7).all()
+    with torch.no_grad():
+        close(ours(x).reconstruction, theirs(x))
+
+
+@pytest.mark.parametrize("selection", ["jumprelu", "relu"])
+def test_saelens_loads_ours_with_thresholds_in_units_of_x(saelens, x, tmp_path, selection):
+    sae = make_sae(**{**FOR_USE, "selection": selection})
+    sae.threshold.copy_(torch.linspace(0, 1, D_SAE) if selection == "jumprelu" else torch.tensor(0.0))
+
+    save_saelens(sae, tmp_path)
+    theirs = saelens.SAE.load_from_disk(tmp_path)
+
+    with torch.no_grad():
+        close(theirs.encode(x), dense(sae, x))
+        close(theirs(x), sae(x).reconstruction)
+    with pytest.raises(ValueError, match=f"a {selection} SAE keeps any number of latents: it has no budget, got 3"):
+        save_saelens(sae, tmp_path, k=3)
+    with pytest.raises(ValueError, match="sparsify holds a fixed number of latents per input"):
+        save_sparsify(sae, tmp_path)
+
+
+def test_heads_that_saelens_flattens_are_flat_here(saelens, x, tmp_path):
+    metadata = saelens.saes.sae.SAEMetadata(hook_name="blocks.3.attn.hook_z")
+    theirs = theirs_of(saelens, "jumprelu", reshape_activations="hook_z", metadata=metadata)
+    theirs.save_model(tmp_path / "theirs")
+
+    ours = load_saelens(tmp_path / "theirs")
+    save_saelens(ours, tmp_path / "again")
+
+    with torch.no_grad():
+        close(ours(x).reconstruction, theirs(x.view(50, 3, 4)).flatten(1))
+    assert saelens.SAE.load_from_disk(tmp_path / "again").cfg.reshape_activations == "hook_z"
+
+
+def gemma_scope(folder, **changes):
+    """Write a dictionary as Gemma Scope does, return its arrays."""
+    random = numpy.random.default_rng(0)
+    shapes = {"W_enc": (D_IN, D_SAE), "W_dec": (D_SAE, D_IN), "b_enc": (D_SAE,), "b_dec": (D_IN,)}
+    arrays = {name: random.normal(size=shape).astype(numpy.float32) for name, shape in shapes.items()}
+    arrays["threshold"] = random.uniform(1, 4, D_SAE).astype(numpy.float32)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {name: value for name, value in {**arrays, **changes}.items() if value is not None}
+    numpy.savez(folder / "params.npz", **found)
+    return arrays
+
+
+def test_gemma_scope_is_read_from_its_own_format_and_goes_on_to_saelens(saelens, x, tmp_path):
+    folder = tmp_path / "gemma-scope-2b-pt-res" / "layer_20" / "width_16k" / "average_l0_71"
+    arrays = {name: torch.from_numpy(value) for name, value in gemma_scope(folder).items()}
+    # The equations of its model card, which take no b_dec from the input.
+    pre = x @ arrays["W_enc"] + arrays["b_enc"]
+    latents = pre.relu() * (pre > arrays["threshold"])
+    expected = latents @ arrays["W_dec"] + arrays["b_dec"]
+
+    ours = load_gemma_scope(folder)
+    save_saelens(ours, tmp_path / "saelens")
+    theirs = saelens.SAE.load_from_disk(tmp_path / "saelens")
+
+    assert 2 < (latents > 0).sum(dim=1).float().mean() < D_SAE / 2
+    with torch.no_grad():
+        # Sums of a dozen terms of size 100: float32 keeps seven digits of them.
+        torch.testing.assert_close(dense(ours, x), latents, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(ours(x).reconstruction, expected, atol=1e-3, rtol=1e-5)
+        torch.testing.assert_close(theirs(x), expected, atol=1e-3, rtol=1e-5)
+    assert torch.equal(ours.threshold, arrays["threshold"]) and torch.equal(ours.W_dec, arrays["W_dec"])
+    assert (ours.config.selection, ours.config.model_name) == ("jumprelu", "google/gemma-2-2b")
+    assert theirs.cfg.metadata.hook_name == "blocks.20.hook_resid_post" and not ours.training
+
+
+@pytest.mark.parametrize(
+    "path, model_name, hook_name",
+    [
+        ("gemma-scope-2b-pt-res/layer_0/width_16k/average_l0_105", "google/gemma-2-2b", "blocks.0.hook_resid_post"),
+        ("gemma-scope-9b-it-res/layer_31/width_16k/canonical", "google/gemma-2-9b-it", "blocks.31.hook_resid_post"),
+        ("gemma-scope-2b-pt-mlp/layer_5/width_65k/average_l0_9", "google/gemma-2-2b", "blocks.5.hook_mlp_out"),
+        ("gemma-scope-9b-pt-att-canonical/layer_5/width_16k", "google/gemma-2-9b", "blocks.5.attn.hook_z"),
+        (
+            "models--google--gemma-scope-27b-pt-res/snapshots/ab12/layer_10",
+            "google/gemma-2-27b",
+            "blocks.10.hook_resid_post",
+        ),
+        ("mine/layer_7/width_1k", None, "blocks.7.hook_resid_post"),
+        ("mine", None, None),
+    ],
+)
+def test_the_path_of_gemma_scope_says_model_layer_and_site(tmp_path, path, model_name, hook_name):
+    gemma_scope(tmp_path / path)
+
+    sae = load_gemma_scope(tmp_path / path)
+    save_saelens(sae, tmp_path / "saelens")
+
+    metadata = json.loads((tmp_path / "saelens" / "cfg.json").read_text())["metadata"]
+    assert (metadata["model_name"], metadata["hook_name"]) == (model_name, hook_name)
+    assert torch.equal(load_gemma_scope(tmp_path, path).threshold, sae.threshold)
+
+
+def test_gemma_scope_is_read_from_the_hub(hub, tmp_path):
+    from huggingface_hub import HfApi
+
+    gemma_scope(tmp_path / "layer_5" / "width_16k")
+    HfApi().create_repo("tester/gemma-scope-2b-pt-res", exist_ok=True)
+    HfApi().upload_folder(repo_id="tester/gemma-scope-2b-pt-res", folder_path=tmp_path)
+
+    config = load_gemma_scope("tester/gemma-scope-2b-pt-res", "layer_5/width_16k").config
+
+    assert (config.layer, config.hook_point, config.model_name) == (5, "output", "google/gemma-2-2b")
+
+
+class Planted:
+    """Says so if it is unpickled."""
+
+    def __reduce__(self):
+        return pytest.fail, ("ran code of a pickle",)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"threshold": None}, r"the weights must have the keys .* got none for \['threshold'\]"),
+        ({"scaling_factor": numpy.ones(1)}, r"the weights must have .* got the unknown \['scaling_factor'\]"),
+        (
+            {"W_enc": numpy.zeros((D_SAE, D_IN))},
+            r"W_enc must have shape \(12, 40\), got \(40, 12\), which is transposed",
+        ),
+        (
+            {"W_dec": numpy.zeros((D_IN, D_SAE))},
+            r"W_dec must have shape \(40, 12\), got \(12, 40\), which is transposed",
+        ),
+        ({"threshold": numpy.zeros(())}, r"threshold must have shape \(40,\), got \(\)"),
+        ({"b_dec": numpy.zeros(D_IN, dtype=int)}, "b_dec must be floating point, got torch.int64"),
+        ({"b_dec": numpy.full(D_IN, "one")}, "expected arrays in params.npz in .*, got can't convert"),
+        ({"b_dec": numpy.full(D_IN, numpy.nan)}, "b_dec must be finite, got NaN or infinity"),
+        ({"b_dec": numpy.full(D_IN, 1e300)}, "b_dec must be finite, got NaN or infinity"),
+        (
+            {"W_enc": numpy.array([Planted()], dtype=object)},
+            "params.npz in .*, got pickled objects: loading them can run any code, so it is never done",
+        ),
+        (
+            {
+                name: numpy.zeros((0, 0) if name.startswith("W") else 0)
+                for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+            },
+            "does not describe an autoencoder: d_in and d_sae must be positive, got 0 and 0",
+        ),
+    ],
+)
+def test_what_is_no_dictionary_of_gemma_scope_is_refused(tmp_path, changes, message):
+    gemma_scope(tmp_path, **changes)
+
+    with pytest.raises(ValueError, match=message):
+        load_gemma_scope(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gemma-scope-2b-pt-transcoders/layer_5", "gemma-scope-2b-pt-res/embedding/width_4k"])
+def test_what_gemma_scope_trained_for_something_else_is_refused(tmp_path, name):
+    gemma_scope(tmp_path / name)
+
+    with pytest.raises(
+        ValueError,
+        match="expected a dictionary of residual stream, MLP or attention outputs, got (transcoder|embedding)s",
+    ):
+        load_gemma_scope(tmp_path / name)
+
+
+def test_a_file_that_is_no_npz_is_refused(tmp_path):
+    path = tmp_path / "params.npz"
+    gemma_scope(tmp_path)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(tmp_path / "other.npz", "w") as file:
+        file.writestr("readme.txt", "no array")
+    (tmp_path / "array.npy").write_bytes(b"")
+    numpy.save(tmp_path / "array.npy", numpy.zeros(3))
+    numpy.save(tmp_path / "object.npy", numpy.array([Planted()]), allow_pickle=True)
+    others = [(tmp_path / name).read_bytes() for name in ("other.npz", "array.npy", "object.npy")]
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+
+    for content in (b"", b"torn", whole[:-100], whole[: len(whole) // 2], bytes(flipped), *others):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"expected arrays in params.npz in {tmp_path}.*, got"):
+            load_gemma_scope(tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"expected params.npz in .*, got \['array.npy'"):
+        load_gemma_scope(tmp_path)
+
+
 @pytest.mark.parametrize("k", [1, 3, K])
 def test_sparsify_loads_ours_with_equal_reconstructions_at_the_chosen_budget(sparsify, x, tmp_path, k):
     sae, folder = make_sae(), tmp_path / "layers.3"
@@ -189,13 +453,25 @@ TRANSPOSED = {"W_dec": torch.zeros(D_IN, D_SAE)}
         ({"weights": {"log_scale": torch.zeros(2)}}, r"the weights must have .* got the unknown \['log_scale'\]"),
         ({"weights": TRANSPOSED}, r"W_dec must have shape \(40, 12\), got \(12, 40\), which is transposed"),
         ({"weights": {"b_dec": torch.zeros(D_IN + 1)}}, r"b_dec must have shape \(12,\), got \(13,\)$"),
-        ({"architecture": "standard"}, "got architecture 'standard', whose activation function has no budget"),
-        ({"architecture": "gated"}, "got architecture 'gated', whose activation function has no budget"),
+        ({"architecture": "gated"}, r"expected a standard \(ReLU\), TopK or JumpReLU SAE, got architecture 'gated'"),
+        ({"architecture": "transcoder"}, "or JumpReLU SAE, got architecture 'transcoder'"),
+        ({"architecture": ["topk"]}, r"or JumpReLU SAE, got architecture \['topk'\]"),
+        ({"architecture": "standard"}, r"cfg.json must have .* got the unknown \['k', 'rescale_acts"),
+        ({"architecture": "jumprelu"}, r"cfg.json must have .* got the unknown \['k', 'rescale_acts"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations='none', got 'layer_norm'"),
+        (
+            {"normalize_activations": "constant_norm_rescale"},
+            "normalize_activations='none', got 'constant_norm_rescale'",
+        ),
+        ({"normalize_activations": "expected_average_only_in"}, "normalize_activations='none', got 'expected_average"),
         ({"reshape_activations": "hook_z"}, "reshape_activations='none', got 'hook_z'"),
         ({"metadata": {"sae_lens_version": "5.10.1"}}, "SAELens 6 or later, got version 5.10.1"),
         ({"metadata": {}}, "SAELens 6 or later, got version None"),
         ({"metadata": []}, "SAELens 6 or later, got version None"),
+        (
+            {"metadata": {"sae_lens_version": "6.54.0", "hook_name": ["layers.3"]}},
+            r"metadata.hook_name in cfg.json must be the name of a place, got \['layers.3'\]",
+        ),
         ({"metadata": "gpt2"}, "metadata in cfg.json must hold settings by name, got 'gpt2'"),
         ({"k": True}, "k in cfg.json must be an integer, got True"),
         ({"k": 2.5}, "k in cfg.json must be an integer, got 2.5"),
@@ -205,6 +481,10 @@ TRANSPOSED = {"W_dec": torch.zeros(D_IN, D_SAE)}
         ({"d_in": "12"}, "d_in in cfg.json must be an integer, got '12'"),
         ({"d_sae": -40}, "d_sae in cfg.json must be at least 1, got -40"),
         ({"weights": {"b_dec": torch.full((D_IN,), torch.nan)}}, "b_dec must be finite, got NaN or infinity"),
+        (
+            {"weights": {"b_dec": torch.full((D_IN,), 1e300, dtype=torch.float64)}},
+            "b_dec must be finite, got NaN or infinity",
+        ),
         (
             {"weights": {"b_enc": torch.zeros(D_SAE, dtype=torch.int32)}},
             "b_enc must be floating point, got torch.int32",
@@ -219,17 +499,12 @@ def test_what_saelens_files_cannot_hold_is_refused(tmp_path, changes, message):
         load_saelens(tmp_path)
 
 
-def test_a_jumprelu_sae_has_no_budget(tmp_path):
+def test_a_batch_topk_sae_has_one_budget(tmp_path):
     sae = make_sae(selection="batch_topk", budgets=[K])
     with pytest.raises(ValueError, match="selects by a threshold and has one budget, k=6, got 3"):
         save_saelens(sae, tmp_path, k=3)
     with pytest.raises(ValueError, match="sparsify holds a fixed number of latents per input"):
         save_sparsify(sae, tmp_path)
-    save_saelens(sae, tmp_path)
-    edit(tmp_path, weights={"threshold": torch.linspace(0, 1, D_SAE)})
-
-    with pytest.raises(ValueError, match="a JumpReLU SAE with a threshold for each latent has no budget"):
-        load_saelens(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +531,24 @@ def test_what_sparsify_files_cannot_hold_is_refused(tmp_path, changes, message):
         load_sparsify(tmp_path)
 
 
-@pytest.mark.parametrize("load", [load_saelens, load_sparsify])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"drop": ["threshold"]}, r"the weights must have the keys .* got none for \['threshold'\]"),
+        ({"weights": {"threshold": torch.zeros(1)}}, r"threshold must have shape \(40,\), got \(1,\)"),
+        ({"weights": {"threshold": torch.full((D_SAE,), torch.inf)}}, "threshold must be finite, got NaN or infinity"),
+        ({"k": 3}, r"cfg.json must have the keys .* got the unknown \['k'\]"),
+    ],
+)
+def test_what_a_jumprelu_file_cannot_hold_is_refused(tmp_path, changes, message):
+    save_saelens(make_sae(**FOR_USE), tmp_path)
+    edit(tmp_path, **changes)
+
+    with pytest.raises(ValueError, match=message):
+        load_saelens(tmp_path)
+
+
+@pytest.mark.parametrize("load", [load_saelens, load_sparsify, load_gemma_scope])
 def test_a_pickle_is_never_loaded(tmp_path, load, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("loaded a pickle"))
     (tmp_path / "ae.pt").write_bytes(b"not even a pickle")
@@ -265,7 +557,7 @@ def test_a_pickle_is_never_loaded(tmp_path, load, monkeypatch):
     with pytest.raises(ValueError, match=r"got the pickle ae.pt: loading one can run any code, so it is never done"):
         load(tmp_path)
     (tmp_path / "ae.pt").unlink()
-    with pytest.raises(ValueError, match=r"expected sae.*safetensors in .*, got \['cfg.json'\]"):
+    with pytest.raises(ValueError, match=r"expected (sae.*safetensors|params.npz) in .*, got \['cfg.json'\]"):
         load(tmp_path)
 
 
