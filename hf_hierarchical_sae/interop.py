@@ -129,6 +129,8 @@ def load_saelens(source: str | Path, subfolder: str = "") -> HierarchicalSaeMode
         return _build(d_sae, tensors, selection="relu", **origin)
     threshold = tensors["threshold"]
     k: Any = _section(metadata, "training_architecture_details").get("k")
+    # SAELens takes a fraction for the mean number of latents.
+    k = int(k) if isinstance(k, float) and k.is_integer() else k
     if not is_integer(k) or not 1 <= k <= d_sae or not bool((threshold == threshold[0]).all()):
         return _build(d_sae, tensors, selection="jumprelu", **origin)
     tensors["threshold"] = threshold[0]

@@ -112,8 +112,9 @@ def test_a_threshold_is_exchanged_with_saelens_as_a_jumprelu(saelens, x, tmp_pat
     assert counts.unique().numel() > 1 and ours.config.selection == "batch_topk" and ours.config.k == K
 
 
-def test_ours_loads_a_batch_topk_sae_as_saelens_saves_it_after_training(saelens, x, tmp_path):
-    training = saelens.BatchTopKTrainingSAE(saelens.BatchTopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=K))
+@pytest.mark.parametrize("k", [K, float(K)])
+def test_ours_loads_a_batch_topk_sae_as_saelens_saves_it_after_training(saelens, x, tmp_path, k):
+    training = saelens.BatchTopKTrainingSAE(saelens.BatchTopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=k))
     with torch.no_grad():
         training.W_dec.normal_()
         training.W_enc.normal_()
