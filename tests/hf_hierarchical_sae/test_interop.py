@@ -313,6 +313,27 @@ def test_gemma_scope_is_read_from_the_hub(hub, tmp_path):
     assert (config.layer, config.hook_point, config.model_name) == (5, "output", "google/gemma-2-2b")
 
 
+@pytest.mark.parametrize("site", ["res", "mlp", "att"])
+def test_gemma_scope_that_saelens_has_read_and_saved_is_the_same_dictionary(saelens, hub, tmp_path, site):
+    from huggingface_hub import HfApi
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    name, folder = f"tester/gemma-scope-9b-pt-{site}", "layer_5/width_16k"
+    gemma_scope(tmp_path / folder)
+    HfApi().create_repo(name, exist_ok=True)
+    HfApi().upload_folder(repo_id=name, folder_path=tmp_path)
+    sizes = {"d_in": D_IN, "d_sae": D_SAE}
+    settings, weights, _ = loaders.gemma_2_sae_huggingface_loader(name, folder, cfg_overrides=sizes)
+    theirs = saelens.JumpReLUSAE(saelens.JumpReLUSAEConfig.from_dict(loaders.handle_config_defaulting(settings)))
+    theirs.load_state_dict(weights)
+    theirs.save_model(tmp_path / "saelens")
+
+    through, own = load_saelens(tmp_path / "saelens"), load_gemma_scope(name, folder)
+
+    assert all(torch.equal(tensor, own.state_dict()[name]) for name, tensor in through.state_dict().items())
+    assert (through.config.layer, through.config.hook_point) == (own.config.layer, own.config.hook_point)
+
+
 class Planted:
     """Says so if it is unpickled."""
 
