@@ -17,8 +17,8 @@ from transformers.utils import logging
 
 from .activations import ActivationStream, Inputs
 from .configuration_hierarchical_sae import integer
-from .language_model import check_site
 from .modeling_hierarchical_sae import HierarchicalSaeModel
+from .sites import place_name
 from .whole_files import whole_file
 
 
@@ -128,7 +128,8 @@ class _Writer:
             pieces.append(read.states[read.kept])
             self.progress.update(len(pieces[-1]))
         states = self._stored(torch.cat(pieces))
-        tensors = {f"layer_{layer}": states[:, index].contiguous() for index, layer in enumerate(stream.layers)}
+        names = [_tensor_name(site.layer, site.hook_point) for site in stream.sites]
+        tensors = {name: states[:, index].contiguous() for index, name in enumerate(names)}
         counts = {name: stream.counts[name] - before[name] for name in stream.counts}
         _write_shard(path, tensors, {"counts": counts, "text_sha256": text})
         return counts
@@ -161,33 +162,31 @@ class ActivationShards(torch.utils.data.Dataset):
     Args:
         folder (`str` or `os.PathLike`): what was given to `save_shards`.
         layer (`int`, *optional*): which layer to read; needed only if several were harvested.
+        hook_point (`str`, *optional*): which site of it; likewise.
 
     Raises:
-        `ValueError`: If there is no harvest, an unfinished one, a torn or missing shard, a damaged record, no such layer,
-            or no token.
+        `ValueError`: If there is no harvest, an unfinished one, a torn or missing shard, a damaged record, no such layer or
+            site, or no token.
     """
 
-    def __init__(self, folder: str | os.PathLike, layer: int | None = None):
+    def __init__(self, folder: str | os.PathLike, layer: int | None = None, hook_point: str | None = None):
         self.folder = Path(folder)
         if not (self.folder / DESCRIPTION).exists():
             raise ValueError(f"expected a folder written by save_shards, got {folder}, which has no {DESCRIPTION}")
-        self.description = _read_json(self.folder / DESCRIPTION, layers=list, hidden_size=int)
-        layers = self.description["layers"]
-        if layer is None and len(layers) == 1:
-            layer = layers[0]
-        if layer is None or integer("layer", layer) not in layers:
-            raise ValueError(f"layer must be one of the harvested layers {layers}, got {layer}")
+        self.description = _read_description(self.folder)
+        layer = None if layer is None else integer("layer", layer)
+        self.layer: int | None = _harvested(self.description, "layer", layer)
+        self.hook_point: str = _harvested(self.description, "hook_point", hook_point)
         if not (self.folder / COMPLETE).exists():
             written = len(list(self.folder.glob("shard-*.safetensors")))
             raise ValueError(
                 f"the harvest in {folder} is not finished, it has {written} shards so far: run it again, it goes on "
                 "where it stopped"
             )
-        self.layer = int(layer)
         complete = _read_json(self.folder / COMPLETE, num_shards=int, tokens=int)
         count = complete["num_shards"]
         self._paths = [self.folder / _shard_name(number) for number in range(count)]
-        self._shards = [self._layer(path, f"layer_{layer}") for path in self._paths]
+        self._shards = [self._site(path, _tensor_name(self.layer, self.hook_point)) for path in self._paths]
         ends = torch.tensor([len(shard) for shard in self._shards], dtype=torch.int64).cumsum(0)
         there = sum(map(len, self._shards))
         if there == 0:
@@ -247,19 +246,19 @@ class ActivationShards(torch.utils.data.Dataset):
 
     def check_reads(self, sae: HierarchicalSaeModel) -> None:
         """Raise a `ValueError` unless these are activations of the kind that an autoencoder was trained on."""
-        check_site(sae)
-        trained = (sae.config.d_in, self.layer if sae.config.layer is None else sae.config.layer)
-        found = (self.description["hidden_size"], self.layer)
+        config, found = sae.config, (self.description["hidden_size"], place_name(self.layer, self.hook_point))
+        hook_point = config.hook_point or self.hook_point
+        trained = (config.d_in, place_name(self.layer if config.layer is None else config.layer, hook_point))
         if found != trained:
             raise ValueError(
-                f"the autoencoder was trained on activations of size {trained[0]} of layer {trained[1]}, {self.folder} "
-                f"holds those of size {found[0]} of layer {found[1]}"
+                f"the autoencoder was trained on activations of size {trained[0]} of {trained[1]}, {self.folder} "
+                f"holds those of size {found[0]} of {found[1]}"
             )
         named, harvested = sae.config.model_name, self.description.get("model_name")
         if named not in (None, harvested):
             logger.warning(f"the autoencoder was trained on {named}, {self.folder} was harvested from {harvested}")
 
-    def _layer(self, path: Path, name: str) -> torch.Tensor:
+    def _site(self, path: Path, name: str) -> torch.Tensor:
         """(tokens, hidden_size) of a shard."""
         tensor, width = _read_shard(path)[0].get(name), self.description["hidden_size"]
         if tensor is None or tensor.ndim != 2 or tensor.shape[1] != width:
@@ -289,6 +288,7 @@ def _description(stream: ActivationStream, shard_tokens: int, dtype: torch.dtype
     return {
         "model_name": stream.model.config.name_or_path,
         "layers": stream.layers,
+        "hook_points": stream.hook_points,
         "hidden_size": stream.hidden_size,
         "shard_tokens": shard_tokens,
         "dtype": str(dtype).removeprefix("torch."),
@@ -331,6 +331,22 @@ def _counts_on_disk(path: Path, text: str) -> dict[str, int] | None:
             "give these, or another folder"
         )
     return record["counts"]
+
+
+def _harvested(description: dict, name: str, given: Any) -> Any:
+    """The layer or hook point that is asked for, by default the only one that was harvested."""
+    found = description[f"{name}s"]
+    given = found[0] if given is None and len(found) == 1 else given
+    if given not in found:
+        raise ValueError(f"{name} must be one of the harvested {name}s {found}, got {given}")
+    return given
+
+
+def _tensor_name(layer: int | None, hook_point: str) -> str:
+    """What a shard calls the activations of a site."""
+    if layer is None:
+        return hook_point
+    return f"layer_{layer}" if hook_point == "output" else f"layer_{layer}.{hook_point}"
 
 
 def _shard_name(number: int) -> str:
@@ -389,11 +405,16 @@ def _write_json(path: Path, content: dict) -> None:
         unfinished.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def _read_description(folder: Path) -> dict:
+    """The settings of a harvest; one without hook points is of the outputs of layers."""
+    return {"hook_points": ["output"], **_read_json(folder / DESCRIPTION, layers=list, hidden_size=int)}
+
+
 def _write_description(folder: Path, description: dict) -> None:
     path = folder / DESCRIPTION
     if not path.exists():
         _write_json(path, description)
-    found = _read_json(path, layers=list, hidden_size=int)
+    found = _read_description(folder)
     differing = [name for name in description if found.get(name) != description[name]]
     if differing:
         name = differing[0]

@@ -11,16 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .configuration_hierarchical_sae import integer, positive_number
-from .language_model import (
-    check_fits,
-    check_length,
-    check_vocabulary,
-    hidden_size,
-    layer_indices,
-    layer_outputs,
-    vocabulary_size,
-)
+from .language_model import check_length, check_vocabulary, layer_indices, vocabulary_size
 from .modeling_hierarchical_sae import HierarchicalSaeModel, check_finite
+from .sites import HOOK_POINTS, check_fits, find_site, read_sites
 
 
 logger = logging.get_logger(__name__)
@@ -104,7 +97,7 @@ class Pass:
     Args:
         ids (`torch.Tensor`): (contexts, positions), token ids.
         mask (`torch.Tensor`): (contexts, positions), zero where a position is padding.
-        states (`torch.Tensor`): (contexts, positions, layers, hidden_size), float32, on the model's device.
+        states (`torch.Tensor`): (contexts, positions, sites, hidden_size), float32, on the model's device.
         kept (`torch.Tensor`): (contexts, positions), which positions are neither left out nor beyond `max_tokens`.
     """
 
@@ -118,11 +111,13 @@ def iterate_activations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Iterable[str | dict],
-    layer: int | Sequence[int],
+    layer: int | Sequence[int] | None,
+    *,
+    hook_point: str | Sequence[str] = "output",
     **settings: Any,
 ) -> "ActivationStream":
     """
-    The residual stream after one or several decoder layers, token by token, over a text. The forward pass stops at
+    Hidden states of one or several decoder layers, token by token, over a text. The forward pass stops at
     the last layer that is wanted.
 
     Padding, the first position of each context and tokens whose norm is far above the median are left out: such
@@ -134,24 +129,31 @@ def iterate_activations(
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer. If it starts a text with a BOS token, so starts each
             context.
         dataset (`Iterable`): texts, or rows with a text in `text_column`; a streaming `datasets` dataset too.
-        layer (`int` or `Sequence[int]`): decoder layers, counted from 0; negative counts from the end.
+        layer (`int` or `Sequence[int]`, *optional*): decoder layers, counted from 0; negative counts from the end. `None`
+            for modules by their paths within the model.
+        hook_point (`str` or `Sequence[str]`, defaults to `"output"`): sites of each layer, which have to be of one width:
+            `"input"`, `"middle"` and `"output"`, the residual stream before the layer, between attention and MLP, and
+            after the layer; `"attention.input"`, `"attention.output"`, `"mlp.input"` and `"mlp.output"`, what they take
+            and what they add to it; or the output of a module, by its path within the layer.
         settings (*optional*): those of [`ActivationSettings`].
 
     Returns:
         [`ActivationStream`]: an iterator of float32 batches on the model's device.
 
     Raises:
-        `ValueError`: If there is no such layer, a size is out of range or above the model's positions, or the dataset is
-            one text or several splits; while iterating, if a row has no such column or something else than a text in
+        `ValueError`: If there is no such layer, it has no such site, sites differ in width, a size is out of range or above
+            the model's positions, or the dataset is one text or several splits; while iterating, if a row has no such column or something else than a text in
             it, a token is not in the model's vocabulary, or the dataset held no token to yield.
     """
-    return ActivationStream(model, tokenizer, dataset, layer, settings=ActivationSettings(**settings))
+    settings: Any = ActivationSettings(**settings)
+    return ActivationStream(model, tokenizer, dataset, layer, hook_point=hook_point, settings=settings)
 
 
 class ActivationStream(Iterator[torch.Tensor]):
     """
-    Batches of activations, (batch_tokens, hidden_size) each, or (batch_tokens, layers, hidden_size) if several layers
-    were asked for; the last batch may be smaller. Made by [`iterate_activations`].
+    Batches of activations, (batch_tokens, hidden_size) each, or (batch_tokens, sites, hidden_size) if several layers or
+    hook points were asked for: all sites of the first layer, then of the next. The last batch may be smaller. Made by
+    [`iterate_activations`].
 
     The same arguments give the same batches. [`~ActivationStream.state_dict`] and
     [`~ActivationStream.load_state_dict`] continue an interrupted stream exactly; `counts` says how many tokens were
@@ -163,20 +165,24 @@ class ActivationStream(Iterator[torch.Tensor]):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         dataset: Iterable[str | dict],
-        layer: int | Sequence[int],
+        layer: int | Sequence[int] | None,
         *,
+        hook_point: str | Sequence[str] = "output",
         settings: ActivationSettings,
     ):
         check_dataset(dataset)
         check_length(model, "context_length", settings.context_length)
         self.model, self.tokenizer, self.dataset, self.settings = model, tokenizer, dataset, settings
-        self.layers, self._single = layer_indices(model, layer), not isinstance(layer, Iterable)
-        self.hidden_size = hidden_size(model)
+        self.layers = [None] if layer is None else layer_indices(model, layer)
+        self.hook_points = [hook_point] if isinstance(hook_point, str) else list(hook_point)
+        self._single = not isinstance(layer, Iterable) and isinstance(hook_point, str)
+        self.sites = [find_site(model, index, name) for index in self.layers for name in self.hook_points]
+        self.hidden_size = self._width()
         self.counts = Counter(
             tokens=0, padding=0, first_position=0, not_finite=0, outlying_norm=0, rows_without_text=0
         )
         self._generator = torch.Generator().manual_seed(settings.seed)
-        self._buffer = torch.empty(0, len(self.layers), self.hidden_size)
+        self._buffer = torch.empty(0, len(self.sites), self.hidden_size)
         self._passes: Iterator[Pass] | None = None
         self._passes_read = 0
 
@@ -234,7 +240,7 @@ class ActivationStream(Iterator[torch.Tensor]):
             [`Pass`]
         """
         check_vocabulary(self.model, inputs.ids)
-        outputs = layer_outputs(self.model, self.layers, inputs.ids, inputs.mask)
+        outputs = read_sites(self.model, self.sites, inputs.ids, inputs.mask)
         states = torch.stack([output.float().to(outputs[0].device) for output in outputs], dim=2)
         kept = self._kept(states, inputs)
         if room is not None and int(kept.sum()) > room:
@@ -256,13 +262,26 @@ class ActivationStream(Iterator[torch.Tensor]):
             )
 
     def check_reads(self, sae: HierarchicalSaeModel) -> None:
-        """Raise a `ValueError` unless this is the language model and the layer that an autoencoder was trained on."""
-        trained = self.layers[0] if sae.config.layer is None else sae.config.layer
-        check_fits(sae, self.model, trained)
-        if self.layers != [trained]:
+        """Raise a `ValueError` unless this is the language model and the site that an autoencoder was trained on."""
+        first, layer = self.sites[0], sae.config.layer
+        hook_point = sae.config.hook_point or first.hook_point
+        if layer is None and hook_point in (first.hook_point, *HOOK_POINTS):
+            layer = first.layer
+        trained = check_fits(sae, self.model, layer, hook_point)
+        if self.sites != [trained]:
             raise ValueError(
-                f"the autoencoder was trained on layer {trained}, the stream gives {self.layers}: read that layer alone"
+                f"the autoencoder was trained on {trained}, the stream gives {', '.join(map(str, self.sites))}: read that "
+                "site alone"
             )
+
+    def _width(self) -> int:
+        """That of all sites."""
+        widths = {str(site): site.width for site in self.sites}
+        if len(set(widths.values())) != 1:
+            raise ValueError(
+                f"hook_point must name one site or several of one width, got {widths or 'none'}: read each width by itself"
+            )
+        return self.sites[0].width
 
     def _texts(self) -> Iterator[tuple[int, str]]:
         """The number and text of each row, a long one in pieces; rows without one are counted."""

@@ -33,6 +33,7 @@ from .dashboard import write_dashboard
 from .evaluation import evaluate_budgets, evaluate_in_model, plot_evaluations
 from .interop import load_saelens, load_sparsify, save_saelens, save_sparsify
 from .modeling_hierarchical_sae import HierarchicalSaeModel
+from .sites import HOOK_POINTS
 from .training import starting_point, train_sae, training_arguments
 
 
@@ -47,6 +48,9 @@ examples:
   # a dataset of the Hub as a stream; two machines that each write half of it
   hierarchical-sae harvest states --model MODEL --layer 15 --dataset HuggingFaceFW/fineweb --tokens 100000000 \\
       --num_processes 2 --process_index 0
+  # what the MLPs of two layers add to the residual stream, and one of them
+  hierarchical-sae harvest states --model MODEL --layer 8 15 --hook_point mlp.output --text book.txt
+  hierarchical-sae train states sae --layer 15
   # an interrupted harvest goes on with the same command, training with --resume
   hierarchical-sae train states sae --k 64 --resume
   # budgets that are trained for, and an upload with a model card
@@ -85,6 +89,7 @@ def harvest(args: argparse.Namespace) -> None:
         tokenizer,
         read_texts(args),
         args.layer,
+        hook_point=args.hook_point,
         text_column=args.text_column,
         context_length=args.context_length,
         max_tokens=args.tokens,
@@ -105,7 +110,7 @@ def harvest(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     set_seed(args.seed)
-    shards = ActivationShards(args.harvest, args.layer)
+    shards = ActivationShards(args.harvest, args.layer, args.hook_point)
     harvested = shards.description
     d_in = harvested["hidden_size"]
     has_one_budget = args.selection == "batch_topk" or args.matryoshka_prefixes
@@ -117,8 +122,8 @@ def train(args: argparse.Namespace) -> None:
         normalize_decoder=not args.no_normalize_decoder,
         **{name: getattr(args, name) for name in OBJECTIVE},
         model_name=harvested["model_name"],
-        layer=harvested["layers"][0] if args.layer is None else args.layer,
-        hook_point="output",
+        layer=shards.layer,
+        hook_point=shards.hook_point,
         dataset_name=args.dataset_name,
     )
     arguments = training_arguments(
@@ -165,7 +170,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if (args.harvest is None) == (args.model is None):
         raise ValueError("give either --harvest, or --model with --text or --dataset")
     if args.harvest is not None:
-        shards = ActivationShards(args.harvest, sae.config.layer)
+        shards = ActivationShards(args.harvest, sae.config.layer, sae.config.hook_point)
         evaluation = evaluate_budgets(sae, shards, args.budgets)
     else:
         model, tokenizer = load_language_model(args)
@@ -175,6 +180,7 @@ def evaluate(args: argparse.Namespace) -> None:
             tokenizer,
             read_texts(args),
             trained_layer(args, sae),
+            hook_point=sae.config.hook_point or "output",
             text_column=args.text_column,
             context_length=args.context_length,
             max_tokens=args.tokens,
@@ -283,10 +289,10 @@ def passages(files: list[Path]) -> Iterator[str]:
                 raise ValueError(f"expected UTF-8 text in {file}, got {error}") from error
 
 
-def trained_layer(args: argparse.Namespace, sae: HierarchicalSaeModel) -> int:
-    """`--layer`, by default the one in the autoencoder's config."""
+def trained_layer(args: argparse.Namespace, sae: HierarchicalSaeModel) -> int | None:
+    """`--layer`, by default the one in the autoencoder's config, which a module's path within the model does without."""
     layer = sae.config.layer if args.layer is None else args.layer
-    if layer is None:
+    if layer is None and (sae.config.hook_point or "output") in HOOK_POINTS:
         raise ValueError(f"{args.sae} does not say which layer it was trained on: give --layer")
     return layer
 
@@ -314,7 +320,14 @@ def _parser() -> argparse.ArgumentParser:
 def _harvest_options(part: argparse.ArgumentParser) -> None:
     part.add_argument("folder", type=Path, help="where to write")
     _text_options(part, required=True, tokens=None)
-    _option(part, "layer", type=_integer(), nargs="+", required=True, help="decoder layers, counted from 0")
+    _option(part, "layer", type=_integer(), nargs="+", help="decoder layers, counted from 0")
+    _option(
+        part,
+        "hook_point",
+        nargs="+",
+        default=["output"],
+        help=f"sites of each layer: {', '.join(HOOK_POINTS)}, or a module's path (default: output)",
+    )
     _option(part, "shard_tokens", type=_integer(1), default=65_536, help="tokens per file (default: 65536)")
     _option(
         part,
@@ -331,6 +344,7 @@ def _train_options(part: argparse.ArgumentParser) -> None:
     part.add_argument("harvest", type=Path, help="folder that harvest wrote")
     part.add_argument("output", help="where to write checkpoints and the result")
     _option(part, "layer", type=_integer(), help="which one, if several were harvested")
+    _option(part, "hook_point", help="which one, if several were harvested")
     _option(part, "d_sae", type=_integer(1), help="number of latents (default: 8 times the hidden size)")
     _option(part, "k", type=_integer(1), default=64, help="largest number of latents per token (default: 64)")
     _option(

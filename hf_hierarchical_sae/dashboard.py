@@ -20,6 +20,7 @@ from .configuration_hierarchical_sae import integer, integers, positive_number
 from .language_model import check_predicts, hidden_size
 from .latent_activations import LatentActivations, decoded, read_latents
 from .modeling_hierarchical_sae import HierarchicalSaeModel
+from .sites import place_name
 from .whole_files import whole_file
 
 
@@ -44,6 +45,7 @@ def write_dashboard(
     *,
     path: str | Path,
     layer: int | None = None,
+    hook_point: str | None = None,
     text_column: str = "text",
     max_tokens: int | None = 100_000,
     context_length: int = 128,
@@ -70,6 +72,8 @@ def write_dashboard(
         path (`str` or `Path`): file to write; its folder is made if it is not there. An older page stays whole until the
             new one is on disk, and after an error.
         layer (`int`, *optional*): decoder layer, counted from 0; by default the one in the autoencoder's config.
+        hook_point (`str`, *optional*): where in the layer, as in [`iterate_activations`]; by default the one in the
+            autoencoder's config, or else its output.
         text_column (`str`, defaults to `"text"`): where a row holds its text.
         max_tokens (`int`, *optional*, defaults to 100000): stop once exactly this many tokens were read. Activations take
             about `40 * k * max_tokens` bytes of memory.
@@ -86,7 +90,7 @@ def write_dashboard(
 
     Raises:
         `ImportError`: If the extra `dashboard` (jinja2, vl-convert-python) is not installed.
-        `ValueError`: If the language model, layer or tokenizer does not fit, it has no unembedding or weights that are NaN
+        `ValueError`: If the language model, layer, site or tokenizer does not fit, it has no unembedding or weights that are NaN
             or infinite, there is no latent that fires, or too little room for any latent.
     """
     template = _template()
@@ -101,6 +105,7 @@ def write_dashboard(
             tokenizer,
             texts,
             layer=layer,
+            hook_point=hook_point,
             text_column=text_column,
             context_length=context_length,
             max_tokens=max_tokens,
@@ -116,7 +121,9 @@ def write_dashboard(
         html = template.render(
             config=sae.config,
             model_name=model.config.name_or_path or type(model).__name__,
-            layer=sae.config.layer if layer is None else layer,
+            site=place_name(
+                sae.config.layer if layer is None else layer, hook_point or sae.config.hook_point or "output"
+            ),
             tokens=activations.tokens,
             live=len(live),
             wanted=len(wanted),
@@ -195,7 +202,7 @@ class _Page:
         cosines = rows @ self.decoder.T
         cosines[torch.arange(len(latents)), latents] = -torch.inf
         neighbours = cosines.topk(min(NEIGHBOURS_SHOWN, len(self.decoder) - 1))
-        logits = self.through_final_norm(rows.to(self.unembedding.device)) @ self.unembedding.T
+        logits = self.logits(rows.to(self.unembedding.device))
         count = min(TOKENS_SHOWN, logits.shape[1])
         promoted, suppressed = logits.topk(count), logits.topk(count, largest=False)
         return [
@@ -207,6 +214,12 @@ class _Page:
             }
             for place, latent in enumerate(latents.tolist())
         ]
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """What directions of the residual stream promote, (n, vocabulary); none for those of another width."""
+        if rows.shape[1] != self.unembedding.shape[1]:
+            return rows[:, :0]
+        return self.through_final_norm(rows) @ self.unembedding.T
 
     def firing(self, latent: int) -> dict:
         """Histogram by activation and rank, the tokens that the latent fires on most, and its strongest contexts."""

@@ -16,16 +16,14 @@ from .activations import ActivationStream, Pass
 from .configuration_hierarchical_sae import integer
 from .language_model import (
     check_predicts,
-    decoder_layers,
-    edited_output,
     evaluation_mode,
     forward_hook,
-    layer_outputs,
     next_token_logits,
     resumed,
     resumes,
 )
 from .modeling_hierarchical_sae import HierarchicalSaeModel, check_finite
+from .sites import read_sites, site_hook
 from .sparse_latents import weighted_rows
 from .whole_files import whole_file
 
@@ -65,12 +63,12 @@ class HierarchicalSaeEvaluation:
         dense_fraction (`list[float]`): share of latents that fire on more than a tenth of the tokens.
         density (`torch.Tensor`): (budgets, d_sae), share of tokens that each latent fires on.
         cross_entropy (`list[float]`, *optional*): of the language model on the next token, in nats, with the
-            reconstruction in place of the layer's output, over the positions that are replaced.
+            reconstruction in place of the hidden states, over the positions that are replaced.
         loss_recovered (`list[float]`, *optional*): (zeros − spliced) / (zeros − clean), the share of the
-            cross-entropy between zeros in place of the output and the output itself that the reconstruction keeps.
+            cross-entropy between zeros in place of the hidden states and themselves that the reconstruction keeps.
         kl_divergence (`list[float]`, *optional*): KL(clean ‖ spliced) of the next token, in nats.
         clean_cross_entropy (`float`, *optional*): with nothing replaced.
-        zeros_cross_entropy (`float`, *optional*): with zeros in place of the layer's output.
+        zeros_cross_entropy (`float`, *optional*): with zeros in place of the hidden states.
     """
 
     budgets: list[int]
@@ -147,8 +145,9 @@ def evaluate_in_model(
 ) -> HierarchicalSaeEvaluation:
     """
     [`evaluate_budgets`], and the cross-entropy and KL divergence of the language model with the reconstruction in place
-    of the layer's output. Positions that the stream leaves out keep the model's own values there. A pass per budget and
-    two more run from that layer on, or, in models whose later layers use more than its output, as a whole.
+    of the hidden states at its site. Positions that the stream leaves out keep the model's own values there. A pass per
+    budget and two more run: after a layer's output from there on, at other sites, and in models whose later layers use
+    more than that output, as a whole.
 
     Args:
         sae ([`HierarchicalSaeModel`]): left in evaluation mode or training mode as it came.
@@ -317,10 +316,12 @@ def _language_model_sums(sae: HierarchicalSaeModel, stream: ActivationStream, su
 def _passes_with_logits(
     stream: ActivationStream,
 ) -> Generator[tuple[Pass, Callable[[Edit], torch.Tensor]], None, None]:
-    """Each pass, and what gives its logits, (contexts, positions, vocabulary), with the layer's output edited."""
-    model, layer, outputs = stream.model, stream.layers[0], {}
-    is_resumed = None
-    with forward_hook(decoder_layers(model)[layer], lambda module, args, output: outputs.update(last=output)):
+    """Each pass, and what gives its logits, (contexts, positions, vocabulary), with the hidden states edited."""
+    model, (site,), outputs = stream.model, stream.sites, {}
+    # What is inside a layer, or before it, is in no output that the rest could go on from.
+    is_resumed = None if site.hook_point == "output" else False
+    layer: Any = site.layer
+    with forward_hook(site.module, lambda module, args, output: outputs.update(last=output)):
         for read in stream.passes():
             used = read.kept.any(dim=1)
             if not used.any():
@@ -328,7 +329,7 @@ def _passes_with_logits(
             if not used.all():
                 # Contexts beyond `max_tokens` would go through all passes of the others.
                 read = Pass(*(part[used.to(part.device)] for part in (read.ids, read.mask, read.states, read.kept)))
-                layer_outputs(model, [layer], read.ids, read.mask)
+                read_sites(model, [site], read.ids, read.mask)
             output = outputs["last"]
             if is_resumed is None:
                 is_resumed = resumes(model, layer, read.ids[:1], read.mask[:1])
@@ -336,18 +337,20 @@ def _passes_with_logits(
 
 
 def _logits(stream: ActivationStream, read: Pass, output: Any, edit: Edit) -> torch.Tensor:
-    """Logits with `edit(hidden states)` in place of the layer's; from there on, if all that it returned is given."""
-    model, layer = stream.model, stream.layers[0]
+    """Logits with `edit(hidden states)` at the site; from there on, if all that its layer returned is given."""
+    model, (site,) = stream.model, stream.sites
     if output is not None:
+        layer: Any = site.layer
         return next_token_logits(resumed(model, layer, output, edit), read.ids, read.mask)
-    with edited_output(model, layer, edit):
+    with site_hook(site, edit):
         return next_token_logits(model, read.ids, read.mask)
 
 
 def _replaced(keep: torch.Tensor, replacement: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     """The output with `replacement`, (tokens, hidden_size), at the positions to keep."""
     output = output.clone()
-    output[keep] = replacement.to(output)
+    # Some models take the MLP's hidden states without a dimension of contexts.
+    output[keep if output.ndim > keep.ndim else keep.flatten()] = replacement.to(output)
     return output
 
 

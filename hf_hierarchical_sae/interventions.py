@@ -10,8 +10,9 @@ from transformers.utils import logging
 
 from .activation_shards import ActivationShards, pieces_of
 from .configuration_hierarchical_sae import integer, positive_number
-from .language_model import check_fits, edited_output, evaluation_mode
+from .language_model import evaluation_mode
 from .modeling_hierarchical_sae import HierarchicalSaeModel, check_finite
+from .sites import Site, check_fits, site_hook
 
 
 logger = logging.get_logger(__name__)
@@ -26,19 +27,20 @@ Edit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 def splice(
     model: PreTrainedModel,
     sae: HierarchicalSaeModel,
-    layer: int,
+    layer: int | None = None,
     *,
+    hook_point: str | None = None,
     k: int | None = None,
     keep_error: bool = False,
     edit: Edit | None = None,
     max_norm: float | None = None,
 ) -> Generator[None, None, None]:
     """
-    Inside, reconstructions stand in place of the output of a decoder layer: x̂ for x, or x̂ + (x − x̂₀) with the error
+    Inside, reconstructions stand in place of the hidden states at a site of a decoder layer: x̂ for x, or x̂ + (x − x̂₀) with the error
     kept, where x̂₀ is the reconstruction before `edit`. Without an edit, keeping the error changes nothing at all. The
     error is a constant, so that all gradients pass through the latents (arXiv 2403.19647).
 
-    Contexts can be nested, over several layers and autoencoders; on one layer they act in the order in which they
+    Contexts can be nested, over several sites, layers and autoencoders; on one site they act in the order in which they
     were entered. They hold in `generate` as well, for prompt and new tokens, and in the thread or task that entered
     them, not in others that use the same model. Each position is treated by itself, so what stands at padded positions
     does not matter to the others.
@@ -47,7 +49,10 @@ def splice(
         model (`PreTrainedModel`): any transformers model with a list of decoder layers, a PEFT model too. Left as it
             was, also by an exception.
         sae ([`HierarchicalSaeModel`]): in evaluation mode inside.
-        layer (`int`): decoder layer, counted from 0; negative counts from the end.
+        layer (`int`, *optional*): decoder layer, counted from 0; negative counts from the end. By default the one in the
+            autoencoder's config.
+        hook_point (`str`, *optional*): where in the layer, as in [`iterate_activations`]; by default the one in the
+            autoencoder's config, or else its output.
         k (`int`, *optional*): latents per position, at most `sae.config.k`, which is the default.
         keep_error (`bool`, defaults to `False`): add what the reconstruction lacks.
         edit (`Callable`, *optional*): called with top_indices and top_values, (batch, positions, k) each, returns the
@@ -57,8 +62,8 @@ def splice(
             [`record_statistics`]), or no limit if there is none.
 
     Raises:
-        `ValueError`: If there is no such layer, another hidden size than `sae.config.d_in`, an autoencoder of something
-            other than layer outputs, `k` out of range, or no positive norm; in the forward pass, if `edit` returns
+        `ValueError`: If there is no such layer or site, another hidden size than `sae.config.d_in`, an autoencoder of another
+            site, `k` out of range, or no positive norm; in the forward pass, if `edit` returns
             something else than values.
     """
     k = sae.config.check_k(k)
@@ -82,8 +87,8 @@ def splice(
         is_usual = torch.linalg.vector_norm(x, dim=-1, keepdim=True) <= max_norm
         return torch.where(is_usual, replacement.to(x.dtype), x).to(hidden_states)
 
-    index = _index(model, sae, layer)
-    with evaluation_mode(sae), edited_output(model, index, replace):
+    site = _site(model, sae, layer, hook_point)
+    with evaluation_mode(sae), site_hook(site, replace):
         yield
 
 
@@ -91,21 +96,24 @@ def splice(
 def ablate(
     model: PreTrainedModel,
     sae: HierarchicalSaeModel,
-    layer: int,
+    layer: int | None,
     latents: int | Sequence[int],
     *,
+    hook_point: str | None = None,
     k: int | None = None,
     max_norm: float | None = None,
 ) -> Generator[None, None, None]:
     """
-    Inside, the output of a decoder layer lacks what some latents contribute: x − Σ_{i ∈ latents} v_i W_dec[i], with
+    Inside, the hidden states at a site of a decoder layer lack what some latents contribute: x − Σ_{i ∈ latents} v_i W_dec[i], with
     v_i the activation of latent i if it is among the k strongest, else 0. A form of [`splice`], which says more.
 
     Args:
         model (`PreTrainedModel`): any transformers model with a list of decoder layers.
         sae ([`HierarchicalSaeModel`]): in evaluation mode inside.
-        layer (`int`): decoder layer, counted from 0; negative counts from the end.
+        layer (`int`, *optional*): decoder layer, counted from 0; negative counts from the end. `None` for the one in the
+            autoencoder's config.
         latents (`int` or `Sequence[int]`): which to leave out.
+        hook_point (`str`, *optional*): as in [`splice`].
         k (`int`, *optional*): latents per position, at most `sae.config.k`, which is the default.
         max_norm (`float`, *optional*): as in [`splice`].
 
@@ -118,7 +126,7 @@ def ablate(
     def drop(top_indices: torch.Tensor, top_values: torch.Tensor) -> torch.Tensor:
         return top_values.masked_fill(is_ablated[top_indices], 0.0)
 
-    with splice(model, sae, layer, k=k, keep_error=True, edit=drop, max_norm=max_norm):
+    with splice(model, sae, layer, hook_point=hook_point, k=k, keep_error=True, edit=drop, max_norm=max_norm):
         yield
 
 
@@ -126,29 +134,32 @@ def ablate(
 def steer(
     model: PreTrainedModel,
     sae: HierarchicalSaeModel,
-    layer: int,
+    layer: int | None,
     latent: int | Sequence[int],
     *,
+    hook_point: str | None = None,
     strength: float | Sequence[float],
     typical_activation: float | Sequence[float] | None = None,
 ) -> Generator[None, None, None]:
     """
-    Inside, decoder directions are added to the output of a decoder layer at every position:
+    Inside, decoder directions are added to the hidden states at a site of a decoder layer, at every position:
     x + Σ_i strength_i · typical_i · W_dec[i], with typical_i the mean activation of latent i where it fires.
 
     Args:
         model (`PreTrainedModel`): any transformers model with a list of decoder layers. Left as it was, also by an
             exception.
         sae ([`HierarchicalSaeModel`]): whose decoder to take.
-        layer (`int`): decoder layer, counted from 0; negative counts from the end.
+        layer (`int`, *optional*): decoder layer, counted from 0; negative counts from the end. `None` for the one in the
+            autoencoder's config.
         latent (`int` or `Sequence[int]`): one latent or several.
+        hook_point (`str`, *optional*): as in [`splice`].
         strength (`float` or `Sequence[float]`): in units of the typical activation, one for all latents or one for
             each; negative steers away.
         typical_activation (`float` or `Sequence[float]`, *optional*): in units of x. By default the one on record
             (see [`record_statistics`]); 1.0 makes `strength` a coefficient.
 
     Raises:
-        `ValueError`: If there is no such layer or latent, another hidden size than `sae.config.d_in`, or a typical
+        `ValueError`: If there is no such layer, site or latent, another hidden size than `sae.config.d_in`, or a typical
             activation that is neither given nor on record.
     """
     indices = _indices(sae, latent)
@@ -174,7 +185,7 @@ def steer(
         x = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         return (x + vector.to(x)).to(hidden_states.dtype)
 
-    with edited_output(model, _index(model, sae, layer), add):
+    with site_hook(_site(model, sae, layer, hook_point), add):
         yield
 
 
@@ -218,12 +229,13 @@ def record_statistics(
     sae.median_norm.copy_(torch.cat(norms).median())
 
 
-def _index(model: PreTrainedModel, sae: HierarchicalSaeModel, layer: int) -> int:
-    """The decoder layer to change, counted from 0; one that the autoencoder was not trained on is logged."""
-    index = check_fits(sae, model, layer)
-    if sae.config.layer not in (None, index):
-        logger.warning(f"the autoencoder was trained on layer {sae.config.layer}, it is used on {index}")
-    return index
+def _site(model: PreTrainedModel, sae: HierarchicalSaeModel, layer: int | None, hook_point: str | None) -> Site:
+    """Where to change hidden states; a layer that the autoencoder was not trained on is logged."""
+    trained = sae.config.layer
+    site = check_fits(sae, model, trained if layer is None else layer, hook_point)
+    if trained not in (None, site.layer):
+        logger.warning(f"the autoencoder was trained on layer {trained}, it is used on {site.layer}")
+    return site
 
 
 def _numbers(name: str, numbers: Any, like: torch.Tensor) -> torch.Tensor:

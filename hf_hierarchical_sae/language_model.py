@@ -1,21 +1,21 @@
-"""The language model that an autoencoder reads: its decoder layers, their outputs, and what stands in place of them."""
+"""The language model that an autoencoder reads: its layers, hooks on its modules, and passes through the rest of it."""
 
 import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_hierarchical_sae import integer, integers
-from .modeling_hierarchical_sae import HierarchicalSaeModel
 
 
 logger = logging.get_logger(__name__)
@@ -27,10 +27,14 @@ _REGISTERING = threading.RLock()
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder layers of a transformers model: in what `get_decoder` returns, the one of their number."""
+    """
+    The list of decoder layers of a transformers model, or of encoder layers if it has no decoder: in what `get_decoder`
+    returns, or else in the whole model, the one of their number.
+    """
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     decoder = model.get_decoder()
-    for module in decoder.modules():
+    # The `decoder` of a masked language model can be its unembedding.
+    for module in (*decoder.modules(), *model.modules()):
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise ValueError(
@@ -90,45 +94,6 @@ def check_predicts(model: PreTrainedModel) -> None:
         )
 
 
-def check_site(sae: HierarchicalSaeModel) -> None:
-    """Raise a `ValueError` if an autoencoder was trained on something else than the outputs of layers."""
-    if sae.config.hook_point not in (None, "output"):
-        raise ValueError(
-            f"the language model is read and changed at layer outputs, the autoencoder was trained on "
-            f"{sae.config.hook_point!r}: give one with hook_point='output'"
-        )
-
-
-def check_fits(sae: HierarchicalSaeModel, model: PreTrainedModel, layer: int) -> int:
-    """
-    Whether an autoencoder can read the output of a decoder layer. A language model of another name is logged.
-
-    Args:
-        sae ([`HierarchicalSaeModel`]): the autoencoder.
-        model (`PreTrainedModel`): any transformers model with a list of decoder layers.
-        layer (`int`): decoder layer, counted from 0; negative counts from the end.
-
-    Returns:
-        `int`: the layer, counted from 0.
-
-    Raises:
-        `ValueError`: If there is no such layer, the sizes differ, or it was trained on something else than outputs of
-            layers.
-    """
-    config, (index,) = sae.config, layer_indices(model, layer)
-    name, size = model.config.name_or_path, hidden_size(model)
-    if size != config.d_in:
-        raise ValueError(
-            f"the autoencoder takes activations of size {config.d_in} (it was trained on "
-            f"{config.model_name or 'an unnamed model'}), the language model {name} has hidden_size {size}: give the "
-            "model that it was trained on"
-        )
-    check_site(sae)
-    if config.model_name not in (None, name):
-        logger.warning(f"the autoencoder was trained on {config.model_name}, the language model is {name}")
-    return index
-
-
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Generator[None, None, None]:
     """Dropout off inside; afterwards every part is back in the mode that it was in."""
@@ -145,20 +110,52 @@ def evaluation_mode(model: nn.Module) -> Generator[None, None, None]:
 @contextmanager
 def forward_hook(module: nn.Module, hook: Callable[[nn.Module, Any, Any], Any]) -> Generator[None, None, None]:
     """Inside, a forward hook that sees the calls of this thread or task alone, whoever else runs the module."""
-    own = object()
 
-    def own_calls(module: nn.Module, args: Any, output: Any) -> Any:
-        # A thread that Python did not start is autograd's: it repeats forward passes for gradient checkpointing.
-        is_own = own in _ENTERED.get() or threading.current_thread().name.startswith("Dummy-")
-        return hook(module, args, output) if is_own else None
-
-    with _REGISTERING:
-        handle = module.register_forward_hook(own_calls)
+    def register(is_own: Callable[[], bool]) -> RemovableHandle:
+        handle = module.register_forward_hook(lambda *given: hook(*given) if is_own() else None)
         # transformers' own hook for output_hidden_states, once installed, has to come after this one to see its result.
         hooks: Any = module._forward_hooks
         for key, other in list(hooks.items()):
             if getattr(other, "__module__", None) == "transformers.utils.output_capturing":
                 hooks.move_to_end(key)
+        return handle
+
+    with _entered(register):
+        yield
+
+
+@contextmanager
+def forward_pre_hook(module: nn.Module, hook: Callable[[nn.Module, Any, Any], Any]) -> Generator[None, None, None]:
+    """[`forward_hook`] before the module runs: the hook takes its arguments, and those that are given by name."""
+
+    def register(is_own: Callable[[], bool]) -> RemovableHandle:
+        return module.register_forward_pre_hook(lambda *given: hook(*given) if is_own() else None, with_kwargs=True)
+
+    with _entered(register):
+        yield
+
+
+@contextmanager
+def no_hooks() -> Generator[None, None, None]:
+    """Inside, this thread or task does not see the hooks that it has entered before."""
+    entered = _ENTERED.set(frozenset())
+    try:
+        yield
+    finally:
+        _ENTERED.reset(entered)
+
+
+@contextmanager
+def _entered(register: Callable[[Callable[[], bool]], RemovableHandle]) -> Generator[None, None, None]:
+    """Inside, the hook that `register` installs is there, and can tell whether a call is of this thread or task."""
+    own = object()
+
+    def is_own() -> bool:
+        # A thread that Python did not start is autograd's: it repeats forward passes for gradient checkpointing.
+        return own in _ENTERED.get() or threading.current_thread().name.startswith("Dummy-")
+
+    with _REGISTERING:
+        handle = register(is_own)
     _ENTERED.set(_ENTERED.get() | {own})
     try:
         yield
@@ -168,65 +165,19 @@ def forward_hook(module: nn.Module, hook: Callable[[nn.Module, Any, Any], Any]) 
             handle.remove()
 
 
-class _LayerReached(Exception):
-    """Ends a forward pass at the last layer that is wanted."""
-
-
-@torch.no_grad()
-def layer_outputs(
-    model: PreTrainedModel, layers: Sequence[int], ids: torch.Tensor, mask: torch.Tensor
-) -> list[torch.Tensor]:
-    """
-    What decoder layers return, from a forward pass that stops at the last of them.
-
-    Args:
-        model (`PreTrainedModel`): any transformers model with a list of decoder layers; its dropout is off.
-        layers (`Sequence[int]`): decoder layers, counted from 0.
-        ids (`torch.Tensor`): (contexts, positions), token ids.
-        mask (`torch.Tensor`): (contexts, positions), zero where a position is padding.
-
-    Returns:
-        `list[torch.Tensor]`: (contexts, positions, hidden_size) for each of `layers`.
-    """
-    captured = {}
-
-    def capture(module: nn.Module, args: Any, output: Any) -> None:
-        captured[module] = output if isinstance(output, torch.Tensor) else output[0]
-        if len(captured) == len(set(layers)):
-            raise _LayerReached
-
-    modules = decoder_layers(model)
-    with ExitStack() as inside:
-        for index in set(layers):
-            inside.enter_context(forward_hook(modules[index], capture))
-        inside.enter_context(evaluation_mode(model))
-        inside.enter_context(suppress(_LayerReached))
-        model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
-    return [captured[modules[index]] for index in layers]
-
-
-@contextmanager
-def edited_output(
-    model: PreTrainedModel, layer: int, edit: Callable[[torch.Tensor], torch.Tensor | None]
-) -> Generator[None, None, None]:
-    """
-    Inside, `edit(hidden_states)` stands in place of the hidden states that a decoder layer returns, unless it is None.
-
-    Args:
-        model (`PreTrainedModel`): any transformers model with a list of decoder layers.
-        layer (`int`): decoder layer, counted from 0, that returns its hidden states, (batch, positions, hidden_size),
-            alone or first in a tuple or list.
-        edit (`Callable`): called with the hidden states in each forward pass.
-    """
-
-    with forward_hook(decoder_layers(model)[layer], lambda module, args, output: _edited(output, edit)):
-        yield
+def inputs_of(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+    """What a model takes of ids and mask, (contexts, positions), wherever they are: one with an encoder twice."""
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if not model.config.is_encoder_decoder:
+        return inputs
+    return {**inputs, "decoder_input_ids": ids, "decoder_attention_mask": mask}
 
 
 def next_token_logits(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Logits, (contexts, positions, vocabulary), of ids and mask, (contexts, positions), wherever they are."""
     with evaluation_mode(model):
-        return model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+        return model(**inputs_of(model, ids, mask)).logits
 
 
 def resumed(
@@ -244,7 +195,7 @@ def resumed(
             place.
     """
     layers = decoder_layers(model)
-    given = [lambda: output] * layer + [partial(_edited, output, edit)]
+    given = [lambda: output] * layer + [partial(edited, output, edit)]
     parts = {str(index): _giving(layers[index], give) for index, give in enumerate(given)}
     path = next(name for name, module in model.named_modules() if module is layers)
     return _with_parts(model, path.split("."), parts)
@@ -282,13 +233,13 @@ def resumes(model: PreTrainedModel, layer: int, ids: torch.Tensor, mask: torch.T
     return len(calls) == 1 and torch.equal(found, expected)
 
 
-def _edited(output: Any, edit: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:
-    """What a layer returns, with its hidden states edited."""
+def edited(output: Any, edit: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:
+    """What a module returns, with its hidden states edited, which are alone or first in a tuple or list; or None."""
     is_tensor = isinstance(output, torch.Tensor)
-    edited = edit(output if is_tensor else output[0])
-    if is_tensor or edited is None:
-        return edited
-    return type(output)((edited, *output[1:]))
+    states = edit(output if is_tensor else output[0])
+    if is_tensor or states is None:
+        return states
+    return type(output)((states, *output[1:]))
 
 
 def _giving(layer: nn.Module, give: Callable[[], Any]) -> nn.Module:

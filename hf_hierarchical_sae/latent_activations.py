@@ -11,6 +11,7 @@ from .activations import ActivationSettings, ActivationStream
 from .configuration_hierarchical_sae import integer, integers, powers_of_two_and
 from .language_model import evaluation_mode
 from .modeling_hierarchical_sae import HierarchicalSaeModel
+from .sites import HOOK_POINTS
 
 
 @dataclass(kw_only=True)
@@ -94,6 +95,7 @@ def read_latents(
     texts: Iterable[str | dict] | Mapping[str, Iterable[str | dict]],
     *,
     layer: int | None = None,
+    hook_point: str | None = None,
     text_column: str = "text",
     context_length: int = 128,
     batch_tokens: int = 2048,
@@ -110,6 +112,8 @@ def read_latents(
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         texts (`Iterable`): texts, or rows with a text in `text_column`; or a mapping whose keys label its texts.
         layer (`int`, *optional*): decoder layer, counted from 0; by default the one in the autoencoder's config.
+        hook_point (`str`, *optional*): where in the layer, as in [`iterate_activations`]; by default the one in the
+            autoencoder's config, or else its output.
         text_column (`str`, defaults to `"text"`): where a row holds its text.
         context_length (`int`, defaults to 128): longest piece of text in tokens; longer texts are cut into several.
         batch_tokens (`int`, defaults to 2048): positions per forward pass.
@@ -120,15 +124,16 @@ def read_latents(
         [`LatentActivations`]
 
     Raises:
-        `ValueError`: If the language model, layer or tokenizer does not fit, texts have no token, or there is no latent
+        `ValueError`: If the language model, layer, site or tokenizer does not fit, texts have no token, or there is no latent
             that fires.
     """
     layer = sae.config.layer if layer is None else layer
-    if layer is None:
+    hook_point = hook_point or sae.config.hook_point or "output"
+    if layer is None and hook_point in HOOK_POINTS:
         raise ValueError("the autoencoder's config names no layer: say which decoder layer it was trained on")
     labelled = texts if isinstance(texts, Mapping) else {"": texts}
     ids, lengths, is_read, labels, entries = [], [], [], [], []
-    k, end = sae.config.k, 0
+    k, end = (sae.config.k if sae.config.has_budgets else 1), 0
     total = None if max_tokens is None else max_tokens * len(labelled)
     progress = logging.tqdm(total=total, unit="token", unit_scale=True, desc="read", disable=not show_progress)
     settings = ActivationSettings(
@@ -140,7 +145,7 @@ def read_latents(
     )
     with progress, evaluation_mode(sae):
         for label, rows in enumerate(labelled.values()):
-            stream = ActivationStream(model, tokenizer, rows, layer, settings=settings)
+            stream = ActivationStream(model, tokenizer, rows, layer, hook_point=hook_point, settings=settings)
             stream.check_reads(sae)
             for read in stream.passes():
                 indices, values = sae.encode(read.states[read.kept][:, 0].to(sae.W_dec.device))

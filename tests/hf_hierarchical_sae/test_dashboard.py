@@ -192,7 +192,7 @@ def test_chosen_latents_are_shown_alone(page, model, tokenizer, tmp_path):
         ({"contexts_per_latent": 0}, "contexts_per_latent must be positive, got 0"),
         ({"latents": [3, 200]}, r"latents must be in \[0, d_sae=200\), got \[3, 200\]"),
         ({"max_megabytes": 0.3}, r"max_megabytes=0.3 has no room for any latent: the page .* takes 0\.4"),
-        ({"layer": 1}, r"was trained on layer 0, the stream gives \[1\]"),
+        ({"layer": 1}, r"was trained on layer 0, the stream gives layer 1"),
         ({"texts": []}, "the texts gave no tokens"),
     ],
 )

@@ -334,9 +334,9 @@ def test_a_language_model_of_another_size_is_refused(model, tokenizer):
 
 
 def test_another_layer_than_the_trained_one_is_refused(model, tokenizer):
-    with pytest.raises(ValueError, match=r"was trained on layer 1, the stream gives \[0\]: read that layer alone"):
+    with pytest.raises(ValueError, match=r"was trained on layer 1, the stream gives layer 0: read that site alone"):
         evaluate_in_model(make_sae(d_in=32, layer=1), read(model, tokenizer))
-    with pytest.raises(ValueError, match=r"was trained on layer 0, the stream gives \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"was trained on layer 0, the stream gives layer 0, layer 1"):
         evaluate_in_model(make_sae(d_in=32), read(model, tokenizer, layer=[0, 1]))
 
 

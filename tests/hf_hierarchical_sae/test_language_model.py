@@ -14,19 +14,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel
 from hf_hierarchical_sae.language_model import (
-    check_fits,
     check_length,
     check_vocabulary,
     decoder_layers,
-    edited_output,
     evaluation_mode,
     forward_hook,
     layer_indices,
-    layer_outputs,
     next_token_logits,
     resumed,
     resumes,
 )
+from hf_hierarchical_sae.sites import find_site, read_sites, site_hook
 
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -35,6 +33,14 @@ IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 @pytest.fixture(scope="module")
 def model(tiny_language_model):
     return AutoModelForCausalLM.from_pretrained(tiny_language_model).eval()
+
+
+def layer_outputs(model, layers, ids, mask):
+    return read_sites(model, [find_site(model, layer) for layer in layers], ids, mask)
+
+
+def edited_output(model, layer, edit):
+    return site_hook(find_site(model, layer), edit)
 
 
 def make_sae(**options):
@@ -204,23 +210,6 @@ def test_tokens_outside_the_vocabulary_are_refused(model):
     check_vocabulary(model, torch.tensor([[size - 1]])), check_vocabulary(model, torch.empty(0, dtype=torch.int64))
     with pytest.raises(ValueError, match=f"the tokenizer gave the token {size}, .* a vocabulary of {size}"):
         check_vocabulary(model, torch.tensor([[0, size]]))
-
-
-def test_an_autoencoder_that_fits_is_given_its_layer(model):
-    assert check_fits(make_sae(), model, -1) == 1
-
-
-@pytest.mark.parametrize(
-    "options, layer, message",
-    [
-        ({}, 2, r"layer must be in \[0, 1\], got 2"),
-        ({"d_in": 6, "model_name": "other"}, 0, r"size 6 \(it was trained on other\), the .* has hidden_size 32"),
-        ({"hook_point": "mlp"}, 0, "read and changed at layer outputs, the autoencoder was trained on 'mlp'"),
-    ],
-)
-def test_an_autoencoder_that_does_not_fit_is_refused(model, options, layer, message):
-    with pytest.raises(ValueError, match=message):
-        check_fits(make_sae(**options), model, layer)
 
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}

@@ -134,7 +134,7 @@ def test_a_language_model_without_a_head_is_enough(tiny_language_model, model, t
     [
         ({"d_in": 16}, {}, "takes activations of size 16 .* hidden_size 32: give the model that it was trained on"),
         ({"layer": None}, {}, "names no layer: say which decoder layer it was trained on"),
-        ({}, {"layer": 0}, r"was trained on layer 1, the stream gives \[0\]"),
+        ({}, {"layer": 0}, r"was trained on layer 1, the stream gives layer 0"),
         ({"layer": 7}, {}, r"layer must be in \[0, 1\], got 7"),
         ({}, {"texts": []}, "the texts gave no tokens"),
         ({}, {"texts": ["a"]}, "the texts gave no tokens"),

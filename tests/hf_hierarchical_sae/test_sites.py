@@ -1,0 +1,434 @@
+"""Sites: what is read there and what is written, against hooks and arithmetic of the tests' own, over architectures."""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hf_hierarchical_sae import (
+    HierarchicalSaeConfig,
+    HierarchicalSaeModel,
+    splice,
+    steer,
+)
+from hf_hierarchical_sae.language_model import decoder_layers, inputs_of
+from hf_hierarchical_sae.sites import HOOK_POINTS, check_fits, find_site, read_sites, site_hook
+
+
+IDS, LAYER, WIDTH = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]]), 1, 16
+MASK = torch.ones_like(IDS)
+SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+LLAMA = {**SIZES, "num_key_value_heads": 1, "head_dim": 8}
+GPT = {"n_embd": 16, "n_layer": 3, "n_head": 2}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 3, "num_heads": 2, "decoder_start_token_id": 0}
+# fmt: off
+# Class, sizes, and by paths within the layer: what attention takes and adds, what the MLP takes and adds.
+ARCHITECTURES = {
+    "llama": ("AutoModelForCausalLM", LLAMA, "self_attn", "self_attn", "mlp", "mlp"),
+    "qwen3": ("AutoModelForCausalLM", LLAMA, "self_attn", "self_attn", "mlp", "mlp"),
+    "mixtral": ("AutoModelForCausalLM", {**LLAMA, "num_local_experts": 3}, "self_attn", "self_attn", "mlp", "mlp"),
+    "gpt2": ("AutoModelForCausalLM", GPT, "attn", "attn", "mlp", "mlp"),
+    "gemma2": (
+        "AutoModelForCausalLM", LLAMA, "self_attn", "post_attention_layernorm", "mlp", "post_feedforward_layernorm",
+    ),
+    "olmo2": (
+        "AutoModelForCausalLM", LLAMA, "self_attn", "post_attention_layernorm", "mlp", "post_feedforward_layernorm",
+    ),
+    "bloom": (
+        "AutoModelForCausalLM", {"hidden_size": 16, "n_layer": 3, "n_head": 2},
+        "self_attention", "self_attention.dense", "mlp", "mlp.dense_4h_to_h",
+    ),
+    "opt": (
+        "AutoModelForCausalLM", {**SIZES, "ffn_dim": 32, "word_embed_proj_dim": 16},
+        "self_attn", "self_attn", "fc1", "fc2",
+    ),
+    "modernbert": ("AutoModelForMaskedLM", SIZES, "attn", "attn", "mlp", "mlp"),
+    "bert": ("AutoModelForMaskedLM", SIZES, "attention", "attention.output.dense", "intermediate", "output.dense"),
+    "gpt_neox": ("AutoModelForCausalLM", SIZES, "attention", "attention", "mlp", "mlp"),
+    "falcon": ("AutoModelForCausalLM", SIZES, "self_attention", "self_attention", "mlp", "mlp"),
+    "t5": (
+        "AutoModelForSeq2SeqLM", T5,
+        "layer.0.SelfAttention", "layer.0.SelfAttention", "layer.2.DenseReluDense", "layer.2.DenseReluDense",
+    ),
+    "t5-encoder": (
+        "T5ForTokenClassification", T5,
+        "layer.0.SelfAttention", "layer.0.SelfAttention", "layer.1.DenseReluDense", "layer.1.DenseReluDense",
+    ),
+}
+# fmt: on
+PARALLEL = ("gpt_neox", "falcon")
+SERIAL = [name for name in ARCHITECTURES if name not in PARALLEL]
+POST_NORM = ("bert",)
+SITES = [(name, site) for name in ARCHITECTURES for site in HOOK_POINTS if site != "middle" or name in SERIAL]
+
+
+def build(name):
+    torch.manual_seed(0)
+    kind, sizes = ARCHITECTURES[name][:2]
+    tokens = {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    extra = {"cls_token_id": 1, "sep_token_id": 2} if name == "modernbert" else {}
+    config = AutoConfig.for_model(name.partition("-")[0], **tokens, **extra, **sizes)
+    cls = getattr(transformers, kind)
+    model = (cls.from_config if kind.startswith("Auto") else cls._from_config)(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Far from uniform predictions: a change then shows.
+            parameter.mul_(6.0 if parameter.ndim == 2 else 1.0).add_(0.1 if parameter.ndim == 1 else 0.0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: build(name) for name in ARCHITECTURES}
+
+
+def layer_of(model):
+    return decoder_layers(model)[LAYER]
+
+
+def run(model):
+    with torch.no_grad():
+        return model(**inputs_of(model, IDS, MASK)).logits
+
+
+def states_of(value):
+    return value if isinstance(value, torch.Tensor) else value[0]
+
+
+def watch(model, path, *, is_input=False):
+    """What a plain hook sees of a module of the layer, and of the layer itself if the path is empty."""
+    seen, module = [], layer_of(model).get_submodule(path)
+
+    def before(module, args, kwargs):
+        seen.append((args[0] if args else kwargs["hidden_states"]).clone())
+
+    def after(module, args, output):
+        seen.append(states_of(output).clone())
+
+    handle = (
+        module.register_forward_pre_hook(before, with_kwargs=True) if is_input else module.register_forward_hook(after)
+    )
+    try:
+        run(model)
+    finally:
+        handle.remove()
+    return seen[0].view(*IDS.shape, -1)
+
+
+def plainly(model, name, site):
+    """Hidden states at a site by plain hooks; in the middle, what the residual equation gives."""
+    paths = dict(zip(("attention.input", "attention.output", "mlp.input", "mlp.output"), ARCHITECTURES[name][2:]))
+    if site in ("input", "output"):
+        return watch(model, "", is_input=site == "input")
+    if site != "middle":
+        return watch(model, paths[site], is_input=site.endswith("input"))
+    if name in POST_NORM:
+        return watch(model, "attention")
+    middle = watch(model, "", is_input=True) + watch(model, paths["attention.output"])
+    # The decoder of T5 attends to the encoder in between.
+    return middle + watch(model, "layer.1.EncDecAttention") if name == "t5" else middle
+
+
+def read(model, *sites):
+    return read_sites(model, [find_site(model, LAYER, site) for site in sites], IDS, MASK)
+
+
+@pytest.mark.parametrize("name, site", SITES)
+def test_what_is_read_is_what_a_plain_hook_reads(models, name, site):
+    (states,) = read(models[name], site)
+
+    assert states.shape == (2, 4, WIDTH)
+    torch.testing.assert_close(states, plainly(models[name], name, site), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name, site", SITES)
+def test_writing_what_is_there_changes_nothing_to_the_bit_and_another_changes_the_model(models, name, site):
+    model, place = models[name], find_site(models[name], LAYER, site)
+    clean = run(model)
+
+    with site_hook(place, torch.clone):
+        same = run(model)
+    with site_hook(place, lambda states: 0.5 * states + 0.1):
+        other = run(model)
+
+    assert torch.equal(same, clean) and torch.equal(run(model), clean) and not torch.allclose(other, clean)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("block", ["attention", "mlp"])
+def test_zeros_are_what_a_block_without_weights_adds(models, name, block):
+    model = build(name)
+    with site_hook(find_site(model, LAYER, f"{block}.output"), torch.zeros_like):
+        zeros = run(model)
+    assert not torch.allclose(zeros, run(model))
+
+    first, last = ARCHITECTURES[name][2:4] if block == "attention" else ARCHITECTURES[name][4:]
+    # A norm behind the block gives zeros for zeros.
+    module = layer_of(model).get_submodule(first if last.endswith("norm") else last)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+
+    torch.testing.assert_close(run(model), zeros, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SERIAL)
+def test_all_that_a_layer_gives_comes_through_the_middle(models, name):
+    model, generator = models[name], torch.Generator().manual_seed(3)
+    given = torch.randn(2, 4, WIDTH, generator=generator)
+
+    def written(use=None):
+        with ExitStack() as inside:
+            if use is not None:
+                inside.enter_context(site_hook(find_site(model, LAYER, "input"), use))
+            middle = find_site(model, LAYER, "middle")
+            inside.enter_context(site_hook(middle, lambda states: given.view_as(states)))
+            return read(model, "middle", "mlp.output", "output")
+
+    middle, added, output = written()
+    # What comes before the middle has no way around it.
+    assert torch.equal(output, written(torch.zeros_like)[2]) and torch.equal(middle, given)
+    if name not in POST_NORM:
+        torch.testing.assert_close(output, given + added, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_attention_beside_the_mlp_has_no_middle(models, name):
+    with pytest.raises(
+        ValueError,
+        match=r"middle of layer 1 is not to be had in \w+, which has input, output, attention.input, attention.output, "
+        "mlp.input, mlp.output: give one of these",
+    ):
+        find_site(models[name], LAYER, "middle")
+    (x, a, m, y) = read(models[name], "input", "attention.output", "mlp.output", "output")
+    torch.testing.assert_close(x + a + m, y, rtol=0, atol=1e-6)
+
+
+def test_a_layer_without_attention_says_what_it_has():
+    sizes = {**LLAMA, "lru_width": 16, "vocab_size": 300}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("recurrent_gemma", **sizes)).eval()
+
+    with pytest.raises(
+        ValueError, match="not to be had in .*, which has input, middle, output, mlp.input, mlp.output"
+    ):
+        find_site(model, 0, "attention.output")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_middle_is_written_without_rounding(models, dtype):
+    model = build("llama").to(dtype)
+    given = torch.randn(2, 4, WIDTH).to(dtype)
+
+    with site_hook(find_site(model, LAYER, "middle"), lambda states: given):
+        middle, added, output = read(model, "middle", "mlp.output", "output")
+
+    assert torch.equal(middle, given) and torch.equal(output, given + added)
+
+
+def test_gradients_pass_through_what_is_written_in_the_middle(models):
+    model, site = models["llama"], find_site(models["llama"], LAYER, "middle")
+    direction = torch.zeros(WIDTH, requires_grad=True)
+
+    def loss():
+        return model(IDS).logits.square().mean()
+
+    with site_hook(site, lambda states: states * states.norm().detach().clamp(1, 1) + direction):
+        (gradient,) = torch.autograd.grad(loss(), direction)
+    numeric = torch.empty(WIDTH)
+    for index in range(WIDTH):
+        losses = []
+        for step in (1e-2, -1e-2):
+            shift = torch.zeros(WIDTH).index_fill(0, torch.tensor([index]), step)
+            with torch.no_grad(), site_hook(site, lambda states, shift=shift: states + shift):
+                losses.append(loss())
+        numeric[index] = (losses[0] - losses[1]) / 2e-2
+
+    # Central differences of step 0.01 in float32.
+    torch.testing.assert_close(gradient, numeric, rtol=2e-2, atol=2e-3 * float(gradient.abs().max()))
+
+
+def test_a_module_is_a_site_by_its_path_in_the_layer_or_in_the_model(models):
+    model = models["llama"]
+    inner = find_site(model, LAYER, "mlp.gate_proj")
+
+    assert inner.width == 32 and inner == find_site(model, None, "model.layers.1.mlp.gate_proj")
+    assert inner == find_site(model, None, "layers.1.mlp.gate_proj")
+    assert find_site(model, LAYER, "mlp") == find_site(model, LAYER, "mlp.output")
+    assert find_site(model, None, "model.layers.1") == find_site(model, LAYER) == find_site(model, -2, "output")
+    assert torch.equal(read(model, "mlp.gate_proj")[0], watch(model, "mlp.gate_proj"))
+
+
+def test_a_peft_model_has_the_same_sites_with_what_its_adapters_add():
+    model = get_peft_model(build("bloom"), LoraConfig(target_modules=["dense"], init_lora_weights=False)).eval()
+
+    x, a, middle = read(model, "input", "attention.output", "middle")
+
+    torch.testing.assert_close(x + a, middle, rtol=0, atol=1e-6)
+
+
+def test_several_sites_are_read_in_one_pass_that_stops_at_the_last():
+    model, reached = build("gpt2"), []
+    decoder_layers(model)[1].register_forward_hook(lambda *given: reached.append("output"))
+    decoder_layers(model)[0].register_forward_hook(lambda *given: reached.append("before"))
+    sites = [find_site(model, LAYER, site) for site in ("mlp.input", "input", "attention.output")]
+    reached.clear()
+
+    found = read_sites(model, sites, IDS, MASK)
+
+    assert reached == ["before"]
+    for states, site in zip(found, sites):
+        assert torch.equal(states, plainly(model, "gpt2", site.hook_point))
+
+
+def test_a_model_that_goes_on_in_place_leaves_what_was_read_alone(models):
+    alone = read(models["falcon"], "mlp.output")[0]
+
+    beside_others = read(models["falcon"], "mlp.output", "output")[0]
+
+    assert torch.equal(beside_others, alone)
+
+
+@pytest.mark.parametrize(
+    "layer, hook_point, message",
+    [
+        (
+            LAYER,
+            "hook_mlp_out",
+            "hook_point must be one of input, middle, .* of layer 1, such as self_attn, .*, got 'hook",
+        ),
+        (None, "mlp", "or the path of one of the modules of LlamaForCausalLM, .*, got 'mlp'"),
+        (None, "output", "hook_point='output' is a site of a layer: say which layer"),
+        (LAYER, 3, "hook_point must be one of .* or a module's path, got 3"),
+        (LAYER, "mlp.act_fn.nothing", "got 'mlp.act_fn.nothing'"),
+        (7, "middle", r"layer must be in \[0, 2\], got 7"),
+    ],
+)
+def test_what_is_no_site_is_refused(models, layer, hook_point, message):
+    with pytest.raises(ValueError, match=message):
+        find_site(models["llama"], layer, hook_point)
+
+
+def test_a_module_that_does_not_run_is_refused():
+    model = build("llama")
+    layer_of(model).unused = torch.nn.Linear(WIDTH, WIDTH)
+
+    with pytest.raises(
+        ValueError, match="unused of layer 1 returns no hidden states in a pass over text: give another"
+    ):
+        find_site(model, LAYER, "unused")
+
+
+def test_what_does_not_belong_to_positions_is_refused(models):
+    with pytest.raises(ValueError, match=r"expected hidden states of shape \(2, 4, 8\) at the module rotary_emb, got"):
+        read_sites(models["llama"], [find_site(models["llama"], None, "rotary_emb")], IDS, MASK)
+
+
+def test_a_site_is_looked_for_without_the_edits_that_are_open(models):
+    model, calls = models["llama"], []
+    expected = [find_site(model, LAYER, name) for name in HOOK_POINTS]
+
+    with site_hook(find_site(model, 0, "middle"), calls.append):
+        assert [find_site(model, LAYER, name) for name in HOOK_POINTS] == expected
+        assert not calls
+        run(model)
+
+    assert len(calls) == 1
+
+
+def make_sae(**options):
+    torch.manual_seed(1)
+    return HierarchicalSaeModel(HierarchicalSaeConfig(**{"d_in": WIDTH, "d_sae": 64, "k": 5, **options})).eval()
+
+
+def test_an_autoencoder_that_fits_is_given_its_site(models):
+    assert check_fits(make_sae(), models["llama"], -1).layer == 2
+    site = check_fits(make_sae(hook_point="mlp.output"), models["llama"], LAYER, "mlp")
+    assert site.hook_point == "mlp.output" and str(site) == "mlp.output of layer 1"
+    assert str(check_fits(make_sae(), models["llama"], LAYER, "mlp")) == "mlp of layer 1"
+
+
+@pytest.mark.parametrize(
+    "options, given, message",
+    [
+        ({}, (3,), r"layer must be in \[0, 2\], got 3"),
+        ({"d_in": 6, "model_name": "other"}, (0,), r"size 6 \(it was trained on other\), the .* has hidden_size 16"),
+        ({"hook_point": "mlp.up_proj"}, (0,), "size 16 .* has at mlp.up_proj of layer 0 the size 32: give the model"),
+        (
+            {"hook_point": "mlp.output"},
+            (0, "output"),
+            "trained on mlp.output of layer 0, got layer 0: give it hook_point",
+        ),
+        ({"hook_point": "hook_z"}, (0,), "hook_point must be one of input, middle, .*, got 'hook_z'"),
+    ],
+)
+def test_an_autoencoder_that_does_not_fit_is_refused(models, options, given, message):
+    with pytest.raises(ValueError, match=message):
+        check_fits(make_sae(**options), models["llama"], *given)
+
+
+@pytest.mark.parametrize("name, site", [(name, site) for name, site in SITES if name in ("llama", "gpt2", "opt")])
+def test_splice_puts_the_reconstruction_where_the_autoencoder_was_trained(models, name, site):
+    model, sae = models[name], make_sae(layer=LAYER, hook_point=site)
+    clean = run(model)
+
+    with splice(model, sae, k=3):
+        spliced = run(model)
+    with splice(model, sae, LAYER, keep_error=True):
+        kept = run(model)
+    place = find_site(model, LAYER, site)
+    with site_hook(place, lambda states: sae(states, k=3).reconstruction.detach()):
+        expected = run(model)
+
+    assert torch.equal(kept, clean) and not torch.allclose(spliced, clean)
+    torch.testing.assert_close(spliced, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_splices_at_sites_of_one_layer_act_in_the_order_of_the_model(models):
+    model, saes = models["llama"], {site: make_sae(layer=LAYER, hook_point=site) for site in HOOK_POINTS}
+    with ExitStack() as inside:
+        for site in reversed(HOOK_POINTS):
+            inside.enter_context(splice(model, saes[site]))
+        found = dict(zip(HOOK_POINTS, read(model, *HOOK_POINTS)))
+
+    (x,) = read(model, "input")
+    layer = layer_of(model)
+
+    def rebuilt(site, states):
+        return saes[site](states).reconstruction.detach()
+
+    x = rebuilt("input", x)
+    torch.testing.assert_close(found["input"], x)
+    torch.testing.assert_close(
+        found["attention.input"], rebuilt("attention.input", layer.input_layernorm(x).detach()), atol=1e-5, rtol=1e-5
+    )
+    middle = rebuilt("middle", x + found["attention.output"])
+    torch.testing.assert_close(found["middle"], middle, atol=1e-5, rtol=1e-5)
+    taken = rebuilt("mlp.input", layer.post_attention_layernorm(middle).detach())
+    torch.testing.assert_close(found["mlp.input"], taken, atol=1e-5, rtol=1e-5)
+    added = rebuilt("mlp.output", layer.mlp(taken).detach())
+    torch.testing.assert_close(found["mlp.output"], added, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found["output"], rebuilt("output", middle + added), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("site", ["middle", "mlp.output", "attention.input", "input", "mlp"])
+def test_generation_with_a_cache_is_that_without(models, site):
+    model, sae = models["llama"], make_sae(layer=LAYER, hook_point=site)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    with splice(model, sae, k=2):
+        cached, whole = (model.generate(IDS[:1], use_cache=use, **options) for use in (True, False))
+
+    assert torch.equal(cached, whole)
+    assert not torch.equal(cached, model.generate(IDS[:1], **options))
+
+
+def test_steering_adds_at_the_site(models):
+    model, sae = models["llama"], make_sae(layer=LAYER, hook_point="middle")
+    (middle,) = read(model, "middle")
+
+    with steer(model, sae, None, 3, strength=2.0, typical_activation=1.0):
+        (steered,) = read(model, "middle")
+
+    torch.testing.assert_close(steered - middle, (2.0 * sae.W_dec[3]).detach().expand(2, 4, -1), atol=1e-6, rtol=1e-5)
