@@ -116,8 +116,8 @@ def evaluate_budgets(
         sae ([`HierarchicalSaeModel`]): left in evaluation mode or training mode as it came.
         activations (`torch.Tensor` or iterable of them): (..., d_in) each, finite, such as an [`ActivationStream`]; or
             [`ActivationShards`].
-        budgets (`Sequence[int]`, *optional*): by default 1, 2, 4, … and the trained k; for a batch_topk SAE, which
-            has no other, k.
+        budgets (`Sequence[int]`, *optional*): by default 1, 2, 4, … and the trained k; for an SAE that has no other, such
+            as a batch_topk SAE, `sae.config.k`.
         batch_size (`int`, defaults to 4096): tokens at a time.
 
     Returns:
@@ -187,7 +187,8 @@ def explained_variance(
 
 def plot_evaluations(evaluations: Mapping[str, HierarchicalSaeEvaluation], path: str | Path) -> None:
     """
-    Draw explained variance against budget, and the histogram of latent densities at the largest budget, and save it.
+    Draw explained variance against budget, or against the mean number of latents where there is none, and the histogram
+    of latent densities at the largest budget, and save it.
 
     Args:
         evaluations (`Mapping[str, HierarchicalSaeEvaluation]`): one per autoencoder, by name.
@@ -197,9 +198,9 @@ def plot_evaluations(evaluations: Mapping[str, HierarchicalSaeEvaluation], path:
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     quality, density = figure.subplots(1, 2)
-    ticks = sorted({budget for evaluation in evaluations.values() for budget in evaluation.budgets})
+    ticks = sorted({latents for evaluation in evaluations.values() for latents in _latents(evaluation)})
     for name, evaluation in evaluations.items():
-        quality.plot(evaluation.budgets, evaluation.explained_variance, "o-", label=name, markersize=4)
+        quality.plot(_latents(evaluation), evaluation.explained_variance, "o-", label=name, markersize=4)
         fired = evaluation.density[-1][evaluation.density[-1] > 0].log10().cpu()
         if len(fired):
             density.hist(fired.numpy(), bins=40, histtype="step", label=name)
@@ -214,6 +215,13 @@ def plot_evaluations(evaluations: Mapping[str, HierarchicalSaeEvaluation], path:
     # The suffix is what says the format.
     with whole_file(path if path.suffix else path.with_suffix(".png")) as unfinished:
         figure.savefig(unfinished, dpi=150)
+
+
+def _latents(evaluation: HierarchicalSaeEvaluation) -> list[int] | list[float]:
+    """The budgets, or the mean number of latents of a dictionary that keeps any number of them."""
+    if evaluation.budgets == [evaluation.density.shape[1]]:
+        return [round(latents, 1) for latents in evaluation.latents_per_token]
+    return evaluation.budgets
 
 
 class _BudgetSums:

@@ -33,6 +33,7 @@ class LatentActivations:
         ranks (`torch.Tensor`): (entries,), from 1, the place of the latent among those of its token by strength.
         label_names (`list[str]`, *optional*): keys of the mapping that the texts came in.
         context_labels (`torch.Tensor`, *optional*): (contexts,), places in `label_names`.
+        has_budgets (`bool`, defaults to `True`): of an autoencoder without, all latents count at `k`, and nothing else.
     """
 
     k: int
@@ -45,6 +46,7 @@ class LatentActivations:
     ranks: torch.Tensor
     label_names: list[str] | None = None
     context_labels: torch.Tensor | None = None
+    has_budgets: bool = True
 
     @property
     def tokens(self) -> int:
@@ -67,8 +69,17 @@ class LatentActivations:
         return torch.repeat_interleave(self.context_starts.diff())
 
     def check_budgets(self, budgets: Iterable[int] | None) -> list[int]:
-        """Each of `budgets` once, increasing, by default 1, 2, 4, … and `k`; refuses one above the largest rank."""
-        budgets = powers_of_two_and(self.k) if budgets is None else sorted(set(integers("budgets", budgets)))
+        """
+        Each of `budgets` once, increasing, by default 1, 2, 4, … and `k`, or `k` alone where there is no other; refuses
+        one above the largest rank.
+        """
+        if budgets is None:
+            return powers_of_two_and(self.k) if self.has_budgets else [self.k]
+        budgets = sorted(set(integers("budgets", budgets)))
+        if not self.has_budgets and budgets != [self.k]:
+            raise ValueError(
+                f"the autoencoder has no other budget than all of its latents, {self.k} at most, got {budgets}"
+            )
         if not budgets or not 1 <= budgets[0] <= budgets[-1] <= self.k:
             raise ValueError(f"budgets must be in [1, {self.k}], the largest rank on record, got {budgets}")
         return budgets
@@ -179,6 +190,7 @@ def read_latents(
         ranks=ranks[order],
         label_names=[str(name) for name in labelled] if isinstance(texts, Mapping) else None,
         context_labels=torch.cat(labels) if isinstance(texts, Mapping) else None,
+        has_budgets=sae.config.has_budgets,
     )
 
 

@@ -20,6 +20,7 @@ from hf_hierarchical_sae import (
     iterate_activations,
     load_gemma_scope,
     load_saelens,
+    plot_evaluations,
     read_latents,
     record_statistics,
     save_saelens,
@@ -134,6 +135,16 @@ def test_it_is_evaluated_with_all_latents_above_their_thresholds(sae, arrays, x)
     assert f"{D_SAE:>6}" in str(found)
 
 
+def test_a_plot_shows_it_at_the_number_of_latents_that_it_keeps(sae, x, tmp_path):
+    found = evaluate_budgets(sae, x)
+
+    plot_evaluations({"theirs": found}, tmp_path / "quality.svg")
+
+    # matplotlib names the text that it draws as outlines.
+    drawn = (tmp_path / "quality.svg").read_text()
+    assert f"<!-- {found.latents_per_token[0]:.1f} -->" in drawn and f"<!-- {D_SAE} -->" not in drawn
+
+
 def test_its_language_model_is_evaluated_with_it(sae, arrays, model, stream):
     found = evaluate_in_model(sae, stream)
 
@@ -197,7 +208,12 @@ def test_its_latents_are_read_scored_and_drawn(sae, arrays, model, tokenizer, x,
     assert found.k == (latents > 0).sum(dim=1).max() < D_SAE
     assert found.rank_counts().sum() == (latents > 0).sum()
     scores = score_labels(found, permutations=2, show_progress=False)
-    assert scores.budgets[-1] == found.k and scores.information[-1].nan_to_num(0).max() > 0.1
+    assert scores.budgets == found.check_budgets([found.k]) == [found.k]
+    with pytest.raises(
+        ValueError, match=f"has no other budget than all of its latents, {found.k} at most, got \\[4\\]"
+    ):
+        score_labels(found, budgets=[4], permutations=2, show_progress=False)
+    assert scores.information[-1].nan_to_num(0).max() > 0.1
     judged = {"judge_tokenizer": tokenizer, "examples": 2, "window": 8, "show_progress": False}
     latent = int(scores.information[-1].nan_to_num(0).argmax())
     explanations = explain_latents(found, tokenizer, [latent], model, **judged)
