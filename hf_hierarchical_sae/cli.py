@@ -31,7 +31,7 @@ from .activations import iterate_activations
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
 from .dashboard import write_dashboard
 from .evaluation import evaluate_budgets, evaluate_in_model, plot_evaluations
-from .interop import load_saelens, load_sparsify, save_saelens, save_sparsify
+from .interop import load_gemma_scope, load_saelens, load_sparsify, save_saelens, save_sparsify
 from .modeling_hierarchical_sae import HierarchicalSaeModel
 from .sites import HOOK_POINTS
 from .training import starting_point, train_sae, training_arguments
@@ -61,6 +61,7 @@ examples:
   # one budget for SAELens and SAEBench, or for sparsify; and back
   hierarchical-sae convert sae sae_lens/32 --to saelens --k 32
   hierarchical-sae convert EleutherAI/sae-pythia-410m-65k sae --from sparsify --subfolder layers.12
+  hierarchical-sae convert google/gemma-scope-2b-pt-res sae --from gemma_scope --subfolder layer_20/width_16k/average_l0_71
 """
 
 # Tokens that typical activations and the starting point of training are measured on.
@@ -68,7 +69,12 @@ SAMPLE_TOKENS = 65_536
 # Characters of a file that are tokenised at a time; as many again until the line ends.
 PASSAGE = 10_000
 DTYPES = ["float32", "bfloat16", "float16", "auto"]
-LOADERS = {"hierarchical": HierarchicalSaeModel.from_pretrained, "saelens": load_saelens, "sparsify": load_sparsify}
+LOADERS = {
+    "hierarchical": HierarchicalSaeModel.from_pretrained,
+    "saelens": load_saelens,
+    "sparsify": load_sparsify,
+    "gemma_scope": load_gemma_scope,
+}
 # Options of `train` that the config has under the same name.
 OBJECTIVE = (
     "selection",
@@ -223,7 +229,8 @@ def convert(args: argparse.Namespace) -> None:
         sae.save_pretrained(args.output)
     else:
         SAVERS[target](sae, args.output, args.k)
-    print(f"{args.output}: {sae.config.d_sae} latents, k = {args.k or sae.config.k}, for {target}")
+    kept = f"k = {args.k or sae.config.k}" if sae.config.is_trainable else "as many as are active"
+    print(f"{args.output}: {sae.config.d_sae} latents, {kept}, for {target}")
     if args.push_to_hub and target == "hierarchical":
         print(f"uploaded: {sae.push_to_hub(args.push_to_hub)}")
     elif args.push_to_hub:
@@ -437,7 +444,7 @@ def _convert_options(part: argparse.ArgumentParser) -> None:
     part.add_argument("source", help="folder or Hub id of the autoencoder")
     part.add_argument("output", help="folder to write")
     _option(part, "from", choices=list(LOADERS), default="hierarchical", help="what the source is (ours)")
-    _option(part, "to", choices=list(LOADERS), default="hierarchical", help="what to write (ours)")
+    _option(part, "to", choices=["hierarchical", *SAVERS], default="hierarchical", help="what to write (ours)")
     _option(part, "subfolder", default="", help="where in the source it is")
     _option(part, "k", type=_integer(1), help="budget that saelens or sparsify get (default: the trained one)")
     _option(part, "push_to_hub", metavar="REPO_ID", help="upload the result to this repository")

@@ -29,6 +29,7 @@ from hf_hierarchical_sae import (
     steer,
     write_dashboard,
 )
+from hf_hierarchical_sae.cli import main
 
 
 IDS = torch.arange(5, 29).reshape(2, 12)
@@ -262,6 +263,22 @@ def test_saelens_takes_it_and_gives_it_back(sae, arrays, x, tmp_path):
         torch.testing.assert_close(theirs.encode(x), latents_of(arrays, x), rtol=1e-5, atol=1e-5)
     assert all(torch.equal(tensor, back.state_dict()[name]) for name, tensor in sae.state_dict().items())
     assert theirs.cfg.metadata.model_name == "google/gemma-2-2b" and back.config.layer == 0
+
+
+def test_the_command_line_converts_it(sae, dictionary, tmp_path, capsys):
+    source, ours, theirs = str(dictionary.parents[2]), str(tmp_path / "ours"), str(tmp_path / "theirs")
+
+    main(["convert", source, ours, "--from", "gemma_scope", "--subfolder", "layer_0/width_16k/average_l0_9"])
+    main(["convert", ours, theirs, "--to", "saelens"])
+
+    assert f"{ours}: {D_SAE} latents, as many as are active, for hierarchical" in capsys.readouterr().out
+    for loaded in (AutoModel.from_pretrained(ours), load_saelens(theirs)):
+        assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in sae.state_dict().items())
+    with pytest.raises(SystemExit):
+        main(["convert", ours, str(tmp_path / "x"), "--to", "gemma_scope"])
+    assert "invalid choice: 'gemma_scope'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="keeps any number of latents: it has no budget, got 4"):
+        main(["convert", ours, str(tmp_path / "x"), "--to", "saelens", "--k", "4"])
 
 
 def test_half_precision_and_a_few_latents_at_a_time_find_the_same_latents(sae, arrays, x):
