@@ -21,6 +21,7 @@ from .hierarchical_topk import choose_form, normalized_weights
 from .sparse_latents import (
     SparseEncoder,
     TangentGradient,
+    distinct_latents,
     latents_above,
     pre_activations,
     strongest_latents,
@@ -213,7 +214,7 @@ class HierarchicalSaeModel(PreTrainedModel):
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: top_indices and top_values, (..., k) each, strongest first. With a
             `selection` other than `"topk"` the last size is the largest number of latents that any input uses, and
-            unused places hold the value 0.
+            other places hold the value 0 and a latent that the input does not use.
         """
         self._check_input(x, None)
         flat = x.reshape(-1, self.config.d_in)
@@ -413,6 +414,8 @@ reconstruction = sae.decode(top_indices, top_values)
         parts = [self._select_part(part, k) for part in scaled.split(max(1, tokens))]
         width = max(values.shape[1] for values, _ in parts)
         values, indices = (torch.cat([F.pad(p, (0, width - p.shape[1])) for p in part]) for part in zip(*parts))
+        if not self.config.has_budgets and not self.training:
+            indices = distinct_latents(indices, values)
         return values, indices
 
     def _select_part(self, scaled: torch.Tensor, k: int) -> Sequence[torch.Tensor]:

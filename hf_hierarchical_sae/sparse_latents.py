@@ -91,6 +91,25 @@ def latents_above(chunks: Iterable[tuple[int, torch.Tensor]], threshold: torch.T
     return [values[:, :used], indices.gather(1, order)[:, :used]]
 
 
+def distinct_latents(indices: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """
+    Each input's places for different latents: those of value 0 get the first latents that are not among the others.
+
+    Args:
+        indices (`torch.Tensor`): (inputs, n), different where values are not 0.
+        values (`torch.Tensor`): (inputs, n).
+
+    Returns:
+        `torch.Tensor`: (inputs, n).
+    """
+    width, is_used = indices.shape[1], values != 0
+    # Of the first n latents, at least as many are free as there are places to fill.
+    low = indices.masked_fill(~is_used, width).clamp(max=width)
+    taken = torch.zeros(len(indices), width + 1, dtype=torch.uint8, device=indices.device).scatter_(1, low, 1)
+    free = taken[:, :width].argsort(dim=1, stable=True)
+    return torch.where(is_used, indices, free.gather(1, ((~is_used).cumsum(dim=1) - 1).clamp(min=0)))
+
+
 def topk_of_rows(x: torch.Tensor, k: int, groups: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
     """`x.topk(k, dim=1)` for long rows: the k largest lie in the k columns with the largest maxima over groups."""
     if x.shape[1] % groups or x.shape[1] // groups < 4 * k:

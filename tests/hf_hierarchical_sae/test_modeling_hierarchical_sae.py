@@ -259,6 +259,21 @@ def test_parts_of_the_input_with_different_numbers_of_latents_are_put_together(o
     torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("options", [*FOR_USE.values(), OBJECTIVES["batch_topk"]], ids=[*FOR_USE, "batch_topk"])
+def test_each_place_of_an_input_is_another_latent(options, monkeypatch):
+    monkeypatch.setattr("hf_hierarchical_sae.modeling_hierarchical_sae.PRE_ACTIVATIONS", 640)
+    sae, x = make_for_use(**options), make_activations(40, scale=1.0) - 100
+    x[33] *= 50
+    x[5] = sae.b_dec.detach() / sae.input_scale
+
+    indices, values = sae.encode(x)
+
+    # So that neither `scatter` nor an edit of one latent's value in `splice` meets it twice.
+    assert all(len(set(row)) == len(row) for row in indices.tolist()) and (values == 0).any()
+    dense = torch.zeros(40, 64).scatter(1, indices, values)
+    torch.testing.assert_close(dense @ sae.W_dec + sae.b_dec / sae.input_scale, sae.decode(indices, values))
+
+
 @for_use
 def test_activations_that_are_not_numbers_do_not_pass_for_inactive(options):
     sae, x = make_for_use(**options), make_activations(5, scale=1.0) - 100
