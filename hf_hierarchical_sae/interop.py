@@ -161,6 +161,12 @@ def load_gemma_scope(source: str | Path, subfolder: str = "") -> HierarchicalSae
         )
     (weights_path,) = _find(source, subfolder, GEMMA_SCOPE_WEIGHTS)
     arrays = _arrays(weights_path, Path(source, subfolder))
+    # Some files spell matrices in lower case, and some hold a factor of 1: SAELens reads them too.
+    for name in {"W_enc", "W_dec"} - arrays.keys():
+        if name.lower() in arrays:
+            arrays[name] = arrays.pop(name.lower())
+    if "scaling_factor" in arrays and bool((arrays["scaling_factor"] == 1).all()):
+        del arrays["scaling_factor"]
     _check_keys("the weights", arrays, {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"})
     d_in, d_sae = arrays["b_dec"].numel(), arrays["b_enc"].numel()
     shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}

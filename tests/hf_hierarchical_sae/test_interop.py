@@ -301,6 +301,17 @@ def test_the_path_of_gemma_scope_says_model_layer_and_site(tmp_path, path, model
     assert torch.equal(load_gemma_scope(tmp_path, path).threshold, sae.threshold)
 
 
+@pytest.mark.parametrize("factor", [1.0, numpy.ones(D_SAE)])
+def test_gemma_scope_may_spell_matrices_in_lower_case_and_hold_a_factor_of_one(tmp_path, factor):
+    arrays = gemma_scope(tmp_path / "usual")
+    lower = {"w_enc": arrays["W_enc"], "w_dec": arrays["W_dec"], "W_enc": None, "W_dec": None}
+    gemma_scope(tmp_path / "other", **lower, scaling_factor=factor)
+
+    usual, other = (load_gemma_scope(tmp_path / name).state_dict() for name in ("usual", "other"))
+
+    assert all(torch.equal(tensor, other[name]) for name, tensor in usual.items())
+
+
 def test_gemma_scope_is_read_from_the_hub(hub, tmp_path):
     from huggingface_hub import HfApi
 
@@ -345,7 +356,9 @@ class Planted:
     "changes, message",
     [
         ({"threshold": None}, r"the weights must have the keys .* got none for \['threshold'\]"),
-        ({"scaling_factor": numpy.ones(1)}, r"the weights must have .* got the unknown \['scaling_factor'\]"),
+        ({"log_scale": numpy.ones(1)}, r"the weights must have .* got the unknown \['log_scale'\]"),
+        ({"scaling_factor": numpy.full(1, 2.0)}, r"the weights must have .* got the unknown \['scaling_factor'\]"),
+        ({"w_enc": numpy.zeros((D_IN, D_SAE))}, r"the weights must have .* got the unknown \['w_enc'\]"),
         (
             {"W_enc": numpy.zeros((D_SAE, D_IN))},
             r"W_enc must have shape \(12, 40\), got \(40, 12\), which is transposed",
