@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 
 from .configuration_hierarchical_sae import HierarchicalSaeConfig, integer, is_integer
 from .modeling_hierarchical_sae import HierarchicalSaeModel
+from .sites import BLOCKS, HOOK_POINTS
 from .whole_files import whole_folder
 
 
@@ -337,34 +338,43 @@ def _reshaping(hook_name: str | None) -> str:
 
 def _place(name: str | None) -> tuple[int | None, str | None]:
     """
-    Layer and hook point of a name of TransformerLens or of a module, as config has them. The input of a layer is the
-    output of the one before; what is not the output of a layer keeps its name.
+    Layer and hook point of a name of TransformerLens or of a module, as config has them. What is in another tower than
+    the decoder, or cannot be translated, keeps its name.
     """
-    match = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)|blocks\.(\d+)\.hook_resid_(pre|post)", name or "")
-    if match is None or (match[2], match[3]) == ("0", "pre"):
+    lens = re.fullmatch(r"blocks\.(\d+)\.(.+)", name or "")
+    for hook_point, hook in HOOK_POINTS.items():
+        if lens and lens[2] == hook:
+            return int(lens[1]), hook_point
+    path = re.fullmatch(r"(.*\.)?(?:layers|h)\.(\d+)(?:\.(.+))?", name or "")
+    if path is None or path[3] in HOOK_POINTS or re.search("encoder|vision|visual|audio", path[1] or ""):
         return None, name
-    return int(match[1] or match[2]) - (match[3] == "pre"), "output"
+    return int(path[2]), path[3] or "output"
 
 
 def _hook_name(config: Any) -> str | None:
     """The other way round."""
-    if config.layer is None or re.search(rf"\b{config.layer}\b", config.hook_point or ""):
+    hook_point = config.hook_point or "output"
+    if config.layer is None or re.search(rf"(blocks|layers|h)\.{config.layer}\b", hook_point):
         return config.hook_point
-    if config.hook_point in (None, "output"):
-        return f"blocks.{config.layer}.hook_resid_post"
-    return f"layers.{config.layer}.{config.hook_point}"
+    if hook_point in HOOK_POINTS:
+        return f"blocks.{config.layer}.{HOOK_POINTS[hook_point]}"
+    return f"layers.{config.layer}.{hook_point}"
 
 
 def _check_name(folder: str | Path, config: Any) -> None:
-    """Raise a `ValueError` if a folder's name calls it one of layer outputs and the config does not, or the other way round."""
+    """Raise a `ValueError` if a folder's name says that the autoencoder is of another place than the config does."""
     name, (layer, own) = Path(folder).name, _place(_hook_name(config))
-    named = _place(name)[1] if re.match(r"(?:.*\.)?(?:layers|h)\.\d+", name) else None
-    if None not in (own, named) and own != named and "output" in (own, named):
-        place = f"layers.{layer}" if own == "output" else own
-        raise ValueError(
-            f"sparsify takes the folder's name for the place of the autoencoder, which is {place}, got {name}: give "
-            "the folder that name"
-        )
+    named = _place(name)[1] if re.match(r"(?:.*\.)?(?:layers|h)\.\d+", name) else own
+    # What a block adds is, but for a norm behind it, what its module returns.
+    added = {f"{block}.output": names[0][1] for block, names in BLOCKS.items()}.get(own or "")
+    is_foreign = layer is None and named != "output"
+    if own in (None, named) or is_foreign or (added and re.fullmatch(added, named or "")):
+        return
+    place = f"layers.{layer}" if own == "output" else _hook_name(config)
+    raise ValueError(
+        f"sparsify takes the folder's name for the place of the autoencoder, which is {place}, got {name}: give "
+        "the folder that name"
+    )
 
 
 def _write(folder: str | Path, settings: dict, weights_name: str, tensors: dict[str, torch.Tensor]) -> None:

@@ -31,8 +31,16 @@ from .modeling_hierarchical_sae import HierarchicalSaeModel
 logger = logging.get_logger(__name__)
 
 
-# Sites that have names of their own; every other is a module, by its path.
-HOOK_POINTS = ("input", "middle", "output", "attention.input", "attention.output", "mlp.input", "mlp.output")
+# Sites that have names of their own, and the names of the same in TransformerLens; every other is a module, by its path.
+HOOK_POINTS = {
+    "input": "hook_resid_pre",
+    "middle": "hook_resid_mid",
+    "output": "hook_resid_post",
+    "attention.input": "attn.hook_in",
+    "attention.output": "hook_attn_out",
+    "mlp.input": "mlp.hook_in",
+    "mlp.output": "hook_mlp_out",
+}
 # What a layer calls its attention and its MLP, as the first module and the last, from the outermost inwards.
 ATTENTION = r"(self_|linear_|multi_head_)?(attn|attention)|SelfAttention"
 MLP = r"mlp|mlp_block|feed_forward|ffn|ff|DenseReluDense|block_sparse_moe|moe"

@@ -94,7 +94,7 @@ def test_ours_loads_a_topk_sae_of_saelens_with_equal_reconstructions(saelens, x,
     with torch.no_grad():
         # Weights of unit variance make reconstructions of norm 100: float32 keeps seven digits of them.
         torch.testing.assert_close(ours(x).reconstruction, theirs(x), atol=1e-3, rtol=1e-5)
-    assert ours.config.layer == 2 and ours.config.hook_point == "output" and not ours.training
+    assert ours.config.layer == 3 and ours.config.hook_point == "input" and not ours.training
 
 
 def test_a_threshold_is_exchanged_with_saelens_as_a_jumprelu(saelens, x, tmp_path):
@@ -454,7 +454,7 @@ def test_ours_loads_an_autoencoder_of_sparsify_with_equal_reconstructions(sparsi
     with torch.no_grad():
         close(ours(x).reconstruction, theirs(x).sae_out)
         close(ours(x, k=2).reconstruction, ours.decode(*(part[:, :2] for part in ours.encode(x))))
-    assert ours.config.layer is None and ours.config.hook_point == "layers.7.mlp"
+    assert (ours.config.layer, ours.config.hook_point) == (7, "mlp")
 
 
 def test_a_format_is_read_from_the_hub(hub, tmp_path):
@@ -625,25 +625,24 @@ def test_weights_cut_short_are_refused(tmp_path, save, load):
 
 
 @pytest.mark.parametrize(
-    "options, hook_name",
+    "options, hook_name, place",
     [
-        ({}, "blocks.3.hook_resid_post"),
-        ({"hook_point": None}, "blocks.3.hook_resid_post"),
-        ({"hook_point": "blocks.3.hook_mlp_out"}, "blocks.3.hook_mlp_out"),
-        ({"hook_point": "blocks.3.hook_mlp_out", "layer": None}, "blocks.3.hook_mlp_out"),
-        ({"hook_point": "layers.3.self_attn"}, "layers.3.self_attn"),
-        ({"hook_point": "mlp"}, "layers.3.mlp"),
-        ({"hook_point": "blocks.0.hook_resid_pre", "layer": None}, "blocks.0.hook_resid_pre"),
-        ({"hook_point": None, "layer": None}, None),
+        ({}, "blocks.3.hook_resid_post", (3, "output")),
+        ({"hook_point": None}, "blocks.3.hook_resid_post", (3, "output")),
+        ({"hook_point": "blocks.3.hook_mlp_out"}, "blocks.3.hook_mlp_out", (3, "mlp.output")),
+        ({"hook_point": "blocks.3.hook_mlp_out", "layer": None}, "blocks.3.hook_mlp_out", (3, "mlp.output")),
+        ({"hook_point": "layers.3.self_attn"}, "layers.3.self_attn", (3, "self_attn")),
+        ({"hook_point": "mlp"}, "layers.3.mlp", (3, "mlp")),
+        ({"hook_point": "blocks.0.hook_resid_pre", "layer": None}, "blocks.0.hook_resid_pre", (0, "input")),
+        ({"hook_point": None, "layer": None}, None, (None, None)),
     ],
 )
-def test_an_autoencoder_of_something_else_than_layer_outputs_stays_one(tmp_path, options, hook_name):
+def test_an_autoencoder_of_something_else_than_layer_outputs_stays_one(tmp_path, options, hook_name, place):
     save_saelens(make_sae(**options), tmp_path / "saelens")
 
     assert json.loads((tmp_path / "saelens" / "cfg.json").read_text())["metadata"]["hook_name"] == hook_name
     loaded = load_saelens(tmp_path / "saelens").config
-    is_output = hook_name == "blocks.3.hook_resid_post"
-    assert (loaded.layer, loaded.hook_point) == ((3, "output") if is_output else (None, hook_name))
+    assert (loaded.layer, loaded.hook_point) == place
     save_saelens(load_saelens(tmp_path / "saelens"), tmp_path / "again")
     assert (tmp_path / "again" / "cfg.json").read_text() == (tmp_path / "saelens" / "cfg.json").read_text()
 
@@ -668,8 +667,8 @@ def test_a_folder_called_after_another_place_is_refused(tmp_path, options, name)
 @pytest.mark.parametrize(
     "options, name, place",
     [
-        ({"hook_point": "layers.3.mlp"}, "layers.3.mlp", (None, "layers.3.mlp")),
-        ({"hook_point": "blocks.3.hook_mlp_out"}, "layers.3.mlp", (None, "layers.3.mlp")),
+        ({"hook_point": "layers.3.mlp"}, "layers.3.mlp", (3, "mlp")),
+        ({"hook_point": "blocks.3.hook_mlp_out"}, "layers.3.mlp", (3, "mlp")),
         ({}, "model.layers.3", (3, "output")),
         ({}, "h.3", (3, "output")),
         ({"layer": None, "hook_point": None}, "layers.5", (5, "output")),

@@ -1,5 +1,6 @@
 """Sites: what is read there and what is written, against hooks and arithmetic of the tests' own, over architectures."""
 
+import json
 from contextlib import ExitStack
 
 import pytest
@@ -11,6 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hf_hierarchical_sae import (
     HierarchicalSaeConfig,
     HierarchicalSaeModel,
+    load_saelens,
+    load_sparsify,
+    save_saelens,
+    save_sparsify,
     splice,
     steer,
 )
@@ -432,3 +437,107 @@ def test_steering_adds_at_the_site(models):
         (steered,) = read(model, "middle")
 
     torch.testing.assert_close(steered - middle, (2.0 * sae.W_dec[3]).detach().expand(2, 4, -1), atol=1e-6, rtol=1e-5)
+
+
+# Their name, and ours: what cannot be translated keeps it.
+NAMES = {
+    "blocks.3.hook_resid_pre": (3, "input"),
+    "blocks.0.hook_resid_pre": (0, "input"),
+    "blocks.3.hook_resid_mid": (3, "middle"),
+    "blocks.13.hook_resid_post": (13, "output"),
+    "blocks.3.attn.hook_in": (3, "attention.input"),
+    "blocks.3.hook_attn_out": (3, "attention.output"),
+    "blocks.3.mlp.hook_in": (3, "mlp.input"),
+    "blocks.3.hook_mlp_out": (3, "mlp.output"),
+    "layers.3.mlp": (3, "mlp"),
+    "layers.0.self_attn.o_proj": (0, "self_attn.o_proj"),
+    "blocks.3.hook_mlp_in": (None, "blocks.3.hook_mlp_in"),
+    "blocks.3.ln2.hook_normalized": (None, "blocks.3.ln2.hook_normalized"),
+    "layers.3.mlp.output": (None, "layers.3.mlp.output"),
+    "model.encoder.layers.3.mlp": (None, "model.encoder.layers.3.mlp"),
+    "model.vision_tower.layers.3": (None, "model.vision_tower.layers.3"),
+    "decoder.block.3.layer.0.SelfAttention": (None, "decoder.block.3.layer.0.SelfAttention"),
+    "blocks.3.hook_mlp_out.more": (None, "blocks.3.hook_mlp_out.more"),
+}
+
+
+@pytest.mark.parametrize("name, place", NAMES.items())
+def test_names_of_saelens_are_translated_both_ways(tmp_path, name, place):
+    layer, hook_point = place
+    save_saelens(make_sae(layer=layer, hook_point=hook_point), tmp_path / "there")
+    loaded = load_saelens(tmp_path / "there")
+    save_saelens(loaded, tmp_path / "again")
+
+    names = [
+        json.loads((tmp_path / path / "cfg.json").read_text())["metadata"]["hook_name"] for path in ("there", "again")
+    ]
+    assert names == [name, name] and (loaded.config.layer, loaded.config.hook_point) == place
+
+
+@pytest.mark.parametrize(
+    "name, place",
+    [
+        ("model.layers.3.mlp", (3, "mlp")),
+        ("transformer.h.3", (3, "output")),
+        ("transformer.h.3.attn.c_proj", (3, "attn.c_proj")),
+        ("layers.3", (3, "output")),
+    ],
+)
+def test_paths_of_modules_are_read_from_any_model(tmp_path, name, place):
+    save_sparsify(make_sae(layer=place[0], hook_point=place[1]), tmp_path / name)
+
+    loaded = load_sparsify(tmp_path / name).config
+    assert (loaded.layer, loaded.hook_point) == place
+
+
+@pytest.mark.parametrize(
+    "hook_point, named",
+    [("mlp.output", "layers.3.mlp"), ("mlp.output", "h.3.ffn"), ("attention.output", "layers.3.self_attn")],
+)
+def test_a_folder_is_called_after_the_module_that_gives_it(tmp_path, hook_point, named):
+    save_sparsify(make_sae(layer=3, hook_point=hook_point), tmp_path / named)
+
+    assert (tmp_path / named / "cfg.json").exists()
+
+
+@pytest.mark.parametrize(
+    "hook_point, place, named",
+    [
+        ("mlp.output", "blocks.3.hook_mlp_out", "layers.3.self_attn"),
+        ("mlp.output", "blocks.3.hook_mlp_out", "layers.3"),
+        ("mlp.input", "blocks.3.mlp.hook_in", "layers.3.mlp"),
+        ("middle", "blocks.3.hook_resid_mid", "layers.3"),
+        ("input", "blocks.3.hook_resid_pre", "layers.3"),
+        ("output", "layers.3", "layers.3.mlp"),
+        ("mlp", "layers.3.mlp", "layers.3.self_attn"),
+    ],
+)
+def test_a_folder_that_means_another_place_is_refused(tmp_path, hook_point, place, named):
+    with pytest.raises(
+        ValueError, match=f"the place of the autoencoder, which is {place}, got {named}: give the folder"
+    ):
+        save_sparsify(make_sae(layer=3, hook_point=hook_point), tmp_path / named)
+
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma2", "olmo2", "gpt_neox"])
+def test_what_is_read_is_what_transformer_lens_reads_under_its_names(models, tmp_path, name):
+    pytest.importorskip("transformer_lens")
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformer_lens.model_bridge import TransformerBridge
+
+    words = {"[BOS]": 1, "[EOS]": 2, "[PAD]": 0}
+    special = {f"{word[1:4].lower()}_token": word for word in words}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[PAD]"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path)
+    models[name].save_pretrained(tmp_path)
+
+    _, theirs = TransformerBridge.boot_transformers(str(tmp_path)).run_with_cache(IDS)
+
+    for site in [site for site in HOOK_POINTS if (name, site) in SITES]:
+        # It computes the layers itself, in another order of additions.
+        expected = theirs[f"blocks.{LAYER}.{HOOK_POINTS[site]}"]
+        torch.testing.assert_close(read(models[name], site)[0], expected, atol=1e-4, rtol=1e-4)
+    assert (f"blocks.{LAYER}.hook_resid_mid" in theirs) == (name in SERIAL)
