@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from hf_hierarchical_sae import (
     ablate,
@@ -183,6 +183,30 @@ def test_it_is_spliced_and_ablated_by_its_own_latents(sae, arrays, model):
     for change in (splice(model, sae, 0, k=4), ablate(model, sae, 0, 3, k=4)):
         with pytest.raises(ValueError, match="keeps any number of latents: it has no budget, got 4"), change:
             pass
+
+
+@pytest.mark.parametrize("site, module", [("res", "layers.1"), ("mlp", "layers.1.post_feedforward_layernorm")])
+def test_dictionaries_of_gemma_scope_stand_where_they_were_trained(site, module, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 99, "head_dim": 8}
+    config = AutoConfig.for_model("gemma2", **sizes, num_attention_heads=4, num_key_value_heads=2, sliding_window=16)
+    gemma, folder = AutoModelForCausalLM.from_config(config).eval(), tmp_path / f"gemma-scope-2b-pt-{site}" / "layer_1"
+    shapes = {"W_enc": (32, 64), "W_dec": (64, 32), "b_enc": (64,), "b_dec": (32,), "threshold": (64,)}
+    arrays = {name: torch.randn(shape) for name, shape in shapes.items()}
+    folder.mkdir(parents=True)
+    numpy.savez(folder / "params.npz", **{name: value.numpy() for name, value in arrays.items()})
+    with torch.no_grad():
+        # Dictionaries of MLPs read what is added to the residual stream: in Gemma 2, behind a norm.
+        hook = gemma.model.get_submodule(module).register_forward_hook(
+            lambda module, args, output: reconstruction_of(arrays, output)
+        )
+        expected = gemma(input_ids=IDS).logits
+        hook.remove()
+
+        with splice(gemma, load_gemma_scope(folder), 1):
+            spliced = gemma(input_ids=IDS).logits
+
+    torch.testing.assert_close(spliced, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(spliced, gemma(input_ids=IDS).logits, atol=1e-2)
 
 
 def test_it_steers_with_what_was_measured(sae, arrays, model, x):
