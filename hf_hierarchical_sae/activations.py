@@ -174,8 +174,9 @@ class ActivationStream(Iterator[torch.Tensor]):
         check_length(model, "context_length", settings.context_length)
         self.model, self.tokenizer, self.dataset, self.settings = model, tokenizer, dataset, settings
         self.layers = [None] if layer is None else layer_indices(model, layer)
-        self.hook_points = [hook_point] if isinstance(hook_point, str) else list(hook_point)
-        self._single = not isinstance(layer, Iterable) and isinstance(hook_point, str)
+        several = isinstance(hook_point, Iterable) and not isinstance(hook_point, str)
+        self.hook_points: list[Any] = list(hook_point) if several else [hook_point]
+        self._single = not isinstance(layer, Iterable) and not several
         self.sites = [find_site(model, index, name) for index in self.layers for name in self.hook_points]
         self.hidden_size = self._width()
         self.counts = Counter(

@@ -338,7 +338,7 @@ def _passes_with_logits(
                 # Contexts beyond `max_tokens` would go through all passes of the others.
                 read = Pass(*(part[used.to(part.device)] for part in (read.ids, read.mask, read.states, read.kept)))
                 read_sites(model, [site], read.ids, read.mask)
-            output = outputs["last"]
+            output = outputs.get("last")
             if is_resumed is None:
                 is_resumed = resumes(model, layer, read.ids[:1], read.mask[:1])
             yield read, partial(_logits, stream, read, output if is_resumed else None)

@@ -449,3 +449,60 @@ def test_a_row_that_gives_infinities_late_in_the_text_is_left_out(tiny_language_
     rows = ActivationShards(tmp_path / "poisoned")
     assert len(rows) == poisoned.counts["tokens"] == len(ActivationShards(tmp_path / "clean"))
     assert all(batch.isfinite().all() for batch in rows.batches())
+
+
+def test_each_site_is_read_back_as_the_stream_gives_it(model, tokenizer, tmp_path):
+    sites = ["output", "mlp.output", "middle"]
+    save_shards(
+        iterate_activations(model, tokenizer, TEXTS, [0, 1], hook_point=sites, show_progress=False),
+        tmp_path / "states",
+    )
+
+    for layer in (0, 1):
+        for site in sites:
+            alone = iterate_activations(model, tokenizer, TEXTS, layer, hook_point=site, show_progress=False)
+            found = torch.cat(list(ActivationShards(tmp_path / "states", layer, site).batches()))
+            torch.testing.assert_close(found, torch.cat(list(alone)))
+    with pytest.raises(
+        ValueError, match=r"hook_point must be one of the harvested hook_points \['output', .*, got None"
+    ):
+        ActivationShards(tmp_path / "states", 0)
+    with pytest.raises(ValueError, match=r"hook_point must be one of the harvested .*\], got input"):
+        ActivationShards(tmp_path / "states", 0, "input")
+
+
+def test_modules_by_their_paths_are_read_back_without_a_layer(model, tokenizer, tmp_path):
+    paths = ["model.layers.0.mlp", "model.layers.1.mlp"]
+    reader = iterate_activations(model, tokenizer, TEXTS, None, hook_point=paths, show_progress=False)
+    save_shards(reader, tmp_path)
+
+    shards = ActivationShards(tmp_path, hook_point=paths[1])
+
+    assert (shards.layer, shards.hook_point) == (None, paths[1])
+    alone = iterate_activations(model, tokenizer, TEXTS, 1, hook_point="mlp", show_progress=False)
+    torch.testing.assert_close(torch.cat(list(shards.batches())), torch.cat(list(alone)))
+
+
+def test_a_harvest_without_sites_is_one_of_layer_outputs_and_goes_on(model, tokenizer, tmp_path):
+    def reader(**options):
+        return iterate_activations(model, tokenizer, TEXTS, 0, show_progress=False, **options)
+
+    tokens = save_shards(reader(), tmp_path)
+    path = tmp_path / "harvest.json"
+    description = json.loads(path.read_text())
+    assert description.pop("hook_points") == ["output"]
+    path.write_text(json.dumps(description))
+
+    assert ActivationShards(tmp_path).hook_point == "output" and save_shards(reader(), tmp_path) == tokens
+    with pytest.raises(ValueError, match=r"a harvest with hook_points=\['output'\], got hook_points=\['middle'\]"):
+        save_shards(reader(hook_point="middle"), tmp_path)
+
+
+def test_a_harvest_of_another_site_is_refused(model, tokenizer, tmp_path):
+    save_shards(iterate_activations(model, tokenizer, TEXTS, 0, hook_point="middle", show_progress=False), tmp_path)
+    shards = ActivationShards(tmp_path)
+    config = {"d_in": 32, "d_sae": 64, "k": 4, "layer": 0}
+
+    shards.check_reads(HierarchicalSaeModel(HierarchicalSaeConfig(**config, hook_point="middle")))
+    with pytest.raises(ValueError, match="size 32 of layer 0, .* holds those of size 32 of middle of layer 0"):
+        shards.check_reads(HierarchicalSaeModel(HierarchicalSaeConfig(**config, hook_point="output")))

@@ -441,3 +441,43 @@ def test_numbers_of_numpy_are_numbers(model, tokenizer):
 
     assert next(given).shape == (20, 32)
     assert type(given.settings.max_tokens) is int and type(given.layers[0]) is int
+
+
+def test_several_sites_of_several_layers_come_from_one_pass_with_the_same_tokens(model, tokenizer):
+    sites = ["input", "middle", "attention.output", "mlp.output", "output"]
+    passes, reader = [], iterate_activations(model, tokenizer, TEXTS, [1, 0], hook_point=sites, show_progress=False)
+    handle = model.model.embed_tokens.register_forward_hook(lambda *given: passes.append(1))
+    found = torch.cat(list(reader))
+    handle.remove()
+
+    assert len(passes) == len(list(reader.passes())) and found.shape[1:] == (10, 32)
+    second, first = found.split(5, dim=1)
+    for before, middle, attention, mlp, after in (first.unbind(1), second.unbind(1)):
+        torch.testing.assert_close(before + attention, middle)
+        torch.testing.assert_close(middle + mlp, after)
+    assert torch.equal(second[:, 0], first[:, 4])
+    alone = iterate_activations(model, tokenizer, TEXTS, 1, hook_point="mlp.output", show_progress=False)
+    torch.testing.assert_close(torch.cat(list(alone)), second[:, 3])
+
+
+def test_a_module_by_its_path_gives_its_own_width(model, tokenizer):
+    path = "model.layers.0.mlp.up_proj"
+    by_path = stream(model, tokenizer, layer=None, hook_point=path)
+
+    assert by_path.shape[1] == model.config.intermediate_size != model.config.hidden_size
+    assert torch.equal(by_path, stream(model, tokenizer, layer=0, hook_point="mlp.up_proj"))
+
+
+@pytest.mark.parametrize(
+    "layer, hook_point, message",
+    [
+        (0, ["output", "mlp.up_proj"], r"site .* of one width, got \{'layer 0': 32, 'mlp.up_proj of layer 0': \d+\}"),
+        (0, [], "hook_point must name one site or several of one width, got none"),
+        ([0, 1], "mlp_out", "hook_point must be one of input, middle, output, .*, got 'mlp_out'"),
+        (None, "mlp.output", "hook_point='mlp.output' is a site of a layer: say which layer"),
+        (0, 5, "hook_point must be .* or a module's path, got 5"),
+    ],
+)
+def test_sites_that_do_not_exist_or_fit_are_refused_at_once(model, tokenizer, layer, hook_point, message):
+    with pytest.raises(ValueError, match=message):
+        iterate_activations(model, tokenizer, TEXTS, layer, hook_point=hook_point)

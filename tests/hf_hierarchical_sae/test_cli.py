@@ -406,3 +406,35 @@ def test_help_explains_every_option_and_shows_examples(part, capsys):
     assert shown.count(f"hierarchical-sae {part} ") >= 2
     parser = cli._parser()._subparsers._group_actions[0].choices[part]
     assert all(action.help for action in parser._actions)
+
+
+def test_sites_go_from_harvest_to_dashboard_by_their_names(tmp_path, text, tiny_language_model, capsys):
+    states, sae, page = (str(tmp_path / name) for name in ("states", "sae", "page.html"))
+    model = ["--model", tiny_language_model, "--text", text, "--tokens", "600"]
+    main(["harvest", states, *model, "--layer", "0", "1", "--hook_point", "mlp.output", "middle"])
+    with pytest.raises(SystemExit, match="hook_point must be one of the harvested hook_points .*, got None"):
+        main(["train", states, sae, "--layer", "1", *SMALL])
+    main(["train", states, sae, "--layer", "1", "--hook-point", "mlp.output", *SMALL])
+
+    config = HierarchicalSaeModel.from_pretrained(sae).config
+    assert (config.layer, config.hook_point) == (1, "mlp.output")
+    main(["evaluate", sae, "--harvest", states])
+    main(["evaluate", sae, *model])
+    assert "zeros" in capsys.readouterr().out
+    main(["dashboard", sae, *model, "--output", page])
+    assert "mlp.output of layer 1" in Path(page).read_text()
+    main(["convert", sae, str(tmp_path / "lens"), "--to", "saelens"])
+    assert "blocks.1.hook_mlp_out" in (tmp_path / "lens" / "cfg.json").read_text()
+
+
+def test_a_module_by_its_path_needs_no_layer(tmp_path, text, tiny_language_model):
+    states, sae = str(tmp_path / "states"), str(tmp_path / "sae")
+    model = ["--model", tiny_language_model, "--text", text, "--tokens", "600"]
+    main(["harvest", states, *model, "--hook_point", "model.layers.0.mlp.up_proj"])
+    main(["train", states, sae, *SMALL])
+
+    config = HierarchicalSaeModel.from_pretrained(sae).config
+    assert (config.layer, config.hook_point) == (None, "model.layers.0.mlp.up_proj") and config.d_in != 32
+    main(["evaluate", sae, *model])
+    main(["dashboard", sae, *model, "--output", str(tmp_path / "page.html")])
+    assert "the module model.layers.0.mlp.up_proj" in (tmp_path / "page.html").read_text()

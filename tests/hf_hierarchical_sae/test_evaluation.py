@@ -18,6 +18,7 @@ from hf_hierarchical_sae import (
     explained_variance,
     iterate_activations,
     plot_evaluations,
+    splice,
 )
 
 
@@ -443,3 +444,42 @@ def test_a_plot_is_whole_or_not_there(tmp_path, name, written):
     with pytest.raises(ValueError, match="is not supported"):
         plot_evaluations({"sae": evaluation}, tmp_path / "quality.foo")
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("site", ["input", "middle", "attention.output", "mlp.input", "mlp.output", "mlp"])
+def test_losses_at_a_site_are_what_splices_there_give(model, tokenizer, site):
+    sae, loss, clean, count = make_sae(d_in=32, k=8, layer=1, hook_point=site), 0.0, 0.0, 0
+    options = {"hook_point": site, "skip_first_position": False, "max_norm_ratio": None, "show_progress": False}
+    for text in TEXTS:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            own = model(ids).logits[0, :-1]
+            with splice(model, sae, k=4):
+                spliced = model(ids).logits[0, :-1]
+        loss += F.cross_entropy(spliced, ids[0, 1:], reduction="sum").item()
+        clean += F.cross_entropy(own, ids[0, 1:], reduction="sum").item()
+        count += len(own)
+
+    found = evaluate_in_model(sae, iterate_activations(model, tokenizer, TEXTS, 1, **options), [4])
+
+    assert found.cross_entropy[0] == pytest.approx(loss / count, rel=1e-4)
+    assert found.clean_cross_entropy == pytest.approx(clean / count, rel=1e-5) and loss != clean
+
+
+def test_the_input_of_a_layer_is_evaluated_as_the_output_of_the_one_before(model, tokenizer):
+    before = make_sae(d_in=32, k=8, layer=0, hook_point="output")
+    after = make_sae(d_in=32, k=8, layer=1, hook_point="input")
+    after.load_state_dict(before.state_dict())
+    expected = evaluate_in_model(before, iterate_activations(model, tokenizer, TEXTS, 0, show_progress=False))
+    reader = iterate_activations(model, tokenizer, TEXTS, 1, hook_point="input", show_progress=False)
+
+    assert evaluate_in_model(after, reader).to_dict() == expected.to_dict()
+
+
+def test_another_site_than_the_trained_one_is_refused(model, tokenizer):
+    sae = make_sae(d_in=32, k=8, layer=1, hook_point="mlp.output")
+
+    with pytest.raises(
+        ValueError, match="was trained on mlp.output of layer 1, the stream gives layer 1: read that site"
+    ):
+        evaluate_in_model(sae, iterate_activations(model, tokenizer, TEXTS, 1, show_progress=False))
