@@ -301,7 +301,7 @@ class RebasedCausalConv(nn.Module):
             if segment_ids is not None:
                 kept = kept.masked_fill((extended_ids[:, seq_len:] != segment_ids[:, -1:])[..., None], 0)
             past_key_values.update_conv_state(kept.mT, self.layer_idx)
-        out = self.bias
+        out: Any = self.bias
         for tap in range(past_len + 1):
             window = extended[:, tap : tap + seq_len]
             if segment_ids is not None:
