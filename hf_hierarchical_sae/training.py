@@ -95,9 +95,10 @@ def train_sae(
         `Trainer`: after training.
 
     Raises:
-        `ValueError`: If [`starting_point`] raises it, there is less than one batch, or the folder's training was
-            started with other settings or data.
+        `ValueError`: If [`starting_point`] raises it, there is less than one batch, the folder's training was
+            started with other settings or data, or `sae.config.selection` is for use only.
     """
+    sae._check_trainable()
     if len(dataset) < arguments.train_batch_size:  # ty: ignore[invalid-argument-type]
         raise ValueError(
             f"expected at least one batch of {arguments.train_batch_size} tokens, got {len(dataset)}"  # ty: ignore[invalid-argument-type]

@@ -227,6 +227,16 @@ def test_a_checkpoint_of_something_else_is_not_gone_on_with(copy, record):
         train(copy, resume=True)
 
 
+def test_a_dictionary_for_use_is_refused_before_anything_is_written(tmp_path):
+    sae = HierarchicalSaeModel(HierarchicalSaeConfig(d_in=8, d_sae=32, k=32, budgets=[32], selection="relu"))
+    data = torch.utils.data.StackDataset(hidden_states=activations())
+    arguments = training_arguments(tmp_path / "run", max_steps=1, batch_size=50, learning_rate=1e-2)
+
+    with pytest.raises(ValueError, match="a relu SAE is for use"):
+        train_sae(sae, data, activations(), arguments)
+    assert not (tmp_path / "run").exists()
+
+
 def test_less_than_one_batch_is_refused(tmp_path):
     with pytest.raises(ValueError, match="expected at least one batch of 50 tokens, got 40"):
         train(tmp_path, activations(tokens=40))
