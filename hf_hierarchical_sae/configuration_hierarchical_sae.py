@@ -40,7 +40,8 @@ class HierarchicalSaeConfig(PreTrainedConfig):
             batch × chunk instead of batch × `d_sae`.
         model_name (`str`, *optional*): language model that the activations come from.
         layer (`int`, *optional*): its decoder layer, counted from 0.
-        hook_point (`str`, *optional*): where in the layer, `"output"` for the residual stream after it.
+        hook_point (`str`, *optional*): where in the layer, `"output"` for the residual stream after it, others as in
+            [`iterate_activations`]; without a layer, a module's path within the language model.
         dataset_name (`str`, *optional*): text that the activations come from.
     """
 

@@ -50,6 +50,7 @@ def test_the_guide_runs_from_top_to_bottom(tiny_language_model, tmp_path, monkey
     assert names["steered"].shape[1] > inputs["input_ids"].shape[1]
     assert names["attribution"].abs().sum() > 0
     assert (names["from_saelens"].config.k, names["from_sparsify"].config.k) == (4, 8)
+    torch.testing.assert_close(names["middle"] + names["added"], names["after"])
 
 
 @pytest.mark.slow
