@@ -134,7 +134,8 @@ def iterate_activations(
         hook_point (`str` or `Sequence[str]`, defaults to `"output"`): sites of each layer, which have to be of one width:
             `"input"`, `"middle"` and `"output"`, the residual stream before the layer, between attention and MLP, and
             after the layer; `"attention.input"`, `"attention.output"`, `"mlp.input"` and `"mlp.output"`, what they take
-            and what they add to it; or the output of a module, by its path within the layer.
+            and what they add to it; `"attention.heads"`, what its heads give; or the output of a module, by its path
+            within the layer.
         settings (*optional*): those of [`ActivationSettings`].
 
     Returns:

@@ -37,6 +37,7 @@ HOOK_POINTS = {
     "middle": "hook_resid_mid",
     "output": "hook_resid_post",
     "attention.input": "attn.hook_in",
+    "attention.heads": "attn.hook_z",
     "attention.output": "hook_attn_out",
     "mlp.input": "mlp.hook_in",
     "mlp.output": "hook_mlp_out",
@@ -94,7 +95,8 @@ def find_site(model: PreTrainedModel, layer: int | None, hook_point: str = "outp
         hook_point (`str`, defaults to `"output"`): the residual stream before the layer (`"input"`), between attention and
             MLP (`"middle"`) or after the layer (`"output"`); what attention or MLP take (`"attention.input"`,
             `"mlp.input"`), or what they add to the residual stream (`"attention.output"`, `"mlp.output"`), after the norm
-            that follows them in some models; or the output of a module, by its path within the layer (`"mlp.down_proj"`).
+            that follows them in some models; what the heads of attention give, side by side, before they are mixed
+            (`"attention.heads"`); or the output of a module, by its path within the layer (`"mlp.down_proj"`).
 
     Returns:
         [`Site`]
@@ -272,6 +274,8 @@ class _Layer:
         first, last = self._block(BLOCKS[name])
         if side == "output":
             return self._added(last, hook_point)
+        if side == "heads":
+            first = next(iter(self._last_matrix(last.module)), None) if last else None
         return self._site(first, hook_point, is_input=True) if first and first.taken else None
 
     def _block(self, names: Sequence[tuple[str, str]]) -> tuple[_Call | None, _Call | None]:

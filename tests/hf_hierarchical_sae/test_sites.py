@@ -64,6 +64,22 @@ ARCHITECTURES = {
     ),
 }
 # fmt: on
+HEADS = {
+    "llama": "self_attn.o_proj",
+    "qwen3": "self_attn.o_proj",
+    "mixtral": "self_attn.o_proj",
+    "gpt2": "attn.c_proj",
+    "gemma2": "self_attn.o_proj",
+    "olmo2": "self_attn.o_proj",
+    "bloom": "self_attention.dense",
+    "opt": "self_attn.out_proj",
+    "modernbert": "attn.Wo",
+    "bert": "attention.output.dense",
+    "gpt_neox": "attention.dense",
+    "falcon": "self_attention.dense",
+    "t5": "layer.0.SelfAttention.o",
+    "t5-encoder": "layer.0.SelfAttention.o",
+}
 PARALLEL = ("gpt_neox", "falcon")
 SERIAL = [name for name in ARCHITECTURES if name not in PARALLEL]
 POST_NORM = ("bert",)
@@ -126,10 +142,11 @@ def watch(model, path, *, is_input=False):
 def plainly(model, name, site):
     """Hidden states at a site by plain hooks; in the middle, what the residual equation gives."""
     paths = dict(zip(("attention.input", "attention.output", "mlp.input", "mlp.output"), ARCHITECTURES[name][2:]))
+    paths["attention.heads"] = HEADS[name]
     if site in ("input", "output"):
         return watch(model, "", is_input=site == "input")
     if site != "middle":
-        return watch(model, paths[site], is_input=site.endswith("input"))
+        return watch(model, paths[site], is_input=not site.endswith("output"))
     if name in POST_NORM:
         return watch(model, "attention")
     middle = watch(model, "", is_input=True) + watch(model, paths["attention.output"])
@@ -204,7 +221,8 @@ def test_all_that_a_layer_gives_comes_through_the_middle(models, name):
 def test_attention_beside_the_mlp_has_no_middle(models, name):
     with pytest.raises(
         ValueError,
-        match=r"middle of layer 1 is not to be had in \w+, which has input, output, attention.input, attention.output, "
+        match=r"middle of layer 1 is not to be had in \w+, which has input, output, attention.input, attention.heads, "
+        "attention.output, "
         "mlp.input, mlp.output: give one of these",
     ):
         find_site(models[name], LAYER, "middle")
@@ -240,14 +258,14 @@ def test_gradients_pass_through_what_is_written_in_the_middle(models):
     def loss():
         return model(IDS).logits.square().mean()
 
-    with site_hook(site, lambda states: states * states.norm().detach().clamp(1, 1) + direction):
+    with site_hook(site, lambda states: states + states * direction):
         (gradient,) = torch.autograd.grad(loss(), direction)
     numeric = torch.empty(WIDTH)
     for index in range(WIDTH):
         losses = []
         for step in (1e-2, -1e-2):
             shift = torch.zeros(WIDTH).index_fill(0, torch.tensor([index]), step)
-            with torch.no_grad(), site_hook(site, lambda states, shift=shift: states + shift):
+            with torch.no_grad(), site_hook(site, lambda states, shift=shift: states + states * shift):
                 losses.append(loss())
         numeric[index] = (losses[0] - losses[1]) / 2e-2
 
@@ -446,6 +464,7 @@ NAMES = {
     "blocks.3.hook_resid_mid": (3, "middle"),
     "blocks.13.hook_resid_post": (13, "output"),
     "blocks.3.attn.hook_in": (3, "attention.input"),
+    "blocks.3.attn.hook_z": (3, "attention.heads"),
     "blocks.3.hook_attn_out": (3, "attention.output"),
     "blocks.3.mlp.hook_in": (3, "mlp.input"),
     "blocks.3.hook_mlp_out": (3, "mlp.output"),
@@ -538,6 +557,6 @@ def test_what_is_read_is_what_transformer_lens_reads_under_its_names(models, tmp
 
     for site in [site for site in HOOK_POINTS if (name, site) in SITES]:
         # It computes the layers itself, in another order of additions.
-        expected = theirs[f"blocks.{LAYER}.{HOOK_POINTS[site]}"]
+        expected = theirs[f"blocks.{LAYER}.{HOOK_POINTS[site]}"].flatten(2)
         torch.testing.assert_close(read(models[name], site)[0], expected, atol=1e-4, rtol=1e-4)
     assert (f"blocks.{LAYER}.hook_resid_mid" in theirs) == (name in SERIAL)
