@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -44,11 +44,13 @@ HOOK_POINTS = {
 }
 # What a layer calls its attention and its MLP, as the first module and the last, from the outermost inwards.
 ATTENTION = r"(self_|linear_|multi_head_)?(attn|attention)|SelfAttention"
-MLP = r"mlp|mlp_block|feed_forward|ffn|ff|DenseReluDense|block_sparse_moe|moe"
+MLP = r"mlp|mlp_block|shared_mlp|feed_forward|ffn|ff|DenseReluDense|block_sparse_moe|moe"
 BLOCKS = {
     "attention": [(ATTENTION, ATTENTION)],
     "mlp": [(MLP, MLP), ("intermediate", "output"), ("fc1", "fc2")],
 }
+# What some layers multiply by what attention and MLP give.
+FACTORS = ("residual_multiplier", "residual_scale")
 Use = Callable[[torch.Tensor], torch.Tensor | None]
 
 
@@ -64,6 +66,7 @@ class Site:
         layer (`int`, *optional*): decoder layer, counted from 0; `None` for a module by its path within the model.
         hook_point (`str`): one of [`HOOK_POINTS`], or a module's path.
         in_place (`bool`, defaults to `False`): others than the module take the same tensor.
+        factor (`float`, defaults to 1.0): what the layer multiplies by them.
     """
 
     module: nn.Module
@@ -72,6 +75,7 @@ class Site:
     layer: int | None = field(compare=False)
     hook_point: str = field(compare=False)
     in_place: bool = False
+    factor: float = 1.0
 
     def __str__(self) -> str:
         return place_name(self.layer, self.hook_point)
@@ -147,10 +151,17 @@ def site_hook(site: Site, use: Use) -> Generator[None, None, None]:
             return None
         return ((found, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: found})
 
+    def edit_output(states: torch.Tensor) -> torch.Tensor | None:
+        if site.factor == 1.0:
+            return use(states)
+        found = use(states * site.factor)
+        # Nothing is rounded where nothing was changed.
+        return None if found is None else states + (found - states * site.factor) / site.factor
+
     if site.is_input:
         hook = forward_pre_hook(site.module, edit_input)
     else:
-        hook = forward_hook(site.module, lambda module, args, output: edited(output, use))
+        hook = forward_hook(site.module, lambda module, args, output: edited(output, edit_output))
     with hook:
         yield
 
@@ -279,16 +290,18 @@ class _Layer:
         return self._site(first, hook_point, is_input=True) if first and first.taken else None
 
     def _block(self, names: Sequence[tuple[str, str]]) -> tuple[_Call | None, _Call | None]:
-        """The first and the last module of attention or MLP: the outermost that are called so, and run."""
-        paths = sorted(self.layer.named_modules(), key=lambda entry: entry[0].count("."))
-        for pair in names:
-            found = [
-                next((call for path, part in paths if _is_called(path, name) and (call := self._call(part))), None)
-                for name in pair
-            ]
-            if None not in found:
-                return found[0], found[1]
+        """The first and the last module of attention or MLP: the outermost that is called so, and runs; alone there."""
+        for first, last in names:
+            found = self._outermost(first), self._outermost(last)
+            if all(len(calls) == 1 for calls in found):
+                return found[0][0], found[1][0]
         return None, None
+
+    def _outermost(self, name: str) -> list[_Call]:
+        """Calls of the modules of a name that have the shortest paths."""
+        paths = {path: call for path, part in self.layer.named_modules() if (call := self._call(part))}
+        depths = {path: path.count(".") for path in paths if re.fullmatch(name, path.rpartition(".")[2])}
+        return [paths[path] for path, depth in depths.items() if depth == min(depths.values())]
 
     def _call(self, module: nn.Module) -> _Call | None:
         return next((call for call in self.calls if call.module is module), None)
@@ -312,7 +325,8 @@ class _Layer:
         """What a module adds to the residual stream; of one that adds the stream itself, what its last matrix gives."""
         for call in [last, *self._last_matrix(last.module)] if last else []:
             if call.given and not self._is_cut_at(self._site(call, hook_point, is_input=False)):
-                return self._site(self._normed(call), hook_point, is_input=False)
+                factor = next((value for name in FACTORS if (value := getattr(self.layer, name, None))), 1.0)
+                return replace(self._site(self._normed(call), hook_point, is_input=False), factor=factor)
         return None
 
     def _last_matrix(self, module: nn.Module) -> list[_Call]:
@@ -336,10 +350,6 @@ class _Layer:
             kept = forward_hook(self.layer, lambda module, args, output: edited(output, outputs.append))
             _try(self.model, self.layer, [site_hook(site, torch.zeros_like), kept], shift)
         return torch.equal(*outputs)
-
-
-def _is_called(path: str, name: str) -> bool:
-    return re.fullmatch(name, path.rpartition(".")[2]) is not None
 
 
 def _is_linear(module: nn.Module) -> bool:

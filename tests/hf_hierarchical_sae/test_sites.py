@@ -35,6 +35,9 @@ ARCHITECTURES = {
     "llama": ("AutoModelForCausalLM", LLAMA, "self_attn", "self_attn", "mlp", "mlp"),
     "qwen3": ("AutoModelForCausalLM", LLAMA, "self_attn", "self_attn", "mlp", "mlp"),
     "mixtral": ("AutoModelForCausalLM", {**LLAMA, "num_local_experts": 3}, "self_attn", "self_attn", "mlp", "mlp"),
+    "granite": (
+        "AutoModelForCausalLM", {**LLAMA, "residual_multiplier": 0.3}, "self_attn", "self_attn", "mlp", "mlp",
+    ),
     "gpt2": ("AutoModelForCausalLM", GPT, "attn", "attn", "mlp", "mlp"),
     "gemma2": (
         "AutoModelForCausalLM", LLAMA, "self_attn", "post_attention_layernorm", "mlp", "post_feedforward_layernorm",
@@ -68,6 +71,7 @@ HEADS = {
     "llama": "self_attn.o_proj",
     "qwen3": "self_attn.o_proj",
     "mixtral": "self_attn.o_proj",
+    "granite": "self_attn.o_proj",
     "gpt2": "attn.c_proj",
     "gemma2": "self_attn.o_proj",
     "olmo2": "self_attn.o_proj",
@@ -145,11 +149,14 @@ def plainly(model, name, site):
     paths["attention.heads"] = HEADS[name]
     if site in ("input", "output"):
         return watch(model, "", is_input=site == "input")
+    # What Granite adds is a part of what the block gives.
+    factor = ARCHITECTURES[name][1].get("residual_multiplier", 1.0)
     if site != "middle":
-        return watch(model, paths[site], is_input=not site.endswith("output"))
+        states = watch(model, paths[site], is_input=not site.endswith("output"))
+        return states * factor if site.endswith("output") else states
     if name in POST_NORM:
         return watch(model, "attention")
-    middle = watch(model, "", is_input=True) + watch(model, paths["attention.output"])
+    middle = watch(model, "", is_input=True) + watch(model, paths["attention.output"]) * factor
     # The decoder of T5 attends to the encoder in between.
     return middle + watch(model, "layer.1.EncDecAttention") if name == "t5" else middle
 
@@ -240,6 +247,22 @@ def test_a_layer_without_attention_says_what_it_has():
         find_site(model, 0, "attention.output")
 
 
+def test_two_mlps_side_by_side_are_not_taken_for_one():
+    sizes = {
+        **LLAMA,
+        "vocab_size": 300,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "shared_intermediate_size": 8,
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("granitemoeshared", **sizes)).eval()
+
+    for site in ("mlp.input", "mlp.output"):
+        with pytest.raises(ValueError, match=f"{site} of layer 1 is not to be had in .*, which has input,.* output"):
+            find_site(model, LAYER, site)
+    assert find_site(model, LAYER, "shared_mlp").width == WIDTH
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_middle_is_written_without_rounding(models, dtype):
     model = build("llama").to(dtype)
@@ -280,6 +303,7 @@ def test_a_module_is_a_site_by_its_path_in_the_layer_or_in_the_model(models):
     assert inner.width == 32 and inner == find_site(model, None, "model.layers.1.mlp.gate_proj")
     assert inner == find_site(model, None, "layers.1.mlp.gate_proj")
     assert find_site(model, LAYER, "mlp") == find_site(model, LAYER, "mlp.output")
+    assert find_site(models["granite"], LAYER, "mlp") != find_site(models["granite"], LAYER, "mlp.output")
     assert find_site(model, None, "model.layers.1") == find_site(model, LAYER) == find_site(model, -2, "output")
     assert torch.equal(read(model, "mlp.gate_proj")[0], watch(model, "mlp.gate_proj"))
 
@@ -392,7 +416,9 @@ def test_an_autoencoder_that_does_not_fit_is_refused(models, options, given, mes
         check_fits(make_sae(**options), models["llama"], *given)
 
 
-@pytest.mark.parametrize("name, site", [(name, site) for name, site in SITES if name in ("llama", "gpt2", "opt")])
+@pytest.mark.parametrize(
+    "name, site", [(name, site) for name, site in SITES if name in ("llama", "granite", "gpt2", "opt")]
+)
 def test_splice_puts_the_reconstruction_where_the_autoencoder_was_trained(models, name, site):
     model, sae = models[name], make_sae(layer=LAYER, hook_point=site)
     clean = run(model)
@@ -540,7 +566,7 @@ def test_a_folder_that_means_another_place_is_refused(tmp_path, hook_point, plac
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma2", "olmo2", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "granite", "gpt2", "gemma2", "olmo2", "gpt_neox"])
 def test_what_is_read_is_what_transformer_lens_reads_under_its_names(models, tmp_path, name):
     pytest.importorskip("transformer_lens")
     from tokenizers import Tokenizer
