@@ -30,7 +30,7 @@ NAMESPACE = re.sub(r"\W", "_", __name__)
 # (operands are float32, kernel) -> tokens of a block, and of the blocks that it is compared with, rows of a state that are read
 # (or, of span_sums, made) at a time, warps, pipeline stages, most registers of a thread on NVIDIA's cards (0: no limit).
 SIZES = {
-    (False, "span_sums"): (64, 64, 64, 4, 3, 0),
+    (False, "span_sums"): (32, 32, 64, 4, 3, 0),
     (False, "forward"): (64, 64, 32, 4, 3, 128),
     (False, "query_gradient"): (64, 32, 32, 4, 3, 0),
     (False, "key_value_gradient"): (64, 32, 32, 4, 3, 168),
