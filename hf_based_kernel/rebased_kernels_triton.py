@@ -190,24 +190,9 @@ def query_gradient_kernel(
     if HAS_STATE:
         span = _span_number(batch_head, first_token, L, span_tokens)
         _, grad = read_state_backward(
-            0.0,
-            grads,
-            -delta,
-            states,
-            totals,
-            span,
-            queries,
-            column,
-            scale,
-            P,
-            V,
-            WHOLE,
-            R,
-            KERNEL,
-            OPERAND,
-            STATE_PRECISION,
-            True,
-        )
+            0.0, grads, -delta, states, totals, span, queries, column, scale, P, V, WHOLE, R, KERNEL, OPERAND,
+            STATE_PRECISION, True,
+        )  # fmt: skip
         if SEGMENTED:
             uses_state = ids == segment_of(segments, token, tl.maximum(first_token - 1, 0), True)
             grad = tl.where(uses_state[None, :], grad, 0.0)
@@ -226,19 +211,8 @@ def query_gradient_kernel(
         inner += tl.trans((2.0 * KERNEL[4] * KERNEL[5]) * scale * length[:, None] * queries.to(tl.float32))
     factor = kernel_scale / load_scalars(denominators, token, start, head, L, H, 1.0, C)
     grad_q += tl.program_id(1) * value_block_stride.to(tl.int64)
-    store(
-        grad_q,
-        tl.trans((grad + inner * scale) * factor[None, :]),
-        token,
-        start,
-        head,
-        element,
-        L,
-        H,
-        KERNEL[0],
-        C,
-        WHOLE,
-    )
+    grad = tl.trans((grad + inner * scale) * factor[None, :])
+    store(grad_q, grad, token, start, head, element, L, H, KERNEL[0], C, WHOLE)
 
 
 @triton.jit

@@ -36,8 +36,8 @@ def splice(
     max_norm: float | None = None,
 ) -> Generator[None, None, None]:
     """
-    Inside, reconstructions stand in place of the hidden states at a site of a decoder layer: x̂ for x, or x̂ + (x − x̂₀) with the error
-    kept, where x̂₀ is the reconstruction before `edit`. Without an edit, keeping the error changes nothing at all. The
+    Inside, reconstructions stand in place of the hidden states at a site of a decoder layer: x̂ for x, or x̂ + (x − x̂₀)
+    with the error kept, where x̂₀ is the reconstruction before `edit`. Without an edit, keeping the error changes nothing at all. The
     error is a constant, so that all gradients pass through the latents (arXiv 2403.19647).
 
     Contexts can be nested, over several sites, layers and autoencoders; on one site they act in the order in which they
@@ -104,8 +104,8 @@ def ablate(
     max_norm: float | None = None,
 ) -> Generator[None, None, None]:
     """
-    Inside, the hidden states at a site of a decoder layer lack what some latents contribute: x − Σ_{i ∈ latents} v_i W_dec[i], with
-    v_i the activation of latent i if it is among the k strongest, else 0. A form of [`splice`], which says more.
+    Inside, the hidden states at a site of a decoder layer lack what some latents contribute:
+    x − Σ_{i ∈ latents} v_i W_dec[i], with v_i the activation of latent i if it is among the k strongest, else 0. A form of [`splice`], which says more.
 
     Args:
         model (`PreTrainedModel`): any transformers model with a list of decoder layers.
