@@ -1,4 +1,4 @@
-"""Configuration of a sparse autoencoder that is trained for every sparsity budget at once."""
+"""Configuration of a sparse autoencoder or transcoder that is trained for every sparsity budget at once."""
 
 import math
 from collections.abc import Iterable
@@ -18,6 +18,7 @@ class HierarchicalSaeConfig(PreTrainedConfig):
 
     Args:
         d_in (`int`, defaults to 768): size of the activations, the language model's `hidden_size`.
+        d_out (`int`, *optional*): size of a transcoder's targets; `d_in` by default.
         d_sae (`int`, defaults to 16384): number of latents.
         k (`int`, defaults to 64): largest number of latents per input. With `selection="batch_topk"` it is the mean
             number over a batch, with `"relu"` and `"jumprelu"` it is `d_sae`.
@@ -42,6 +43,11 @@ class HierarchicalSaeConfig(PreTrainedConfig):
         layer (`int`, *optional*): its decoder layer, counted from 0.
         hook_point (`str`, *optional*): where in the layer, `"output"` for the residual stream after it, others as in
             [`iterate_activations`]; without a layer, a module's path within the language model.
+        target_hook_point (`str`, *optional*): what makes a transcoder (arXiv 2406.11944): the site of the same layer
+            whose activations it computes from those at `hook_point`, such as `"mlp.output"` from `"mlp.input"`. An
+            autoencoder, which computes its own input, has none.
+        skip_connection (`bool`, defaults to `False`): a transcoder adds a linear map of its input to what it gives
+            (arXiv 2501.18823).
         dataset_name (`str`, *optional*): text that the activations come from.
     """
 
@@ -50,6 +56,7 @@ class HierarchicalSaeConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["top_indices", "top_values", "budget_errors"]
 
     d_in: int = 768
+    d_out: int | None = None
     d_sae: int = 16384
     k: int = 64
     budgets: list[int] | tuple[int, ...] | None = None
@@ -64,7 +71,19 @@ class HierarchicalSaeConfig(PreTrainedConfig):
     model_name: str | None = None
     layer: int | None = None
     hook_point: str | None = None
+    target_hook_point: str | None = None
+    skip_connection: bool = False
     dataset_name: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.d_out is None:
+            self.d_out = self.d_in
+        super().__post_init__(**kwargs)
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it computes the activations of another site than the one that it reads."""
+        return self.target_hook_point is not None
 
     @property
     def has_budgets(self) -> bool:
@@ -163,6 +182,7 @@ class HierarchicalSaeConfig(PreTrainedConfig):
         """Part of `@strict`-powered validation."""
         if self.d_in < 1 or self.d_sae < 1:
             raise ValueError(f"d_in and d_sae must be positive, got {self.d_in} and {self.d_sae}")
+        self._check_transcoder()
         if not 1 <= self.k <= self.d_sae:
             raise ValueError(f"k must be in [1, d_sae={self.d_sae}], got {self.k}")
         for name, largest in (("budgets", self.k), ("matryoshka_prefixes", self.d_sae)):
@@ -198,6 +218,21 @@ class HierarchicalSaeConfig(PreTrainedConfig):
             raise ValueError(
                 "aux_loss_coefficient must be finite and not negative, and aux_k must be positive or None, "
                 f"got {self.aux_loss_coefficient} and {self.aux_k}"
+            )
+
+    def _check_transcoder(self) -> None:
+        if self.is_transcoder:
+            if self.target_hook_point == (self.hook_point or "output"):
+                raise ValueError(
+                    f"a transcoder computes another site than it reads, got {self.target_hook_point!r} as hook_point and "
+                    "target_hook_point: leave target_hook_point out for an autoencoder"
+                )
+            if not self.d_out or self.d_out < 1:
+                raise ValueError(f"d_out must be positive, got {self.d_out}")
+        elif self.d_out != self.d_in or self.skip_connection:
+            raise ValueError(
+                "d_out other than d_in and skip_connection are for transcoders: say which site it computes with "
+                f"target_hook_point, got d_in={self.d_in}, d_out={self.d_out} and skip_connection={self.skip_connection}"
             )
 
 

@@ -1,4 +1,4 @@
-"""A sparse autoencoder that is trained for every sparsity budget at once."""
+"""A sparse autoencoder, or transcoder, that is trained for every sparsity budget at once."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -40,8 +40,8 @@ class HierarchicalSaeOutput(ModelOutput):
     What a [`HierarchicalSaeModel`] returns. Positions that `attention_mask` leaves out hold zeros.
 
     Args:
-        loss (`torch.Tensor`): scalar, mean squared error over budgets, in units of the scaled input.
-        reconstruction (`torch.Tensor`): (..., d_in), from all k latents.
+        loss (`torch.Tensor`): scalar, mean squared error over budgets, in units of the scaled input, or targets.
+        reconstruction (`torch.Tensor`): (..., d_out), from all k latents.
         top_indices (`torch.Tensor`): (..., k), the selected latents, strongest first.
         top_values (`torch.Tensor`): (..., k), their activations.
         budget_errors (`torch.Tensor`): (budgets,), mean squared error at each budget; for a Matryoshka SAE, at each
@@ -68,25 +68,36 @@ class HierarchicalSaeModel(PreTrainedModel):
     Dictionaries trained elsewhere with another activation function, ReLU or JumpReLU, are the same model for use, with
     `selection="relu"` or `"jumprelu"`: every input has as many latents as are active (see [`load_saelens`]).
 
+    A transcoder, with `config.target_hook_point`, computes the activations y of another site instead:
+
+        v, i = TopK(ReLU(x W_enc + b_enc)),    ŷ = Σ_j v_j W_dec[i_j] + b_dec  (+ W_skip x with a skip connection)
+
     While training, parameters live in units of the scaled input `input_scale · x`; what goes in and comes out of
-    every method is in units of x. [`~HierarchicalSaeModel.fold_input_scale`] moves the scale into the biases.
+    every method is in units of x. A transcoder's are of `input_scale · (x − input_center)` and of `target_scale · y`.
+    [`~HierarchicalSaeModel.fold_input_scale`] moves all that into the weights.
     """
 
     config_class = HierarchicalSaeConfig
     base_model_prefix = "sae"
     main_input_name = "hidden_states"
     input_scale: torch.Tensor
+    input_center: torch.Tensor
+    target_scale: torch.Tensor
     threshold: torch.Tensor
     tokens_since_fired: torch.Tensor
     mean_activation: torch.Tensor
     median_norm: torch.Tensor
+    median_target_norm: torch.Tensor
 
     def __init__(self, config: HierarchicalSaeConfig):
         super().__init__(config)
+        d_out: Any = config.d_out
         self.encoder_weight = nn.Parameter(torch.empty(config.d_sae, config.d_in))
         self.b_enc = nn.Parameter(torch.empty(config.d_sae))
-        self.W_dec = nn.Parameter(torch.empty(config.d_sae, config.d_in))
-        self.b_dec = nn.Parameter(torch.empty(config.d_in))
+        self.W_dec = nn.Parameter(torch.empty(config.d_sae, d_out))
+        self.b_dec = nn.Parameter(torch.empty(d_out))
+        if config.skip_connection:
+            self.W_skip = nn.Parameter(torch.empty(d_out, config.d_in))
         self.register_buffer("input_scale", torch.ones(()))
         # (d_sae,) with `selection="jumprelu"`.
         self.register_buffer("threshold", torch.zeros(config.d_sae if config.selection == "jumprelu" else ()))
@@ -94,17 +105,26 @@ class HierarchicalSaeModel(PreTrainedModel):
         # In units of x; 0 until `record_statistics` has measured them.
         self.register_buffer("mean_activation", torch.zeros(config.d_sae))
         self.register_buffer("median_norm", torch.zeros(()))
+        if config.is_transcoder:
+            self.register_buffer("input_center", torch.zeros(config.d_in))
+            self.register_buffer("target_scale", torch.ones(()))
+            self.register_buffer("median_target_norm", torch.zeros(()))
         self._training_sums: torch.Tensor | None = None
         self.add_model_tags(["sparse-autoencoder", "hf_hierarchical_sae"])
         self.post_init()
 
     def _init_weights(self, module: Any) -> None:
-        init.normal_(module.W_dec)
-        init.copy_(module.W_dec, F.normalize(module.W_dec.detach(), dim=1))
-        init.copy_(module.encoder_weight, module.W_dec.detach())
-        for tensor in (module.b_enc, module.b_dec, *module.buffers()):
+        own = [module.encoder_weight] if module.config.is_transcoder else []
+        for weight in (module.W_dec, *own):
+            init.normal_(weight)
+            init.copy_(weight, F.normalize(weight.detach(), dim=1))
+        if not own:
+            init.copy_(module.encoder_weight, module.W_dec.detach())
+        skip = [module.W_skip] if module.config.skip_connection else []
+        for tensor in (module.b_enc, module.b_dec, *skip, *module.buffers()):
             init.zeros_(tensor)
-        init.ones_(module.input_scale)
+        for scale in module._scales():
+            init.ones_(scale)
 
     @classmethod
     def from_pretrained(
@@ -154,6 +174,8 @@ class HierarchicalSaeModel(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         k: int | None = None,
         return_loss: bool = True,
+        *,
+        targets: torch.Tensor | None = None,
     ) -> HierarchicalSaeOutput:
         """
         Args:
@@ -161,47 +183,55 @@ class HierarchicalSaeModel(PreTrainedModel):
             attention_mask (`torch.Tensor`, *optional*): (...), zero where a position is padding.
             k (`int`, *optional*): latents per input, at most `config.k`, which is the default. The loss then averages
                 over the trained budgets that do not exceed it.
-            return_loss (`bool`, defaults to `True`): whether to compute the loss.
+            return_loss (`bool`, defaults to `True`): whether to compute the loss; a transcoder without `targets` has
+                none.
+            targets (`torch.Tensor`, *optional*): (..., d_out), what a transcoder is to compute; an autoencoder computes
+                `hidden_states`.
 
         Returns:
             [`HierarchicalSaeOutput`]
 
         Raises:
-            `ValueError`: If shape or dtype are wrong, `k` is out of range or, in training mode, activations are NaN or
-                infinite, weights are in half precision, the gradient of the loss raises it as well then, or
-                `config.selection` is for use only.
+            `ValueError`: If shape or dtype are wrong, `k` is out of range, an autoencoder is given `targets` or, in training
+                mode, a transcoder is given none, activations are NaN or infinite, weights are in half precision, the
+                gradient of the loss raises it as well then, or `config.selection` is for use only.
         """
         self._check_input(hidden_states, attention_mask)
+        self._check_targets(hidden_states, targets)
         if self.training:
             self._check_trainable()
             self._check_float32()
-        flat = hidden_states.reshape(-1, self.config.d_in)
         keep = None if attention_mask is None else attention_mask.reshape(-1).bool()
-        if keep is not None:
-            flat = flat[keep]
-        finish_check = _begin_finite_check(flat) if self.training else None
-        scaled = _at_least_float32(flat) * self.input_scale
+        flat = _rows_kept(hidden_states, keep)
+        goals = flat if targets is None else _rows_kept(targets, keep)
+        read = [flat] if targets is None else [flat, goals]
+        checks = [_begin_finite_check(part) for part in read] if self.training else []
+        scaled = self._scaled(flat)
+        goals = scaled if targets is None else _at_least_float32(goals) * self._target_scale
         top_indices, top_values = self._encode_scaled(scaled, k)
-        if finish_check is not None:
-            finish_check()
+        for finish in checks:
+            finish()
+        if self.training:
             self._count_firing(top_indices, top_values)
 
         loss = errors = None
-        if return_loss:
-            loss, errors, reconstruction = self._loss(scaled, top_indices, top_values)
+        if return_loss and (targets is not None or not self.config.is_transcoder):
+            loss, errors, reconstruction = self._loss(scaled, goals, top_indices, top_values)
             if loss.requires_grad and self.W_dec.dtype.itemsize < 4:
                 loss.register_hook(self._check_float32)
             if self.training and errors is not None and k is None:
-                self._add_training_sums(scaled, errors)
+                self._add_training_sums(goals, errors)
         else:
             reconstruction = weighted_rows(top_indices, top_values, self.W_dec) + self.b_dec
-        reconstruction = (reconstruction / self.input_scale).to(hidden_states.dtype)
+            if self.config.skip_connection:
+                reconstruction = reconstruction + self._skip(scaled)
+        reconstruction = (reconstruction / self._target_scale).to(hidden_states.dtype)
         shape = hidden_states.shape[:-1]
         return HierarchicalSaeOutput(
             loss=loss,
             reconstruction=_restore(reconstruction, keep, shape),
             top_indices=_restore(top_indices, keep, shape),
-            top_values=_restore(top_values / self.input_scale, keep, shape),
+            top_values=_restore(top_values / self._target_scale, keep, shape),
             budget_errors=errors,
         )
 
@@ -217,20 +247,21 @@ class HierarchicalSaeModel(PreTrainedModel):
             other places hold the value 0 and a latent that the input does not use.
         """
         self._check_input(x, None)
-        flat = x.reshape(-1, self.config.d_in)
-        scaled = _at_least_float32(flat) * self.input_scale
-        top_indices, top_values = self._encode_scaled(scaled, k)
+        top_indices, top_values = self._encode_scaled(self._scaled(x.reshape(-1, self.config.d_in)), k)
         shape = x.shape[:-1]
-        return _restore(top_indices, None, shape), _restore(top_values / self.input_scale, None, shape)
+        return _restore(top_indices, None, shape), _restore(top_values / self._target_scale, None, shape)
 
-    def decode(self, top_indices: torch.Tensor, top_values: torch.Tensor) -> torch.Tensor:
+    def decode(
+        self, top_indices: torch.Tensor, top_values: torch.Tensor, hidden_states: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """
         Args:
             top_indices (`torch.Tensor`): (..., k).
             top_values (`torch.Tensor`): (..., k).
+            hidden_states (`torch.Tensor`, *optional*): (..., d_in), what was encoded; a skip connection needs it.
 
         Returns:
-            `torch.Tensor`: (..., d_in), Σ_j top_values_j W_dec[top_indices_j] + b_dec.
+            `torch.Tensor`: (..., d_out), Σ_j top_values_j W_dec[top_indices_j] + b_dec, and W_skip x with a skip connection.
         """
         if not all(isinstance(part, torch.Tensor) and part.ndim for part in (top_indices, top_values)):
             raise ValueError(f"top_indices and top_values must be tensors (..., k), got {top_indices!r:.40}")
@@ -244,36 +275,80 @@ class HierarchicalSaeModel(PreTrainedModel):
                 "top_indices and top_values must have one shape, "
                 f"got {tuple(top_indices.shape)} and {tuple(top_values.shape)}"
             )
-        k = top_indices.shape[-1]
+        k, shape = top_indices.shape[-1], top_indices.shape[:-1]
         rows = weighted_rows(top_indices.reshape(-1, k), top_values.reshape(-1, k), self.W_dec)
-        return _restore(rows + self.b_dec / self.input_scale, None, top_indices.shape[:-1])
+        rows = rows + self.b_dec / self._target_scale
+        if self.config.skip_connection:
+            x = self._check_skipped(hidden_states, shape)
+            scaled = self._scaled(x.reshape(-1, self.config.d_in))
+            rows = rows + self._skip(scaled) / self._target_scale
+        return _restore(rows, None, shape)
 
     @torch.no_grad()
-    def initialize_from_activations(self, activations: torch.Tensor) -> None:
+    def initialize_from_activations(
+        self, activations: torch.Tensor, targets: torch.Tensor | None = None, keep_weights: bool = False
+    ) -> None:
         """
         Set `input_scale` so that centred activations have about unit mean square, and `b_dec` to their geometric
-        median. The scale is a power of two: folding it into the weights later rounds nothing.
+        median. The scale is a power of two: folding it into the weights later rounds nothing. A transcoder's inputs and
+        targets are each scaled and centred so.
 
         Args:
             activations (`torch.Tensor`): (tokens, d_in), a sample of the training data; a few thousand are enough.
+            targets (`torch.Tensor`, *optional*): (tokens, d_out), those of a transcoder.
+            keep_weights (`bool`, defaults to `False`): go on with a trained dictionary: the scale is set, and the
+                weights are changed with it so that outputs stay as they are.
         """
         self._check_trainable()
         self._check_input(activations, None)
-        check_finite(activations)
-        activations = activations.reshape(-1, self.config.d_in).float()
-        center = geometric_median(activations)
-        mean_square = (activations - center).square().mean()
-        if mean_square == 0:
-            raise ValueError(f"the {len(activations)} activations are all equal: expected a sample that varies")
-        self.input_scale.copy_(torch.exp2(-0.5 * mean_square.log2()).log2().round().exp2())
-        self.b_dec.copy_(center * self.input_scale)
+        self._check_targets(activations, targets)
+        if self.config.is_transcoder and targets is None:
+            raise ValueError("a transcoder needs a sample of its targets as well: give targets, (tokens, d_out)")
+        input_center, input_scale = _center_and_scale(activations)
+        center, scale = (input_center, input_scale) if targets is None else _center_and_scale(targets)
+        if keep_weights:
+            self._change_scales(input_scale, scale, input_center)
+            return
+        self.input_scale.copy_(input_scale)
+        self.b_dec.copy_(center * scale)
+        if self.config.is_transcoder:
+            self.input_center.copy_(input_center)
+            self.target_scale.copy_(scale)
 
     @torch.no_grad()
     def fold_input_scale(self) -> None:
-        """Move `input_scale` into the biases and the threshold, in place; outputs stay equal to the last bit."""
+        """
+        Move `input_scale` into the biases and the threshold, in place; outputs stay equal to the last bit. A transcoder's
+        go into all its weights, and outputs stay equal but for rounding.
+        """
+        one = torch.ones_like(self.input_scale)
+        self._change_scales(one, one, torch.zeros(self.config.d_in))
+
+    def _change_scales(
+        self, input_scale: torch.Tensor, target_scale: torch.Tensor, input_center: torch.Tensor
+    ) -> None:
+        """Other units of training, and weights of the same outputs in them; an autoencoder has only the first."""
+        old, new = self._target_scale, input_scale
+        if self.config.is_transcoder:
+            new = target_scale.to(old)
+            shift = (input_center.to(self.input_center) - self.input_center).double() * self.input_scale
+            skip = [(self.W_skip, self.b_dec)] if self.config.skip_connection else []
+            for weight, bias in [(self.encoder_weight, self.b_enc), *skip]:
+                bias.add_(torch.cat([rows.double() @ shift for rows in weight.split(4096)]).to(bias))
+                weight.mul_(self.input_scale / input_scale.to(old) * (new / old))
+            self.input_center.copy_(input_center)
         for tensor in (self.b_enc, self.b_dec, self.threshold):
-            tensor.div_(self.input_scale)
-        self.input_scale.fill_(1.0)
+            tensor.mul_(new.to(old) / old)
+        for scale, value in zip(self._scales(), (input_scale, target_scale)):
+            scale.copy_(value)
+
+    def _scales(self) -> list[torch.Tensor]:
+        return [self.input_scale, *([self.target_scale] if self.config.is_transcoder else [])]
+
+    @property
+    def _target_scale(self) -> torch.Tensor:
+        """Of what is computed, which is an autoencoder's input."""
+        return self._scales()[-1]
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
@@ -297,10 +372,10 @@ class HierarchicalSaeModel(PreTrainedModel):
         names = list(self.config.matryoshka_prefixes or self.config.trained_budgets)
         sums = self._training_sums
         if sums is None:
-            sums = torch.zeros(len(names) + self.config.d_in + 2, dtype=torch.float64, device=self.b_dec.device)
+            sums = torch.zeros(len(names) + len(self.b_dec) + 2, dtype=torch.float64, device=self.b_dec.device)
         self._training_sums = None
         _sum_over_processes(sums)
-        errors, total, squares, tokens = sums.split([len(names), self.config.d_in, 1, 1])
+        errors, total, squares, tokens = sums.split([len(names), len(self.b_dec), 1, 1])
         if tokens < 2:
             return {}
         values = 1 - errors / (squares - total.square().sum() / tokens)
@@ -400,11 +475,53 @@ reconstruction = sae.decode(top_indices, top_values)
                 f"attention_mask must have shape {tuple(x.shape[:-1])}, got {tuple(attention_mask.shape)}"
             )
 
+    def _check_targets(self, x: torch.Tensor, targets: torch.Tensor | None) -> None:
+        if targets is None:
+            if self.config.is_transcoder and self.training:
+                raise ValueError(
+                    f"a transcoder is trained to compute {self.config.target_hook_point}: give targets, (..., d_out)"
+                )
+            return
+        if not self.config.is_transcoder:
+            raise ValueError(
+                "an autoencoder computes its own input, got targets: leave them out, or say with target_hook_point in the "
+                "config that it is a transcoder"
+            )
+        if not isinstance(targets, torch.Tensor) or not targets.is_floating_point():
+            raise ValueError(f"targets must be a floating point tensor, got {targets!r:.40}")
+        if targets.shape != (*x.shape[:-1], self.config.d_out):
+            raise ValueError(
+                f"targets must have shape {(*x.shape[:-1], self.config.d_out)}, got {tuple(targets.shape)}"
+            )
+
+    def _check_skipped(self, hidden_states: Any, shape: tuple[int, ...]) -> torch.Tensor:
+        expected = (*shape, self.config.d_in)
+        if not isinstance(hidden_states, torch.Tensor) or hidden_states.shape != expected:
+            raise ValueError(
+                f"a skip connection needs hidden_states of shape {expected}, those that were encoded, got "
+                f"{getattr(hidden_states, 'shape', hidden_states)}"
+            )
+        return hidden_states
+
+    def _scaled(self, flat: torch.Tensor) -> torch.Tensor:
+        """(tokens, d_in) activations as the encoder takes them."""
+        flat = _at_least_float32(flat)
+        return ((flat - self.input_center) if self.config.is_transcoder else flat) * self.input_scale
+
+    def _encoder_bias(self, scaled: torch.Tensor) -> torch.Tensor:
+        """(d_in,) what the encoder subtracts from its input: of an autoencoder, its decoder's bias."""
+        return scaled.new_zeros(self.config.d_in) if self.config.is_transcoder else self.b_dec
+
+    def _skip(self, scaled: torch.Tensor) -> torch.Tensor:
+        """(tokens, d_out) what the skip connection gives, in units of the scaled targets."""
+        return F.linear(scaled, self.W_skip.to(scaled.dtype))
+
     def _encode_scaled(self, scaled: torch.Tensor, k: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """top_indices and top_values, (tokens, k), in units of the scaled input, with gradients."""
         values, indices = self._select(scaled, self.config.check_k(k))
         values = values.to(scaled.dtype)
-        return indices, SparseEncoder.apply(scaled, self.encoder_weight, self.b_enc, self.b_dec, values, indices)
+        center = self._encoder_bias(scaled)
+        return indices, SparseEncoder.apply(scaled, self.encoder_weight, self.b_enc, center, values, indices)
 
     @torch.no_grad()
     def _select(self, scaled: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -427,7 +544,7 @@ reconstruction = sae.decode(top_indices, top_values)
 
     def _chunks(self, scaled: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         chunk_size = self.config.encoder_chunk_size or self.config.d_sae
-        return pre_activations(scaled - self.b_dec, self.encoder_weight, self.b_enc, chunk_size)
+        return pre_activations(scaled - self._encoder_bias(scaled), self.encoder_weight, self.b_enc, chunk_size)
 
     def _batch_topk(self, scaled: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Training: the tokens × k strongest of the batch. Inference: those above the learned threshold."""
@@ -454,27 +571,30 @@ reconstruction = sae.decode(top_indices, top_values)
         return self.threshold
 
     def _loss(
-        self, scaled: torch.Tensor, top_indices: torch.Tensor, top_values: torch.Tensor
+        self, scaled: torch.Tensor, goals: torch.Tensor, top_indices: torch.Tensor, top_values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Loss, the error at each budget, and the reconstruction, all in units of the scaled input."""
+        """Loss, the error at each budget, and the reconstruction, all in units of the scaled goals, (tokens, d_out)."""
         if len(scaled) == 0:
             # A batch of padding only: a zero that keeps every parameter in the graph, as DDP needs.
             nothing: Any = sum(parameter.sum() for parameter in self.parameters()) * 0.0
-            return nothing, None, scaled + nothing
+            return nothing, None, goals + nothing
         W_dec, b_dec = (_at_least_float32(parameter) for parameter in (self.W_dec, self.b_dec))
         W_dec = TangentGradient.apply(W_dec) if self.config.normalize_decoder else W_dec
+        # What a skip connection gives is not left to the latents.
+        skipped = self._skip(scaled) if self.config.skip_connection else None
+        wanted = goals if skipped is None else goals - skipped
         if self.config.matryoshka_prefixes is not None:
-            errors, reconstruction = self._prefix_errors(scaled, top_indices, top_values, W_dec)
+            errors, reconstruction = self._prefix_errors(wanted, top_indices, top_values, W_dec)
             loss = errors.mean()
         else:
             budgets, budget_weights = self._budgets_up_to(top_indices.shape[1])
-            budget_errors = choose_form("auto", top_values, W_dec, b_dec, scaled)
-            errors, reconstruction = budget_errors(top_indices, top_values, W_dec, b_dec, scaled, budgets)
+            budget_errors = choose_form("auto", top_values, W_dec, b_dec, wanted)
+            errors, reconstruction = budget_errors(top_indices, top_values, W_dec, b_dec, wanted, budgets)
             loss = (errors * normalized_weights(budget_weights, budgets, like=errors)).sum()
         if self.config.aux_loss_coefficient > 0 and self.training:
-            residual = (scaled - reconstruction).detach()
+            residual = (wanted - reconstruction).detach()
             loss = loss + self.config.aux_loss_coefficient * self._auxiliary_loss(scaled, residual, W_dec)
-        return loss, errors, reconstruction
+        return loss, errors, reconstruction if skipped is None else reconstruction + skipped
 
     def _budgets_up_to(self, width: int) -> tuple[tuple[int, ...], Sequence[float] | None]:
         """The trained budgets that `width` latents allow, or `width` itself, and their weights (`None`: equal)."""
@@ -485,14 +605,14 @@ reconstruction = sae.decode(top_indices, top_values)
         return budgets, weights if any(weights) else None
 
     def _prefix_errors(
-        self, scaled: torch.Tensor, top_indices: torch.Tensor, top_values: torch.Tensor, W_dec: torch.Tensor
+        self, wanted: torch.Tensor, top_indices: torch.Tensor, top_values: torch.Tensor, W_dec: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         errors, start = [], 0
-        reconstruction = self.b_dec.expand_as(scaled)
+        reconstruction = self.b_dec.expand_as(wanted)
         for end in self.config.matryoshka_prefixes:
             inside = (top_indices >= start) & (top_indices < end)
             reconstruction = reconstruction + weighted_rows(top_indices, top_values * inside, W_dec)
-            errors.append((reconstruction - scaled).square().mean())
+            errors.append((reconstruction - wanted).square().mean())
             start = end
         return torch.stack(errors), reconstruction
 
@@ -501,16 +621,17 @@ reconstruction = sae.decode(top_indices, top_values)
         dead = self._dead_latents().nonzero().squeeze(1)
         if len(dead) == 0:
             return residual.new_zeros(())
-        latents = F.linear(scaled.detach() - self.b_dec, self.encoder_weight[dead], self.b_enc[dead])
+        centered = scaled.detach() - self._encoder_bias(scaled)
+        latents = F.linear(centered, self.encoder_weight[dead], self.b_enc[dead])
         aux_k = min(self.config.aux_k or max(1, self.config.d_in // 2), len(dead))
         values, places = latents.topk(aux_k, dim=1)
         reconstruction = weighted_rows(dead[places], values.relu().to(residual.dtype), W_dec)
         return (reconstruction - residual).square().mean()
 
     @torch.no_grad()
-    def _add_training_sums(self, scaled: torch.Tensor, errors: torch.Tensor) -> None:
+    def _add_training_sums(self, goals: torch.Tensor, errors: torch.Tensor) -> None:
         # float64: far from the origin, Σx² − n·mean² loses its digits.
-        x = scaled.double()
+        x = goals.double()
         tokens = x.new_full((1,), len(x))
         sums = torch.cat([errors.double() * x.numel(), x.sum(dim=0), x.square().sum().reshape(1), tokens])
         # A model that has moved since goes on with the sums that it had.
@@ -599,6 +720,24 @@ def geometric_median(points: torch.Tensor, iterations: int = 50) -> torch.Tensor
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _rows_kept(x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    """(..., n) to (kept, n)."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if keep is None else flat[keep]
+
+
+def _center_and_scale(activations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Geometric median, and the power of two that makes the mean square of what is around it about 1."""
+    activations = activations.reshape(-1, activations.shape[-1])
+    check_finite(activations)
+    activations = activations.float()
+    center = geometric_median(activations)
+    mean_square = (activations - center).square().mean()
+    if mean_square == 0:
+        raise ValueError(f"the {len(activations)} activations are all equal: expected a sample that varies")
+    return center, torch.exp2(-0.5 * mean_square.log2()).log2().round().exp2()
 
 
 def _restore(flat: torch.Tensor, keep: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:

@@ -134,7 +134,7 @@ def weighted_rows(indices: torch.Tensor, values: torch.Tensor, weight: torch.Ten
 
 
 class SparseEncoder(torch.autograd.Function):
-    """ReLU of known pre-activations `values`; the backward costs k rows per input instead of d_sae."""
+    """ReLU of known pre-activations `values` of scaled − center; the backward costs k rows per input instead of d_sae."""
 
     @staticmethod
     def forward(
@@ -142,36 +142,38 @@ class SparseEncoder(torch.autograd.Function):
         scaled: torch.Tensor,
         encoder_weight: torch.Tensor,
         b_enc: torch.Tensor,
-        b_dec: torch.Tensor,
+        center: torch.Tensor,
         values: torch.Tensor,
         indices: torch.Tensor,
     ) -> torch.Tensor:
         values = values.relu()
-        ctx.save_for_backward(scaled, encoder_weight, b_dec, values, indices)
+        ctx.save_for_backward(scaled, encoder_weight, center, values, indices)
         ctx.b_enc_dtype = b_enc.dtype
         return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_values: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scaled, encoder_weight, b_dec, values, indices = ctx.saved_tensors
+        scaled, encoder_weight, center, values, indices = ctx.saved_tensors
         grad = grad_values.to(scaled.dtype) * (values > 0)
-        grad_weight, grad_b_enc = encoder_gradient(indices, grad, scaled, b_dec, encoder_weight)
-        # Summed over the batch, the gradient of the input is one product with the summed gradient of the latents.
-        grad_b_dec = -(grad_b_enc @ encoder_weight.to(scaled.dtype))
+        grad_weight, grad_b_enc = encoder_gradient(indices, grad, scaled, center, encoder_weight)
+        grad_center = None
+        if ctx.needs_input_grad[3]:
+            # Summed over the batch, the gradient of the input is one product with the summed gradient of the latents.
+            grad_center = -(grad_b_enc @ encoder_weight.to(scaled.dtype)).to(center.dtype)
         grad_scaled = weighted_rows(indices, grad, encoder_weight) if ctx.needs_input_grad[0] else None
         return (
             None if grad_scaled is None else grad_scaled.to(scaled.dtype),
             grad_weight.to(encoder_weight.dtype),
             grad_b_enc.to(ctx.b_enc_dtype),
-            grad_b_dec.to(b_dec.dtype),
+            grad_center,
             None,
             None,
         )
 
 
 def encoder_gradient(
-    indices: torch.Tensor, grad: torch.Tensor, scaled: torch.Tensor, b_dec: torch.Tensor, encoder_weight: torch.Tensor
+    indices: torch.Tensor, grad: torch.Tensor, scaled: torch.Tensor, center: torch.Tensor, encoder_weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Gradients of the encoder's weight and bias from those of the selected latents' values.
@@ -180,17 +182,17 @@ def encoder_gradient(
         indices (`torch.Tensor`): (tokens, k).
         grad (`torch.Tensor`): (tokens, k), gradient of the values.
         scaled (`torch.Tensor`): (tokens, d_in), the encoder's input.
-        b_dec (`torch.Tensor`): (d_in,).
+        center (`torch.Tensor`): (d_in,), what the encoder subtracts from it.
         encoder_weight (`torch.Tensor`): (d_sae, d_in).
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: (d_sae, d_in) and (d_sae,).
     """
-    if suits_triton(scaled, b_dec, encoder_weight):
+    if suits_triton(scaled, center, encoder_weight):
         from .sparse_encoder_triton import encoder_gradient_triton
 
-        return encoder_gradient_triton(indices, grad, scaled, b_dec, encoder_weight)
-    centered = scaled - b_dec
+        return encoder_gradient_triton(indices, grad, scaled, center, encoder_weight)
+    centered = scaled - center
     grad_weight = empty_in_large_pages(*encoder_weight.shape, dtype=scaled.dtype, device=scaled.device).zero_()
     if suits_numba(grad, centered, grad_weight) and indices.numel():
         from .hierarchical_topk_numba import add_rows_numba
