@@ -16,9 +16,8 @@ from safetensors.torch import save_file
 from transformers.utils import logging
 
 from .activations import ActivationStream, Inputs
-from .configuration_hierarchical_sae import integer
+from .configuration_hierarchical_sae import integer, place_name
 from .modeling_hierarchical_sae import HierarchicalSaeModel
-from .sites import place_name
 from .whole_files import whole_file
 
 
@@ -125,11 +124,10 @@ class _Writer:
         before, pieces = Counter(stream.counts), []
         for inputs in batches:
             read = stream.read(inputs)
-            pieces.append(read.states[read.kept])
-            self.progress.update(len(pieces[-1]))
-        states = self._stored(torch.cat(pieces))
+            pieces.append([states[read.kept] for states in read.states])
+            self.progress.update(len(pieces[-1][0]))
         names = [_tensor_name(site.layer, site.hook_point) for site in stream.sites]
-        tensors = {name: states[:, index].contiguous() for index, name in enumerate(names)}
+        tensors = {name: self._stored(torch.cat(parts)) for name, parts in zip(names, zip(*pieces))}
         counts = {name: stream.counts[name] - before[name] for name in stream.counts}
         _write_shard(path, tensors, {"counts": counts, "text_sha256": text})
         return counts
@@ -157,19 +155,27 @@ class _Writer:
 class ActivationShards(torch.utils.data.Dataset):
     """
     Activations that [`save_shards`] wrote, memory-mapped: a dataset for `Trainer` whose items are
-    `{"hidden_states": (hidden_size,) float32}`. `description` holds the settings of the harvest.
+    `{"hidden_states": (d_in,) float32}`, and of a transcoder `{"hidden_states": (d_in,), "targets": (d_out,)}`.
+    `description` holds the settings of the harvest.
 
     Args:
         folder (`str` or `os.PathLike`): what was given to `save_shards`.
         layer (`int`, *optional*): which layer to read; needed only if several were harvested.
         hook_point (`str`, *optional*): which site of it; likewise.
+        target_hook_point (`str`, *optional*): the site that a transcoder computes from it.
 
     Raises:
         `ValueError`: If there is no harvest, an unfinished one, a torn or missing shard, a damaged record, no such layer or
             site, or no token.
     """
 
-    def __init__(self, folder: str | os.PathLike, layer: int | None = None, hook_point: str | None = None):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        layer: int | None = None,
+        hook_point: str | None = None,
+        target_hook_point: str | None = None,
+    ):
         self.folder = Path(folder)
         if not (self.folder / DESCRIPTION).exists():
             raise ValueError(f"expected a folder written by save_shards, got {folder}, which has no {DESCRIPTION}")
@@ -177,6 +183,9 @@ class ActivationShards(torch.utils.data.Dataset):
         layer = None if layer is None else integer("layer", layer)
         self.layer: int | None = _harvested(self.description, "layer", layer)
         self.hook_point: str = _harvested(self.description, "hook_point", hook_point)
+        self.target_hook_point: str | None = None
+        if target_hook_point is not None:
+            self.target_hook_point = _harvested(self.description, "hook_point", target_hook_point)
         if not (self.folder / COMPLETE).exists():
             written = len(list(self.folder.glob("shard-*.safetensors")))
             raise ValueError(
@@ -186,7 +195,9 @@ class ActivationShards(torch.utils.data.Dataset):
         complete = _read_json(self.folder / COMPLETE, num_shards=int, tokens=int)
         count = complete["num_shards"]
         self._paths = [self.folder / _shard_name(number) for number in range(count)]
-        self._shards = [self._site(path, _tensor_name(self.layer, self.hook_point)) for path in self._paths]
+        read = [name for name in (self.hook_point, self.target_hook_point) if name is not None]
+        sites = [[self._site(path, name) for path in self._paths] for name in read]
+        self._shards, self._targets = sites[0], sites[-1]
         ends = torch.tensor([len(shard) for shard in self._shards], dtype=torch.int64).cumsum(0)
         there = sum(map(len, self._shards))
         if there == 0:
@@ -197,7 +208,9 @@ class ActivationShards(torch.utils.data.Dataset):
                 "harvest again"
             )
         # The last shard may hold more tokens than were asked for.
-        self._shards[-1] = self._shards[-1][: len(self._shards[-1]) - int(ends[-1]) + complete["tokens"]]
+        last = len(self._shards[-1]) - int(ends[-1]) + complete["tokens"]
+        for shards in sites:
+            shards[-1] = shards[-1][:last]
         self._ends = ends.clamp(max=complete["tokens"])
 
     def __len__(self) -> int:
@@ -207,10 +220,13 @@ class ActivationShards(torch.utils.data.Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
-        return [{"hidden_states": row} for row in self.rows(torch.as_tensor(indices))]
+        rows = self.rows(torch.as_tensor(indices))
+        if self.target_hook_point is None:
+            return [{"hidden_states": row} for row in rows]
+        return [{"hidden_states": row, "targets": target} for row, target in zip(*rows)]
 
-    def rows(self, indices: torch.Tensor) -> torch.Tensor:
-        """(n,) token numbers to (n, hidden_size) activations, in float32."""
+    def rows(self, indices: torch.Tensor) -> Any:
+        """(n,) token numbers to (n, d_in) activations, in float32, or a pair of these and (n, d_out) targets."""
         if indices.is_floating_point() or indices.dtype == torch.bool:
             raise IndexError(f"token numbers must be integers, got {indices.dtype}")
         if len(indices) and not -len(self) <= int(indices.min()) <= int(indices.max()) < len(self):
@@ -218,20 +234,24 @@ class ActivationShards(torch.utils.data.Dataset):
                 f"token numbers must be in [0, {len(self)}), got {int(indices.min())}…{int(indices.max())}"
             )
         indices = indices % len(self)
+        rows = self._rows(self._shards, indices)
+        return rows if self.target_hook_point is None else (rows, self._rows(self._targets, indices))
+
+    def _rows(self, shards: list[torch.Tensor], indices: torch.Tensor) -> torch.Tensor:
         numbers = torch.searchsorted(self._ends, indices, right=True)
-        rows = torch.empty(len(indices), self._shards[0].shape[1])
+        rows = torch.empty(len(indices), shards[0].shape[1])
         for number in numbers.unique().tolist():
             here = numbers == number
-            start = int(self._ends[number]) - len(self._shards[number])
-            rows[here] = self._shards[number][indices[here] - start].float()
+            start = int(self._ends[number]) - len(shards[number])
+            rows[here] = shards[number][indices[here] - start].float()
         return rows
 
-    def batches(self, batch_tokens: int = 4096) -> Iterator[torch.Tensor]:
-        """All activations in order, (batch_tokens, hidden_size) each, fewer at the end of a shard."""
+    def batches(self, batch_tokens: int = 4096) -> Iterator[Any]:
+        """All activations in order, as [`~ActivationShards.rows`], (batch_tokens, d_in) each, fewer at the end of a shard."""
         batch_tokens = integer("batch_tokens", batch_tokens, 1)
-        for shard in self._shards:
-            for batch in shard.split(batch_tokens):
-                yield batch.float()
+        for shard, targets in zip(self._shards, self._targets):
+            for batch, goals in zip(shard.split(batch_tokens), targets.split(batch_tokens)):
+                yield batch.float() if self.target_hook_point is None else (batch.float(), goals.float())
 
     def verify(self) -> None:
         """Read every shard in full and compare its checksum; raises `ValueError` at the first that is not as written."""
@@ -244,40 +264,86 @@ class ActivationShards(torch.utils.data.Dataset):
                 "delete what is not of it"
             )
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Size of the activations and of the targets, which are the same for an autoencoder."""
+        return self._shards[0].shape[1], self._targets[0].shape[1]
+
     def check_reads(self, sae: HierarchicalSaeModel) -> None:
         """Raise a `ValueError` unless these are activations of the kind that an autoencoder was trained on."""
-        config, found = sae.config, (self.description["hidden_size"], place_name(self.layer, self.hook_point))
+        config = sae.config
+        layer = self.layer if config.layer is None else config.layer
         hook_point = config.hook_point or self.hook_point
-        trained = (config.d_in, place_name(self.layer if config.layer is None else config.layer, hook_point))
+        trained = _kind((config.d_in, config.d_out), layer, hook_point, config.target_hook_point)
+        found = _kind(self.widths, self.layer, self.hook_point, self.target_hook_point)
         if found != trained:
             raise ValueError(
-                f"the autoencoder was trained on activations of size {trained[0]} of {trained[1]}, {self.folder} "
-                f"holds those of size {found[0]} of {found[1]}"
+                f"the {config.kind} was trained on activations of {trained}, {self.folder} holds those of {found}"
             )
-        named, harvested = sae.config.model_name, self.description.get("model_name")
+        named, harvested = config.model_name, self.description.get("model_name")
         if named not in (None, harvested):
-            logger.warning(f"the autoencoder was trained on {named}, {self.folder} was harvested from {harvested}")
+            logger.warning(f"the {config.kind} was trained on {named}, {self.folder} was harvested from {harvested}")
 
-    def _site(self, path: Path, name: str) -> torch.Tensor:
-        """(tokens, hidden_size) of a shard."""
-        tensor, width = _read_shard(path)[0].get(name), self.description["hidden_size"]
+    def _site(self, path: Path, hook_point: str) -> torch.Tensor:
+        """(tokens, width) of a site in a shard."""
+        name = _tensor_name(self.layer, hook_point)
+        tensor, width = _read_shard(path)[0].get(name), self.description["widths"].get(name)
         if tensor is None or tensor.ndim != 2 or tensor.shape[1] != width:
             found = None if tensor is None else tuple(tensor.shape)
             raise ValueError(f"{path} must hold {name} of shape (tokens, {width}), got {found}: {DAMAGED}")
         return tensor
 
 
-def pieces_of(
-    activations: torch.Tensor | Iterable[torch.Tensor] | ActivationShards, sae: HierarchicalSaeModel
-) -> Iterable[torch.Tensor]:
-    """Activations piece by piece, if a stream or a harvest of them is of what the autoencoder was trained on."""
-    if isinstance(activations, torch.Tensor):
-        return [activations]
-    if isinstance(activations, str | bytes | Mapping) or not isinstance(activations, Iterable | ActivationShards):
+def pieces_of(activations: Any, sae: HierarchicalSaeModel) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """
+    Pieces of activations, (tokens, d_in), and of what is to be computed from them, (tokens, d_out), the same for an
+    autoencoder.
+
+    Args:
+        activations (`torch.Tensor`, iterable of them, [`ActivationStream`] or [`ActivationShards`]): for a transcoder,
+            pairs in their place.
+        sae ([`HierarchicalSaeModel`]): what is to read them.
+
+    Raises:
+        `ValueError`: If a stream or a harvest is of something else than it was trained on, or pieces have other shapes or
+            are not floating point.
+    """
+    pairs = sae.config.is_transcoder
+    given = isinstance(activations, torch.Tensor) or (pairs and isinstance(activations, tuple))
+    if isinstance(activations, str | bytes | Mapping) or not (
+        given or isinstance(activations, Iterable | ActivationShards)
+    ):
         raise ValueError(f"expected activations, a tensor or several, got a {type(activations).__name__}")
-    if isinstance(activations, ActivationStream | ActivationShards):
+    if isinstance(activations, ActivationStream):
+        activations.check_reads(sae, with_targets=True)
+    if isinstance(activations, ActivationShards):
         activations.check_reads(sae)
-    return activations.batches() if isinstance(activations, ActivationShards) else activations
+        activations = activations.batches()
+    return (_pair(piece, sae) for piece in ([activations] if given else activations))
+
+
+def _pair(piece: Any, sae: HierarchicalSaeModel) -> tuple[torch.Tensor, torch.Tensor]:
+    if not sae.config.is_transcoder:
+        sae._check_input(piece, None)
+        x = piece.reshape(-1, sae.config.d_in)
+        return x, x
+    if not isinstance(piece, tuple | list) or len(piece) != 2:
+        raise ValueError(
+            f"a transcoder needs pairs of activations and targets, got a {type(piece).__name__}: give tuples, or a stream "
+            "or harvest with target_hook_point"
+        )
+    x, targets = piece
+    sae._check_input(x, None)
+    sae._check_targets(x, targets)
+    return x.reshape(-1, x.shape[-1]), targets.reshape(-1, targets.shape[-1])
+
+
+def _kind(widths: tuple[int, int | None], layer: int | None, hook_point: str, target_hook_point: str | None) -> str:
+    """What activations are, for comparison and errors."""
+    found = f"size {widths[0]} of {place_name(layer, hook_point)}"
+    if target_hook_point is None:
+        return found
+    return f"{found}, and of size {widths[1]} of {place_name(layer, target_hook_point)} to compute from them"
 
 
 def _description(stream: ActivationStream, shard_tokens: int, dtype: torch.dtype) -> dict:
@@ -289,7 +355,7 @@ def _description(stream: ActivationStream, shard_tokens: int, dtype: torch.dtype
         "model_name": stream.model.config.name_or_path,
         "layers": stream.layers,
         "hook_points": stream.hook_points,
-        "hidden_size": stream.hidden_size,
+        "widths": {_tensor_name(site.layer, site.hook_point): site.width for site in stream.sites},
         "shard_tokens": shard_tokens,
         "dtype": str(dtype).removeprefix("torch."),
         **settings,
@@ -406,8 +472,13 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def _read_description(folder: Path) -> dict:
-    """The settings of a harvest; one without hook points is of the outputs of layers."""
-    return {"hook_points": ["output"], **_read_json(folder / DESCRIPTION, layers=list, hidden_size=int)}
+    """The settings of a harvest; one without hook points is of the outputs of layers, one without widths has one."""
+    found: dict[str, Any] = {"hook_points": ["output"], **_read_json(folder / DESCRIPTION, layers=list)}
+    if "widths" in found:
+        return {**found, **_read_json(folder / DESCRIPTION, widths=dict)}
+    width = _read_json(folder / DESCRIPTION, hidden_size=int)["hidden_size"]
+    names = [_tensor_name(layer, name) for layer in found["layers"] for name in found["hook_points"]]
+    return {**found, "widths": dict.fromkeys(names, width)}
 
 
 def _write_description(folder: Path, description: dict) -> None:

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from .configuration_hierarchical_sae import integer, positive_number
 from .language_model import check_length, check_vocabulary, layer_indices, vocabulary_size
 from .modeling_hierarchical_sae import HierarchicalSaeModel, check_finite
-from .sites import HOOK_POINTS, check_fits, find_site, read_sites
+from .sites import HOOK_POINTS, check_fits, find_site, read_sites, target_site
 
 
 logger = logging.get_logger(__name__)
@@ -97,13 +97,13 @@ class Pass:
     Args:
         ids (`torch.Tensor`): (contexts, positions), token ids.
         mask (`torch.Tensor`): (contexts, positions), zero where a position is padding.
-        states (`torch.Tensor`): (contexts, positions, sites, hidden_size), float32, on the model's device.
+        states (`list[torch.Tensor]`): (contexts, positions, width) of each site, float32, on one device.
         kept (`torch.Tensor`): (contexts, positions), which positions are neither left out nor beyond `max_tokens`.
     """
 
     ids: torch.Tensor
     mask: torch.Tensor
-    states: torch.Tensor
+    states: list[torch.Tensor]
     kept: torch.Tensor
 
 
@@ -114,6 +114,7 @@ def iterate_activations(
     layer: int | Sequence[int] | None,
     *,
     hook_point: str | Sequence[str] = "output",
+    target_hook_point: str | None = None,
     **settings: Any,
 ) -> "ActivationStream":
     """
@@ -131,11 +132,13 @@ def iterate_activations(
         dataset (`Iterable`): texts, or rows with a text in `text_column`; a streaming `datasets` dataset too.
         layer (`int` or `Sequence[int]`, *optional*): decoder layers, counted from 0; negative counts from the end. `None`
             for modules by their paths within the model.
-        hook_point (`str` or `Sequence[str]`, defaults to `"output"`): sites of each layer, which have to be of one width:
+        hook_point (`str` or `Sequence[str]`, defaults to `"output"`): sites of each layer, for batches of one width:
             `"input"`, `"middle"` and `"output"`, the residual stream before the layer, between attention and MLP, and
             after the layer; `"attention.input"`, `"attention.output"`, `"mlp.input"` and `"mlp.output"`, what they take
             and what they add to it; `"attention.heads"`, what its heads give; or the output of a module, by its path
             within the layer.
+        target_hook_point (`str`, *optional*): the site of the same layer that a transcoder computes, of any width: batches
+            are pairs then, of what it reads and what it is to compute.
         settings (*optional*): those of [`ActivationSettings`].
 
     Returns:
@@ -147,14 +150,15 @@ def iterate_activations(
             it, a token is not in the model's vocabulary, or the dataset held no token to yield.
     """
     settings: Any = ActivationSettings(**settings)
-    return ActivationStream(model, tokenizer, dataset, layer, hook_point=hook_point, settings=settings)
+    sites: Any = {"hook_point": hook_point, "target_hook_point": target_hook_point}
+    return ActivationStream(model, tokenizer, dataset, layer, **sites, settings=settings)
 
 
-class ActivationStream(Iterator[torch.Tensor]):
+class ActivationStream(Iterator[Any]):
     """
     Batches of activations, (batch_tokens, hidden_size) each, or (batch_tokens, sites, hidden_size) if several layers or
-    hook points were asked for: all sites of the first layer, then of the next. The last batch may be smaller. Made by
-    [`iterate_activations`].
+    hook points were asked for: all sites of the first layer, then of the next; with a `target_hook_point`, pairs of
+    (batch_tokens, d_in) and (batch_tokens, d_out). The last batch may be smaller. Made by [`iterate_activations`].
 
     The same arguments give the same batches. [`~ActivationStream.state_dict`] and
     [`~ActivationStream.load_state_dict`] continue an interrupted stream exactly; `counts` says how many tokens were
@@ -169,6 +173,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         layer: int | Sequence[int] | None,
         *,
         hook_point: str | Sequence[str] = "output",
+        target_hook_point: str | None = None,
         settings: ActivationSettings,
     ):
         check_dataset(dataset)
@@ -177,37 +182,50 @@ class ActivationStream(Iterator[torch.Tensor]):
         self.layers = [None] if layer is None else layer_indices(model, layer)
         several = isinstance(hook_point, Iterable) and not isinstance(hook_point, str)
         self.hook_points: list[Any] = list(hook_point) if several else [hook_point]
+        self.target_hook_point = target_hook_point
         self._single = not isinstance(layer, Iterable) and not several
+        if target_hook_point is not None:
+            if not self._single:
+                raise ValueError(
+                    f"target_hook_point goes with one layer and one hook_point, got {layer} and {hook_point}"
+                )
+            self.hook_points.append(target_hook_point)
         self.sites = [find_site(model, index, name) for index in self.layers for name in self.hook_points]
-        self.hidden_size = self._width()
+        if not self.sites:
+            raise ValueError("hook_point must name one site or several, got none")
         self.counts = Counter(
             tokens=0, padding=0, first_position=0, not_finite=0, outlying_norm=0, rows_without_text=0
         )
         self._generator = torch.Generator().manual_seed(settings.seed)
-        self._buffer = torch.empty(0, len(self.sites), self.hidden_size)
+        self._buffer = [torch.empty(0, site.width) for site in self.sites]
         self._passes: Iterator[Pass] | None = None
         self._passes_read = 0
 
-    def __next__(self) -> torch.Tensor:
+    def __next__(self) -> Any:
         batch_tokens, shuffle_tokens = self.settings.batch_tokens, self.settings.shuffle_tokens
-        if len(self._buffer) < max(batch_tokens, shuffle_tokens // 2):
+        if self.target_hook_point is None:
+            self._check_widths()
+        if len(self._buffer[0]) < max(batch_tokens, shuffle_tokens // 2):
             self._fill(max(batch_tokens, shuffle_tokens))
-        batch, self._buffer = self._buffer[:batch_tokens], self._buffer[batch_tokens:]
-        if len(batch) == 0:
+        batch = [states[:batch_tokens] for states in self._buffer]
+        self._buffer = [states[batch_tokens:] for states in self._buffer]
+        if len(batch[0]) == 0:
             if self.counts["tokens"] == 0:
                 raise ValueError(
                     "the dataset gave no tokens: expected texts longer than one token, got none or only such as are "
                     f"left out ({dict(self.counts)})"
                 )
             raise StopIteration
-        return batch[:, 0] if self._single else batch
+        if self.target_hook_point is not None:
+            return tuple(batch)
+        return batch[0] if self._single else torch.stack(batch, dim=1)
 
     def state_dict(self) -> dict:
         """Everything that the rest of the stream depends on; with shuffling, the tokens in the buffer as well."""
         return {
             "passes_read": self._passes_read,
             "counts": dict(self.counts),
-            "buffer": self._buffer.clone(),
+            "buffer": [states.clone() for states in self._buffer],
             "generator": self._generator.get_state(),
         }
 
@@ -215,7 +233,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         """Continue where `state` was taken. The text read until then is tokenised again, not run through the model."""
         self.counts = Counter(state["counts"])
         self._passes_read, self._passes = state["passes_read"], None
-        self._buffer = state["buffer"].to(self.model.device)
+        self._buffer = [states.to(self.model.device) for states in state["buffer"]]
         self._generator.set_state(state["generator"])
 
     def passes(self) -> Iterator[Pass]:
@@ -243,7 +261,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         """
         check_vocabulary(self.model, inputs.ids)
         outputs = read_sites(self.model, self.sites, inputs.ids, inputs.mask)
-        states = torch.stack([output.float().to(outputs[0].device) for output in outputs], dim=2)
+        states = [output.float().to(outputs[0].device) for output in outputs]
         kept = self._kept(states, inputs)
         if room is not None and int(kept.sum()) > room:
             kept &= kept.flatten().cumsum(0).view_as(kept) <= room
@@ -263,27 +281,31 @@ class ActivationStream(Iterator[torch.Tensor]):
                 f"{counts['rows_without_text']} rows without a text"
             )
 
-    def check_reads(self, sae: HierarchicalSaeModel) -> None:
-        """Raise a `ValueError` unless this is the language model and the site that an autoencoder was trained on."""
+    def check_reads(self, sae: HierarchicalSaeModel, with_targets: bool = False) -> None:
+        """
+        Raise a `ValueError` unless this is the language model and the site that an autoencoder was trained on; with a
+        transcoder's targets too, if they are asked for.
+        """
         first, layer = self.sites[0], sae.config.layer
         hook_point = sae.config.hook_point or first.hook_point
         if layer is None and hook_point in (first.hook_point, *HOOK_POINTS):
             layer = first.layer
-        trained = check_fits(sae, self.model, layer, hook_point)
-        if self.sites != [trained]:
+        trained = [check_fits(sae, self.model, layer, hook_point)]
+        if with_targets and sae.config.is_transcoder:
+            trained.append(target_site(sae, self.model, trained[0]))
+        if self.sites != trained:
             raise ValueError(
-                f"the autoencoder was trained on {trained}, the stream gives {', '.join(map(str, self.sites))}: read that "
-                "site alone"
+                f"the {sae.config.kind} was trained on {' to '.join(map(str, trained))}, the stream gives "
+                f"{', '.join(map(str, self.sites))}: read that {'site' if len(trained) == 1 else 'pair of sites'} alone"
             )
 
-    def _width(self) -> int:
-        """That of all sites."""
+    def _check_widths(self) -> None:
         widths = {str(site): site.width for site in self.sites}
         if len(set(widths.values())) != 1:
             raise ValueError(
-                f"hook_point must name one site or several of one width, got {widths or 'none'}: read each width by itself"
+                f"hook_point must name one site or several of one width, got {widths}: read each width by itself, or "
+                "harvest them with save_shards"
             )
-        return self.sites[0].width
 
     def _texts(self) -> Iterator[tuple[int, str]]:
         """The number and text of each row, a long one in pieces; rows without one are counted."""
@@ -311,9 +333,9 @@ class ActivationStream(Iterator[torch.Tensor]):
                 yield found
         self.log_counts()
 
-    def _kept(self, states: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    def _kept(self, states: list[torch.Tensor], inputs: Inputs) -> torch.Tensor:
         """Which positions are neither padding, nor first, nor NaN, nor of outlying norm; the others are counted."""
-        keep = inputs.mask.to(states.device).bool()
+        keep = inputs.mask.to(states[0].device).bool()
         self.counts["padding"] += keep.numel() - int(keep.sum())
         if self.settings.skip_first_position:
             self.counts["first_position"] += int(keep[:, 0].sum())
@@ -321,16 +343,16 @@ class ActivationStream(Iterator[torch.Tensor]):
         keep &= self._finite(states, keep, inputs.rows)
         ratio = self.settings.max_norm_ratio
         if ratio is not None and keep.any():
-            norms = torch.linalg.vector_norm(states, dim=-1)
-            usual = (norms <= ratio * norms[keep].median(dim=0).values).all(dim=-1)
+            norms = [torch.linalg.vector_norm(each, dim=-1) for each in states]
+            usual = torch.stack([each <= ratio * each[keep].median() for each in norms]).all(dim=0)
             self.counts["outlying_norm"] += int((keep & ~usual).sum())
             keep &= usual
         return keep
 
-    def _finite(self, states: torch.Tensor, keep: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    def _finite(self, states: list[torch.Tensor], keep: torch.Tensor, rows: list[int]) -> torch.Tensor:
         """Which positions hold numbers; a few that do not are counted with a warning, many are refused."""
         # In float64 a sum is finite unless an entry is not.
-        finite = states.sum(dim=(2, 3), dtype=torch.float64).isfinite()
+        finite = torch.stack([each.sum(dim=-1, dtype=torch.float64).isfinite() for each in states]).all(dim=0)
         lost = keep & ~finite
         if not lost.any():
             return finite
@@ -339,7 +361,8 @@ class ActivationStream(Iterator[torch.Tensor]):
         self.counts["not_finite"] += int(lost.sum())
         if self.counts["not_finite"] > MOST_NOT_FINITE * (before + int(keep.sum())):
             try:
-                check_finite(states[keep])
+                for each in states:
+                    check_finite(each[keep])
             except ValueError as error:
                 raise ValueError(f"{error}; they are in {where} of the dataset") from error
         logger.warning(f"{int(lost.sum())} tokens in {where} have NaN or infinite activations: they are left out")
@@ -349,17 +372,17 @@ class ActivationStream(Iterator[torch.Tensor]):
         """Read forward passes until the buffer holds `size` tokens or the text ends, then shuffle it if asked."""
         if self._passes is None:
             self._passes = self._passes_after(self._passes_read, self.counts["tokens"])
-        pieces, tokens = [self._buffer.to(self.model.device)], len(self._buffer)
+        pieces, tokens = [[states.to(self.model.device) for states in self._buffer]], len(self._buffer[0])
         while tokens < size and (found := next(self._passes, None)) is not None:
             self._passes_read += 1
-            pieces.append(found.states[found.kept])
-            tokens += len(pieces[-1])
+            pieces.append([states[found.kept] for states in found.states])
+            tokens += len(pieces[-1][0])
         if len(pieces) == 1:
             return
-        self._buffer = torch.cat([piece.to(pieces[-1].device) for piece in pieces])
+        self._buffer = [torch.cat([part.to(parts[-1].device) for part in parts]) for parts in zip(*pieces)]
         if self.settings.shuffle_tokens:
-            order = torch.randperm(len(self._buffer), generator=self._generator)
-            self._buffer = self._buffer[order.to(self._buffer.device)]
+            order = torch.randperm(len(self._buffer[0]), generator=self._generator)
+            self._buffer = [states[order.to(states.device)] for states in self._buffer]
 
 
 def check_dataset(dataset: Any) -> None:

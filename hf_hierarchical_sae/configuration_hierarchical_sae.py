@@ -86,6 +86,11 @@ class HierarchicalSaeConfig(PreTrainedConfig):
         return self.target_hook_point is not None
 
     @property
+    def kind(self) -> str:
+        """`"autoencoder"` or `"transcoder"`."""
+        return "transcoder" if self.is_transcoder else "autoencoder"
+
+    @property
     def has_budgets(self) -> bool:
         """Whether every number of latents up to k can be asked for, as with `selection="topk"` alone."""
         return self.selection == "topk"
@@ -234,6 +239,13 @@ class HierarchicalSaeConfig(PreTrainedConfig):
                 "d_out other than d_in and skip_connection are for transcoders: say which site it computes with "
                 f"target_hook_point, got d_in={self.d_in}, d_out={self.d_out} and skip_connection={self.skip_connection}"
             )
+
+
+def place_name(layer: int | None, hook_point: str) -> str:
+    """A site as errors call it: `"layer 3"` is its output."""
+    if layer is None:
+        return f"the module {hook_point}"
+    return f"layer {layer}" if hook_point == "output" else f"{hook_point} of layer {layer}"
 
 
 def is_integer(number: Any) -> bool:

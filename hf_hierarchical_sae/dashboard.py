@@ -16,11 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .activations import check_dataset
-from .configuration_hierarchical_sae import integer, integers, positive_number
+from .configuration_hierarchical_sae import integer, integers, place_name, positive_number
 from .language_model import check_predicts, hidden_size
 from .latent_activations import LatentActivations, decoded, read_latents
 from .modeling_hierarchical_sae import HierarchicalSaeModel
-from .sites import place_name
 from .whole_files import whole_file
 
 
@@ -121,9 +120,7 @@ def write_dashboard(
         html = template.render(
             config=sae.config,
             model_name=model.config.name_or_path or type(model).__name__,
-            site=place_name(
-                sae.config.layer if layer is None else layer, hook_point or sae.config.hook_point or "output"
-            ),
+            site=_site_name(sae, layer, hook_point),
             tokens=activations.tokens,
             live=len(live),
             wanted=len(wanted),
@@ -310,6 +307,13 @@ def _through_final_norm(model: PreTrainedModel, directions: torch.Tensor) -> tor
     if of_constant.abs().max() < 1e-3 * gain.abs().max():
         directions = directions - directions.mean(dim=1, keepdim=True)
     return directions * gain
+
+
+def _site_name(sae: HierarchicalSaeModel, layer: int | None, hook_point: str | None) -> str:
+    config = sae.config
+    layer = config.layer if layer is None else layer
+    site = place_name(layer, hook_point or config.hook_point or "output")
+    return f"{site} to {place_name(layer, config.target_hook_point)}" if config.is_transcoder else site
 
 
 def _check_arguments(

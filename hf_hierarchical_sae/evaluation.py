@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from .activations import ActivationStream, Pass
 from .configuration_hierarchical_sae import integer
 from .language_model import (
     check_predicts,
+    decoder_layers,
     evaluation_mode,
     forward_hook,
     next_token_logits,
@@ -132,9 +133,8 @@ def evaluate_budgets(
     with evaluation_mode(sae):
         sae.normalize_decoder()
         for piece in pieces:
-            sae._check_input(piece, None)
-            for x in piece.reshape(-1, sae.config.d_in).split(batch_size):
-                for _ in sums.reconstructions(x.to(sae.W_dec.device)):
+            for x, targets in zip(*(part.split(batch_size) for part in piece)):
+                for _ in sums.reconstructions(x.to(sae.W_dec.device), targets.to(sae.W_dec.device)):
                     pass
     return sums.result()
 
@@ -165,7 +165,7 @@ def evaluate_in_model(
         raise ValueError(
             f"expected a stream from iterate_activations, got a {type(stream).__name__}: evaluate_budgets takes activations"
         )
-    stream.check_reads(sae)
+    stream.check_reads(sae, with_targets=True)
     check_predicts(stream.model)
     sums = _BudgetSums(sae, sae.config.check_budgets(budgets))
     with evaluation_mode(sae):
@@ -229,36 +229,41 @@ class _BudgetSums:
 
     def __init__(self, sae: HierarchicalSaeModel, budgets: list[int]):
         self.sae, self.budgets = sae, budgets
-        self.center = sae.b_dec / sae.input_scale
         zeros = partial(torch.zeros, dtype=torch.float64, device=sae.W_dec.device)
         self.errors, self.ratios, self.cosines = (zeros(len(budgets)) for _ in range(3))
-        self.total, self.squares = zeros(sae.config.d_in), zeros(())
+        self.total, self.squares = zeros(len(sae.b_dec)), zeros(())
         self.fired = zeros(len(budgets), sae.config.d_sae)
         self.tokens = 0
 
-    def reconstructions(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yield the reconstruction of x, (tokens, d_in), at each budget, each from the one before, and add them up."""
-        check_finite(x)
-        x = x.float()
+    def reconstructions(self, x: torch.Tensor, targets: torch.Tensor) -> Iterator[torch.Tensor]:
+        """
+        Yield what is computed from x, (tokens, d_in), at each budget, each from the one before, and add up how it differs
+        from `targets`, (tokens, d_out), which are x itself for an autoencoder.
+        """
+        for given in (x,) if targets is x else (x, targets):
+            check_finite(given)
+        x, targets = x.float(), targets.float()
         top_indices, top_values = self.sae.encode(x, self.budgets[-1])
         # In float32, Σx² − n·mean² would lose its digits far from the origin.
-        precise = x.double()
+        precise = targets.double()
         self.total += precise.sum(dim=0)
         self.squares += precise.square().sum()
         self.tokens += len(x)
-        norms = torch.linalg.vector_norm(x, dim=1).clamp(min=1e-12)
+        norms = torch.linalg.vector_norm(targets, dim=1).clamp(min=1e-12)
         # The unused places of a batch_topk SAE hold zeros, so its one budget takes all places.
         ends = self.budgets if self.sae.config.has_budgets else [top_indices.shape[1]]
-        reconstruction, start = self.center.expand_as(x), 0
+        start = 0
+        # With no latent yet: the bias, and what a skip connection gives.
+        reconstruction = self.sae.decode(top_indices[:, :1], torch.zeros_like(top_values[:, :1]), x)
         counts = torch.zeros_like(self.fired[0])
         for place, end in enumerate(ends):
             indices, values = top_indices[:, start:end], top_values[:, start:end]
             counts.index_add_(0, indices.flatten(), (values > 0).flatten().double())
             reconstruction = reconstruction + weighted_rows(indices, values, self.sae.W_dec)
             lengths = torch.linalg.vector_norm(reconstruction, dim=1)
-            self.errors[place] += torch.linalg.vector_norm(x - reconstruction, dim=1).double().square().sum()
+            self.errors[place] += torch.linalg.vector_norm(targets - reconstruction, dim=1).double().square().sum()
             self.ratios[place] += (lengths / norms).double().sum()
-            products = torch.linalg.vecdot(x, reconstruction) / norms / lengths.clamp(min=1e-12)
+            products = torch.linalg.vecdot(targets, reconstruction) / norms / lengths.clamp(min=1e-12)
             self.cosines[place] += products.double().sum()
             self.fired[place] += counts
             yield reconstruction
@@ -294,14 +299,15 @@ def _language_model_sums(sae: HierarchicalSaeModel, stream: ActivationStream, su
     spliced, divergence = (torch.zeros(len(sums.budgets), dtype=torch.float64) for _ in range(2))
     with closing(_passes_with_logits(stream)) as passes:
         for read, logits in passes:
-            states, expected = read.states[read.kept][:, 0], logits(torch.clone)
+            kept, expected = [states[read.kept] for states in read.states], logits(torch.clone)
             scored = read.kept.cpu() & F.pad(read.mask[:, 1:], (0, 1)).bool()
             rows, targets = scored.flatten().nonzero().squeeze(1), read.ids.roll(-1, dims=1)[scored]
             losses = partial(_cross_entropy_and_divergence, expected=expected, rows=rows, targets=targets)
             replaced = partial(_replaced, read.kept)
             clean += losses(expected)[0]
-            zeros += losses(logits(partial(replaced, torch.zeros_like(states))))[0]
-            for place, reconstruction in enumerate(sums.reconstructions(states.to(sae.W_dec.device))):
+            zeros += losses(logits(partial(replaced, torch.zeros_like(kept[-1]))))[0]
+            pair = [states.to(sae.W_dec.device) for states in (kept[0], kept[-1])]
+            for place, reconstruction in enumerate(sums.reconstructions(*pair)):
                 loss, kl = losses(logits(partial(replaced, reconstruction)))
                 spliced[place] += loss
                 divergence[place] += kl
@@ -325,33 +331,43 @@ def _passes_with_logits(
     stream: ActivationStream,
 ) -> Generator[tuple[Pass, Callable[[Edit], torch.Tensor]], None, None]:
     """Each pass, and what gives its logits, (contexts, positions, vocabulary), with the hidden states edited."""
-    model, (site,), outputs = stream.model, stream.sites, {}
-    # What is inside a layer, or before it, is in no output that the rest could go on from.
-    is_resumed = None if site.hook_point == "output" else False
-    layer: Any = site.layer
-    with forward_hook(site.module, lambda module, args, output: outputs.update(last=output)):
+    model, site, outputs = stream.model, stream.sites[-1], {}
+    # The last layer that is done before the site.
+    done = -1 if site.layer is None else site.layer - (site.hook_point != "output")
+    layer = decoder_layers(model)[done] if done >= 0 else None
+    is_resumed = None if layer is not None else False
+    with forward_hook(layer, lambda module, args, output: outputs.update(last=output)) if layer else nullcontext():
         for read in stream.passes():
             used = read.kept.any(dim=1)
             if not used.any():
                 continue
             if not used.all():
                 # Contexts beyond `max_tokens` would go through all passes of the others.
-                read = Pass(*(part[used.to(part.device)] for part in (read.ids, read.mask, read.states, read.kept)))
-                read_sites(model, [site], read.ids, read.mask)
+                read = _contexts_of(read, used)
+                read_sites(model, stream.sites, read.ids, read.mask)
             output = outputs.get("last")
             if is_resumed is None:
-                is_resumed = resumes(model, layer, read.ids[:1], read.mask[:1])
-            yield read, partial(_logits, stream, read, output if is_resumed else None)
+                is_resumed = resumes(model, done, read.ids[:1], read.mask[:1])
+            yield read, partial(_logits, stream, read, (done, output) if is_resumed else None)
 
 
-def _logits(stream: ActivationStream, read: Pass, output: Any, edit: Edit) -> torch.Tensor:
-    """Logits with `edit(hidden states)` at the site; from there on, if all that its layer returned is given."""
-    model, (site,) = stream.model, stream.sites
-    if output is not None:
-        layer: Any = site.layer
-        return next_token_logits(resumed(model, layer, output, edit), read.ids, read.mask)
+def _contexts_of(read: Pass, used: torch.Tensor) -> Pass:
+    """Some of the contexts of a pass, (contexts,)."""
+    ids, mask, kept, *states = (part[used.to(part.device)] for part in (read.ids, read.mask, read.kept, *read.states))
+    return Pass(ids, mask, states, kept)
+
+
+def _logits(stream: ActivationStream, read: Pass, resume: tuple[int, Any] | None, edit: Edit) -> torch.Tensor:
+    """Logits with `edit(hidden states)` at the last site; from a layer on, if what it returned is given with its number."""
+    model, site = stream.model, stream.sites[-1]
+    if resume is None:
+        with site_hook(site, edit):
+            return next_token_logits(model, read.ids, read.mask)
+    done, output = resume
+    if done == site.layer:
+        return next_token_logits(resumed(model, done, output, edit), read.ids, read.mask)
     with site_hook(site, edit):
-        return next_token_logits(model, read.ids, read.mask)
+        return next_token_logits(resumed(model, done, output, torch.clone), read.ids, read.mask)
 
 
 def _replaced(keep: torch.Tensor, replacement: torch.Tensor, output: torch.Tensor) -> torch.Tensor:

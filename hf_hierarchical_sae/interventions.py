@@ -1,7 +1,7 @@
 """Replace, steer and ablate what a sparse autoencoder reads, inside a running language model."""
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from .activation_shards import ActivationShards, pieces_of
 from .configuration_hierarchical_sae import integer, positive_number
 from .language_model import evaluation_mode
 from .modeling_hierarchical_sae import HierarchicalSaeModel, check_finite
-from .sites import Site, check_fits, site_hook
+from .sites import Site, check_fits, site_hook, target_site
 
 
 logger = logging.get_logger(__name__)
@@ -38,7 +38,8 @@ def splice(
     """
     Inside, reconstructions stand in place of the hidden states at a site of a decoder layer: x̂ for x, or x̂ + (x − x̂₀)
     with the error kept, where x̂₀ is the reconstruction before `edit`. Without an edit, keeping the error changes nothing at all. The
-    error is a constant, so that all gradients pass through the latents (arXiv 2403.19647).
+    error is a constant, so that all gradients pass through the latents (arXiv 2403.19647). What a transcoder computes
+    stands at its target's site, in place of the model's own values there.
 
     Contexts can be nested, over several sites, layers and autoencoders; on one site they act in the order in which they
     were entered. They hold in `generate` as well, for prompt and new tokens, and in the thread or task that entered
@@ -59,36 +60,42 @@ def splice(
             values to reconstruct from.
         max_norm (`float`, *optional*): positions of a larger norm keep the model's own values, such as attention
             sinks, which an autoencoder is not trained on. By default 5 times the median on record (see
-            [`record_statistics`]), or no limit if there is none.
+            [`record_statistics`]), or no limit if there is none; for a transcoder that of its targets as well.
 
     Raises:
         `ValueError`: If there is no such layer or site, another hidden size than `sae.config.d_in`, an autoencoder of another
             site, `k` out of range, or no positive norm; in the forward pass, if `edit` returns
-            something else than values.
+            something else than values, or a transcoder's target comes before what it reads.
     """
-    k = sae.config.check_k(k)
-    if max_norm is None:
-        max_norm = MAX_NORM_RATIO * sae.median_norm.item() or torch.inf
-    max_norm = positive_number("max_norm", max_norm)
+    k, limits = sae.config.check_k(k), _norm_limits(sae, max_norm)
     if not isinstance(keep_error, bool):
         raise ValueError(f"keep_error must be True or False, got {keep_error!r}")
 
+    site = _site(model, sae, layer, hook_point)
+    target, read = target_site(sae, model, site), []
+
     def replace(hidden_states: torch.Tensor) -> torch.Tensor:
-        x = hidden_states.to(sae.W_dec.device, torch.promote_types(hidden_states.dtype, torch.float32))
+        clean = x = hidden_states.to(sae.W_dec.device, torch.promote_types(hidden_states.dtype, torch.float32))
+        if sae.config.is_transcoder:
+            if not read:
+                raise ValueError(f"{target} comes before {site} in the language model: it cannot be computed from it")
+            x = read.pop().to(clean).reshape(*clean.shape[:-1], sae.config.d_in)
         top_indices, top_values = sae.encode(x, k)
         # Before the edit, which may change the values in place.
-        unedited = sae.decode(top_indices, top_values).detach() if keep_error else x
+        unedited = sae.decode(top_indices, top_values, x).detach() if keep_error else clean
         edited = top_values if edit is None else edit(top_indices, top_values)
         if not isinstance(edited, torch.Tensor):
             raise ValueError(f"edit must return the values to reconstruct from, a tensor, got {edited!r}")
-        replacement = sae.decode(top_indices, edited)
+        replacement = sae.decode(top_indices, edited, x)
         if keep_error:
-            replacement = x.detach() + (replacement - unedited)
-        is_usual = torch.linalg.vector_norm(x, dim=-1, keepdim=True) <= max_norm
-        return torch.where(is_usual, replacement.to(x.dtype), x).to(hidden_states)
+            replacement = clean.detach() + (replacement - unedited)
+        norms = (torch.linalg.vector_norm(states, dim=-1, keepdim=True) for states in (x, clean))
+        is_usual = torch.stack([norm <= limit for norm, limit in zip(norms, limits)]).all(dim=0)
+        return torch.where(is_usual, replacement.to(clean.dtype), clean).to(hidden_states)
 
-    site = _site(model, sae, layer, hook_point)
-    with evaluation_mode(sae), site_hook(site, replace):
+    # A list, which holds the input until the target is reached.
+    reading = site_hook(site, read.append) if sae.config.is_transcoder else nullcontext()
+    with evaluation_mode(sae), reading, site_hook(target, replace):
         yield
 
 
@@ -142,7 +149,8 @@ def steer(
     typical_activation: float | Sequence[float] | None = None,
 ) -> Generator[None, None, None]:
     """
-    Inside, decoder directions are added to the hidden states at a site of a decoder layer, at every position:
+    Inside, decoder directions are added to the hidden states at a site of a decoder layer, a transcoder's at its target's
+    site, at every position:
     x + Σ_i strength_i · typical_i · W_dec[i], with typical_i the mean activation of latent i where it fires.
 
     Args:
@@ -185,7 +193,8 @@ def steer(
         x = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         return (x + vector.to(x)).to(hidden_states.dtype)
 
-    with site_hook(_site(model, sae, layer, hook_point), add):
+    site = _site(model, sae, layer, hook_point)
+    with site_hook(target_site(sae, model, site), add):
         yield
 
 
@@ -198,12 +207,12 @@ def record_statistics(
     """
     Measure what interventions need to know, and keep it in the autoencoder, which saves it with its weights: the mean
     activation of each latent over the inputs that it fires on (`mean_activation`, 0 if on none), and the median norm
-    of the inputs (`median_norm`).
+    of the inputs (`median_norm`), of a transcoder's targets too (`median_target_norm`).
 
     Args:
         sae ([`HierarchicalSaeModel`]): left in evaluation mode or training mode as it came.
         activations (`torch.Tensor` or iterable of them): (..., d_in) each, finite, such as an
-            [`ActivationStream`]; or [`ActivationShards`].
+            [`ActivationStream`]; or [`ActivationShards`]. For a transcoder, pairs of these and targets, (..., d_out).
         batch_size (`int`, defaults to 4096): tokens at a time.
 
     Raises:
@@ -211,22 +220,34 @@ def record_statistics(
             of a language model, layer or site that the autoencoder was not trained on.
     """
     total = torch.zeros(sae.config.d_sae, dtype=torch.float64, device=sae.W_dec.device)
-    fired, norms = torch.zeros_like(total), []
+    fired, norms, target_norms = torch.zeros_like(total), [], []
     batch_size = integer("batch_size", batch_size, 1)
     with evaluation_mode(sae):
-        for piece in pieces_of(activations, sae):
-            sae._check_input(piece, None)
-            check_finite(piece)
-            for x in piece.reshape(-1, sae.config.d_in).split(batch_size):
-                x = x.to(sae.W_dec.device).float()
-                top_indices, top_values = sae.encode(x)
+        for x, targets in pieces_of(activations, sae):
+            check_finite(x)
+            check_finite(targets)
+            for part in x.split(batch_size):
+                part = part.to(sae.W_dec.device).float()
+                top_indices, top_values = sae.encode(part)
                 total.index_add_(0, top_indices.flatten(), top_values.flatten().double())
                 fired.index_add_(0, top_indices.flatten(), (top_values > 0).flatten().double())
-                norms.append(torch.linalg.vector_norm(x, dim=1))
+                norms.append(torch.linalg.vector_norm(part, dim=1))
+            if sae.config.is_transcoder:
+                target_norms.append(torch.linalg.vector_norm(targets.float(), dim=1))
     if not sum(map(len, norms)):
         raise ValueError("expected a sample of activations to measure, got no tokens")
     sae.mean_activation.copy_(total / fired.clamp(min=1))
     sae.median_norm.copy_(torch.cat(norms).median())
+    if sae.config.is_transcoder:
+        sae.median_target_norm.copy_(torch.cat(target_norms).median())
+
+
+def _norm_limits(sae: HierarchicalSaeModel, max_norm: float | None) -> list[float]:
+    """Largest norms of what is read and, of a transcoder, of its targets; one that is given is of what is read alone."""
+    medians = [sae.median_norm, *([sae.median_target_norm] if sae.config.is_transcoder else [])]
+    if max_norm is not None:
+        return [positive_number("max_norm", max_norm), torch.inf][: len(medians)]
+    return [MAX_NORM_RATIO * median.item() or torch.inf for median in medians]
 
 
 def _site(model: PreTrainedModel, sae: HierarchicalSaeModel, layer: int | None, hook_point: str | None) -> Site:

@@ -159,7 +159,7 @@ def read_latents(
             stream = ActivationStream(model, tokenizer, rows, layer, hook_point=hook_point, settings=settings)
             stream.check_reads(sae)
             for read in stream.passes():
-                indices, values = sae.encode(read.states[read.kept][:, 0].to(sae.W_dec.device))
+                indices, values = sae.encode(read.states[0][read.kept].to(sae.W_dec.device))
                 mask = read.mask.bool()
                 flags = read.kept.cpu()[mask]
                 entries.append(_entries(indices.cpu(), values.cpu(), end + flags.nonzero().flatten()))

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .configuration_hierarchical_sae import HierarchicalSaeConfig
+from .configuration_hierarchical_sae import HierarchicalSaeConfig, place_name
 from .hierarchical_topk import choose_form, normalized_weights
 from .sparse_latents import (
     SparseEncoder,
@@ -30,6 +30,8 @@ from .sparse_latents import (
 from .whole_files import whole_folder
 
 
+# Of the mean variance of inputs, in the linear map that a transcoder starts from.
+RIDGE = 0.01
 # How many are held at a time outside training: in float32 64 MiB, less than a training batch of a large dictionary needs.
 PRE_ACTIVATIONS = 2**24
 
@@ -311,9 +313,10 @@ class HierarchicalSaeModel(PreTrainedModel):
             return
         self.input_scale.copy_(input_scale)
         self.b_dec.copy_(center * scale)
-        if self.config.is_transcoder:
+        if targets is not None:
             self.input_center.copy_(input_center)
             self.target_scale.copy_(scale)
+            self._start_from_linear_map(activations, targets)
 
     @torch.no_grad()
     def fold_input_scale(self) -> None:
@@ -341,6 +344,22 @@ class HierarchicalSaeModel(PreTrainedModel):
             tensor.mul_(new.to(old) / old)
         for scale, value in zip(self._scales(), (input_scale, target_scale)):
             scale.copy_(value)
+
+    def _start_from_linear_map(self, activations: torch.Tensor, targets: torch.Tensor) -> None:
+        """
+        Encoder rows along what writes their decoder rows in the best linear map A of inputs to targets, W_dec Aᵀ: what
+        the transpose is to an autoencoder. The skip connection starts as that map.
+        """
+        x, y = self._scaled(_rows_kept(activations, None)), _at_least_float32(_rows_kept(targets, None))
+        x, y = x.double(), (y * self._target_scale - self.b_dec).to(x).double()
+        gram = x.T @ x
+        # As many samples as dimensions, or fewer, would be fitted by noise.
+        ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        linear = torch.linalg.solve(gram + ridge, x.T @ y)
+        rows = self.W_dec.to(linear) @ linear.T
+        self.encoder_weight.copy_(F.normalize(rows, dim=1))
+        if self.config.skip_connection:
+            self.W_skip.copy_(linear.T)
 
     def _scales(self) -> list[torch.Tensor]:
         return [self.input_scale, *([self.target_scale] if self.config.is_transcoder else [])]
@@ -422,9 +441,16 @@ class HierarchicalSaeModel(PreTrainedModel):
         """
         config = self.config
         data = ModelCardData(library_name="transformers", tags=list(self.model_tags or []))
-        source = (
-            f"layer {config.layer} ({config.hook_point}) of `{config.model_name}`" if config.model_name else "a model"
+        named = f"`{config.model_name}`" if config.model_name else "a model"
+        what = f"for activations of size {config.d_in} from " + (
+            f"layer {config.layer} ({config.hook_point}) of {named}" if config.model_name else named
         )
+        if config.is_transcoder:
+            computed = place_name(config.layer, config.target_hook_point)
+            what = (
+                f"that computes {computed} from {place_name(config.layer, config.hook_point or 'output')} of {named}"
+            )
+        also = ", activations" if config.skip_connection else ""
         several = config.has_budgets and len(config.trained_budgets) > 1
         chosen = f", k={config.trained_budgets[len(config.trained_budgets) // 2]}" if several else ""
         plot = f"\n![Explained variance at every number of latents]({picture})\n" if picture else ""
@@ -434,7 +460,7 @@ class HierarchicalSaeModel(PreTrainedModel):
 
 # {repo_id.rpartition("/")[2]}
 
-Sparse autoencoder with {config.d_sae} latents for activations of size {config.d_in} from {source}, trained on
+Sparse {config.kind} with {config.d_sae} latents {what}, trained on
 {config.dataset_name or "unnamed text"}. {_objective(config)}
 {plot}
 ```python
@@ -444,7 +470,7 @@ from transformers import AutoModel
 sae = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)
 activations = torch.randn(4, sae.config.d_in)
 top_indices, top_values = sae.encode(activations{chosen})
-reconstruction = sae.decode(top_indices, top_values)
+reconstruction = sae.decode(top_indices, top_values{also})
 ```
 """)
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .configuration_hierarchical_sae import place_name
 from .language_model import (
     decoder_layers,
     edited,
@@ -79,13 +80,6 @@ class Site:
 
     def __str__(self) -> str:
         return place_name(self.layer, self.hook_point)
-
-
-def place_name(layer: int | None, hook_point: str) -> str:
-    """A site as errors call it: `"layer 3"` is its output."""
-    if layer is None:
-        return f"the module {hook_point}"
-    return f"layer {layer}" if hook_point == "output" else f"{hook_point} of layer {layer}"
 
 
 def find_site(model: PreTrainedModel, layer: int | None, hook_point: str = "output") -> Site:
@@ -232,17 +226,41 @@ def check_fits(
     trained = hook_point if config.hook_point is None else config.hook_point
     site = find_site(model, layer, trained or "output")
     if hook_point is not None and (given := find_site(model, layer, hook_point)) != site:
-        raise ValueError(f"the autoencoder was trained on {site}, got {given}: give it hook_point={trained!r}")
+        raise ValueError(f"the {config.kind} was trained on {site}, got {given}: give it hook_point={trained!r}")
     if site.width != config.d_in:
         is_stream = site.hook_point in ("input", "output")
         raise ValueError(
-            f"the autoencoder takes activations of size {config.d_in} (it was trained on "
+            f"the {config.kind} takes activations of size {config.d_in} (it was trained on "
             f"{config.model_name or 'an unnamed model'}), the language model {name} has "
             f"{'hidden_size' if is_stream else f'at {site} the size'} {site.width}: give the model that it was trained on"
         )
     if config.model_name not in (None, name):
-        logger.warning(f"the autoencoder was trained on {config.model_name}, the language model is {name}")
+        logger.warning(f"the {config.kind} was trained on {config.model_name}, the language model is {name}")
     return site
+
+
+def target_site(sae: HierarchicalSaeModel, model: PreTrainedModel, site: Site) -> Site:
+    """
+    The site whose activations a transcoder computes from those at another, or that one itself for an autoencoder.
+
+    Args:
+        sae ([`HierarchicalSaeModel`]): the transcoder or autoencoder.
+        model (`PreTrainedModel`): the language model.
+        site ([`Site`]): where it reads, from [`check_fits`].
+
+    Raises:
+        `ValueError`: If the language model has no such site, it is the one that is read, or the sizes differ.
+    """
+    if not sae.config.is_transcoder:
+        return site
+    target = find_site(model, site.layer, sae.config.target_hook_point)
+    if target == site or target.width != sae.config.d_out:
+        raise ValueError(
+            f"the transcoder computes activations of size {sae.config.d_out} from those at {site}, the language model "
+            f"{model.config.name_or_path} has at {target} {'the same' if target == site else f'the size {target.width}'}: "
+            "give the model that it was trained on"
+        )
+    return target
 
 
 def _input_key(module: nn.Module, args: tuple, kwargs: dict) -> str | None:

@@ -208,7 +208,7 @@ def test_passes_give_the_tokens_of_the_stream_and_exactly_max_tokens(model, toke
     passes = list(given.passes())
 
     assert sum(int(read.kept.sum()) for read in passes) == given.counts["tokens"] == 77
-    kept = torch.cat([read.states[read.kept][:, 0] for read in passes])
+    kept = torch.cat([read.states[0][read.kept] for read in passes])
     assert torch.equal(kept, stream(model, tokenizer, TEXTS * 3, **options))
     assert not any(read.kept[:, 0].any() or (read.kept & ~read.mask.bool()).any() for read in passes)
     assert all(read.kept.any() for read in passes)
@@ -471,8 +471,7 @@ def test_a_module_by_its_path_gives_its_own_width(model, tokenizer):
 @pytest.mark.parametrize(
     "layer, hook_point, message",
     [
-        (0, ["output", "mlp.up_proj"], r"site .* of one width, got \{'layer 0': 32, 'mlp.up_proj of layer 0': \d+\}"),
-        (0, [], "hook_point must name one site or several of one width, got none"),
+        (0, [], "hook_point must name one site or several, got none"),
         ([0, 1], "mlp_out", "hook_point must be one of input, middle, output, .*, got 'mlp_out'"),
         (None, "mlp.output", "hook_point='mlp.output' is a site of a layer: say which layer"),
         (0, 5, "hook_point must be .* or a module's path, got 5"),
@@ -481,3 +480,43 @@ def test_a_module_by_its_path_gives_its_own_width(model, tokenizer):
 def test_sites_that_do_not_exist_or_fit_are_refused_at_once(model, tokenizer, layer, hook_point, message):
     with pytest.raises(ValueError, match=message):
         iterate_activations(model, tokenizer, TEXTS, layer, hook_point=hook_point)
+
+
+def test_sites_of_several_widths_are_no_batch(model, tokenizer):
+    widths = r"one site or several of one width, got \{'layer 0': 32, 'mlp.up_proj of layer 0': \d+\}"
+    with pytest.raises(ValueError, match=widths):
+        stream(model, tokenizer, layer=0, hook_point=["output", "mlp.up_proj"])
+
+
+def test_a_transcoders_stream_gives_pairs_of_any_widths(model, tokenizer):
+    sites = {"hook_point": "mlp.input", "target_hook_point": "mlp.up_proj"}
+    settings = {"show_progress": False, "batch_tokens": 16, "max_norm_ratio": None}
+
+    pairs = list(iterate_activations(model, tokenizer, TEXTS, 1, **sites, **settings))
+
+    x, targets = (torch.cat(parts) for parts in zip(*pairs))
+    assert len(pairs) > 1 and len(pairs[0][0]) == len(pairs[0][1]) == 16
+    with torch.no_grad():
+        torch.testing.assert_close(model.model.layers[1].mlp.up_proj(x), targets)
+    assert torch.equal(x, stream(model, tokenizer, layer=1, hook_point="mlp.input", **settings))
+
+
+def test_a_shuffled_stream_of_pairs_keeps_them_together_and_goes_on_exactly(model, tokenizer):
+    sites = {"hook_point": "mlp.input", "target_hook_point": "mlp.up_proj"}
+    settings = {"show_progress": False, "batch_tokens": 16, "shuffle_tokens": 64, "max_norm_ratio": None}
+    whole = list(iterate_activations(model, tokenizer, TEXTS * 4, 1, **sites, **settings))
+    begun = iterate_activations(model, tokenizer, TEXTS * 4, 1, **sites, **settings)
+    next(begun)
+    rest = iterate_activations(model, tokenizer, TEXTS * 4, 1, **sites, **settings)
+
+    rest.load_state_dict(begun.state_dict())
+
+    for pair, expected in zip(rest, whole[1:], strict=True):
+        assert all(torch.equal(part, other) for part, other in zip(pair, expected))
+        with torch.no_grad():
+            torch.testing.assert_close(model.model.layers[1].mlp.up_proj(pair[0]), pair[1])
+
+
+def test_a_target_of_several_sites_is_refused(model, tokenizer):
+    with pytest.raises(ValueError, match=r"target_hook_point goes with one layer and one hook_point, got \[0, 1\]"):
+        iterate_activations(model, tokenizer, TEXTS, [0, 1], target_hook_point="mlp.output")
