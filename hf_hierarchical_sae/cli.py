@@ -51,6 +51,9 @@ examples:
   # what the MLPs of two layers add to the residual stream, and one of them
   hierarchical-sae harvest states --model MODEL --layer 8 15 --hook_point mlp.output --text book.txt
   hierarchical-sae train states sae --layer 15
+  # a transcoder: what an MLP gives from what it takes
+  hierarchical-sae harvest states --model MODEL --layer 15 --hook_point mlp.input mlp.output --text book.txt
+  hierarchical-sae train states transcoder --hook_point mlp.input --target_hook_point mlp.output --skip_connection
   # an interrupted harvest goes on with the same command, training with --resume
   hierarchical-sae train states sae --k 64 --resume
   # budgets that are trained for, and an upload with a model card
@@ -116,12 +119,13 @@ def harvest(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     set_seed(args.seed)
-    shards = ActivationShards(args.harvest, args.layer, args.hook_point)
+    shards = ActivationShards(args.harvest, args.layer, args.hook_point, args.target_hook_point)
     harvested = shards.description
-    d_in = harvested["hidden_size"]
+    d_in, d_out = shards.widths
     has_one_budget = args.selection == "batch_topk" or args.matryoshka_prefixes
     config = HierarchicalSaeConfig(
         d_in=d_in,
+        d_out=d_out,
         d_sae=args.d_sae or 8 * d_in,
         k=args.k,
         budgets=args.budgets or ([args.k] if has_one_budget else None),
@@ -130,6 +134,8 @@ def train(args: argparse.Namespace) -> None:
         model_name=harvested["model_name"],
         layer=shards.layer,
         hook_point=shards.hook_point,
+        target_hook_point=shards.target_hook_point,
+        skip_connection=args.skip_connection,
         dataset_name=args.dataset_name,
     )
     arguments = training_arguments(
@@ -150,7 +156,8 @@ def train(args: argparse.Namespace) -> None:
     sample = shards.rows(torch.randperm(len(shards))[:SAMPLE_TOKENS])
     with expecting(f"memory for {config.d_sae} latents of size {d_in}"):
         sae = HierarchicalSaeModel(config)
-    sae.initialize_from_activations(sample[:8192])
+    first = [part[:8192] for part in (sample if config.is_transcoder else [sample])]
+    sae.initialize_from_activations(*first)
     going_on = {"resume": args.resume, "overwrite": args.overwrite}
     trainer = train_sae(sae, shards, sample, arguments, callbacks=[ProgressLine()], **going_on)
     if not trainer.is_world_process_zero():
@@ -176,7 +183,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if (args.harvest is None) == (args.model is None):
         raise ValueError("give either --harvest, or --model with --text or --dataset")
     if args.harvest is not None:
-        shards = ActivationShards(args.harvest, sae.config.layer, sae.config.hook_point)
+        config = sae.config
+        shards = ActivationShards(args.harvest, config.layer, config.hook_point, config.target_hook_point)
         evaluation = evaluate_budgets(sae, shards, args.budgets)
     else:
         model, tokenizer = load_language_model(args)
@@ -187,6 +195,7 @@ def evaluate(args: argparse.Namespace) -> None:
             read_texts(args),
             trained_layer(args, sae),
             hook_point=sae.config.hook_point or "output",
+            target_hook_point=sae.config.target_hook_point,
             text_column=args.text_column,
             context_length=args.context_length,
             max_tokens=args.tokens,
@@ -352,6 +361,8 @@ def _train_options(part: argparse.ArgumentParser) -> None:
     part.add_argument("output", help="where to write checkpoints and the result")
     _option(part, "layer", type=_integer(), help="which one, if several were harvested")
     _option(part, "hook_point", help="which one, if several were harvested")
+    _option(part, "target_hook_point", help="train a transcoder, which computes this site from that at --hook_point")
+    _option(part, "skip_connection", action="store_true", help="a transcoder that adds a linear map of its input")
     _option(part, "d_sae", type=_integer(1), help="number of latents (default: 8 times the hidden size)")
     _option(part, "k", type=_integer(1), default=64, help="largest number of latents per token (default: 64)")
     _option(

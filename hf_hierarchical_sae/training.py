@@ -70,7 +70,7 @@ def training_arguments(
 def train_sae(
     sae: HierarchicalSaeModel,
     dataset: Dataset,
-    sample: torch.Tensor,
+    sample: Any,
     arguments: TrainingArguments,
     *,
     resume: bool | str = False,
@@ -83,8 +83,10 @@ def train_sae(
 
     Args:
         sae ([`HierarchicalSaeModel`]): a new one, after `initialize_from_activations`.
-        dataset (`Dataset`): of `{"hidden_states": (d_in,)}`, such as [`ActivationShards`].
-        sample (`torch.Tensor`): (tokens, d_in), some of it, which statistics are recorded of.
+        dataset (`Dataset`): of `{"hidden_states": (d_in,)}`, and `"targets": (d_out,)` for a transcoder, such as
+            [`ActivationShards`].
+        sample (`torch.Tensor`): (tokens, d_in), some of it, which statistics are recorded of; for a transcoder, a pair of
+            that and (tokens, d_out).
         arguments (`TrainingArguments`): such as [`training_arguments`] gives.
         resume (`bool` or `str`, defaults to `False`): as in [`starting_point`]. More steps than before are allowed,
             everything else has to be as it was.
@@ -182,14 +184,16 @@ def _is_whole(checkpoint: Path) -> bool:
     )
 
 
-def _record(sae: HierarchicalSaeModel, dataset: Any, sample: torch.Tensor, arguments: TrainingArguments) -> dict:
+def _record(sae: HierarchicalSaeModel, dataset: Any, sample: Any, arguments: TrainingArguments) -> dict:
     """What has to be the same for a training to go on, ready for JSON."""
     config = {name: getattr(sae.config, name) for name in HierarchicalSaeConfig.__annotations__}
     settings = {
         name: getattr(arguments, name) for name in ("per_device_train_batch_size", "learning_rate", "seed", "bf16")
     }
-    probes = sample[:: max(1, len(sample) // PROBES)][:PROBES]
-    norms = torch.linalg.vector_norm(probes.float(), dim=1).tolist()
+    norms = []
+    for part in sample if sae.config.is_transcoder else [sample]:
+        probes = part[:: max(1, len(part) // PROBES)][:PROBES]
+        norms += torch.linalg.vector_norm(probes.float(), dim=1).tolist()
     return json.loads(json.dumps({**config, **settings, "tokens": len(dataset), "norms": norms}))
 
 

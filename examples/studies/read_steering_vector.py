@@ -134,7 +134,7 @@ def train_autoencoders(args, model, tokenizer, name, layers, texts, folder: Path
         save_shards(stream, folder / "states", shard_tokens=8192)
     for layer in missing:
         states = ActivationShards(folder / "states", layer)
-        hidden_size = states.description["hidden_size"]
+        hidden_size = states.widths[0]
         set_seed(args.seed)
         sae = HierarchicalSaeModel(
             HierarchicalSaeConfig(

@@ -112,7 +112,7 @@ def test_every_option_of_the_config_is_trained_with(options, states, tmp_path, c
 
 def test_training_has_an_option_for_all_that_the_config_says():
     known = {action.dest for action in cli._parser()._subparsers._group_actions[0].choices["train"]._actions}
-    harvested = {"d_in", "model_name", "hook_point"}
+    harvested = {"d_in", "d_out", "model_name", "hook_point"}
 
     assert {name.removeprefix("no_") for name in known} >= set(HierarchicalSaeConfig.__annotations__) - harvested
 
@@ -425,6 +425,32 @@ def test_sites_go_from_harvest_to_dashboard_by_their_names(tmp_path, text, tiny_
     assert "mlp.output of layer 1" in Path(page).read_text()
     main(["convert", sae, str(tmp_path / "lens"), "--to", "saelens"])
     assert "blocks.1.hook_mlp_out" in (tmp_path / "lens" / "cfg.json").read_text()
+
+
+def test_a_transcoder_goes_from_harvest_to_dashboard(tmp_path, text, tiny_language_model, capsys):
+    states, transcoder, page = (str(tmp_path / name) for name in ("states", "transcoder", "page.html"))
+    model = ["--model", tiny_language_model, "--text", text, "--tokens", "600"]
+    sites = ["--hook_point", "mlp.input", "--target_hook_point", "mlp.output"]
+    main(["harvest", states, *model, "--layer", "1", "--hook_point", "mlp.input", "mlp.output"])
+    with pytest.raises(SystemExit, match="a transcoder computes another site than it reads, got 'mlp.input'"):
+        main(["train", states, transcoder, *sites[:2], "--target_hook_point", "mlp.input", *SMALL])
+
+    main(["train", states, transcoder, *sites, "--skip_connection", *SMALL])
+    with pytest.raises(SystemExit, match="holds a training with skip_connection=True, got skip_connection=False"):
+        main(["train", states, transcoder, *sites, *SMALL, "--resume"])
+
+    loaded = HierarchicalSaeModel.from_pretrained(transcoder)
+    assert loaded.config.target_hook_point == "mlp.output" and (loaded.target_scale, loaded.input_scale) == (1, 1)
+    assert loaded.median_target_norm > 0
+    shards = ActivationShards(states, 1, "mlp.input", "mlp.output")
+    capsys.readouterr()
+    main(["evaluate", transcoder, "--harvest", states, "--json"])
+    explained = json.loads(capsys.readouterr().out)["explained_variance"]
+    assert explained == pytest.approx(evaluate_budgets(loaded, shards).explained_variance) and explained[-1] > 0.5
+    main(["evaluate", transcoder, *model])
+    assert "zeros" in capsys.readouterr().out
+    main(["dashboard", transcoder, *model, "--output", page])
+    assert "mlp.input of layer 1 to mlp.output of layer 1" in Path(page).read_text()
 
 
 def test_a_module_by_its_path_needs_no_layer(tmp_path, text, tiny_language_model):
