@@ -505,7 +505,8 @@ reconstruction = sae.decode(top_indices, top_values{also})
         if targets is None:
             if self.config.is_transcoder and self.training:
                 raise ValueError(
-                    f"a transcoder is trained to compute {self.config.target_hook_point}: give targets, (..., d_out)"
+                    f"a transcoder is trained to compute {self.config.target_hook_point}: give targets, (..., d_out), or "
+                    "call eval() before using it"
                 )
             return
         if not self.config.is_transcoder:

@@ -50,11 +50,14 @@ def test_the_guide_runs_from_top_to_bottom(tiny_language_model, tmp_path, monkey
     assert names["steered"].shape[1] > inputs["input_ids"].shape[1]
     assert names["attribution"].abs().sum() > 0
     assert (names["from_saelens"].config.k, names["from_sparsify"].config.k) == (4, 8)
+    assert not torch.equal(names["transcoded"], clean) and names["computed"].shape == names["given"].shape
     torch.testing.assert_close(names["middle"] + names["added"], names["after"])
 
 
 @pytest.mark.slow
-def test_five_commands_lead_from_nothing_to_a_dashboard(tiny_language_model, tmp_path, monkeypatch, capsys):
+def test_the_commands_lead_from_nothing_to_a_dashboard_and_a_transcoder(
+    tiny_language_model, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     HfApi().create_repo("HuggingFaceTB/SmolLM2-135M-Instruct", exist_ok=True)
     HfApi().upload_folder(repo_id="HuggingFaceTB/SmolLM2-135M-Instruct", folder_path=tiny_language_model)
@@ -69,8 +72,9 @@ def test_five_commands_lead_from_nothing_to_a_dashboard(tiny_language_model, tmp
             path_or_fileobj="\n".join(rows).encode(),
             path_in_repo=f"{split}.jsonl",
         )
-    (block,) = re.findall(r"```bash\n(.*?)```", GUIDE, flags=re.DOTALL)
-    install, *commands = block.strip().splitlines()
+    install, *commands = [
+        line for block in re.findall(r"```bash\n(.*?)```", GUIDE, flags=re.DOTALL) for line in block.splitlines()
+    ]
     small = {"harvest": "--tokens 3000", "train": "--d_sae 64 --k 8 --steps 30 --batch_size 64"}
 
     for command in commands:
@@ -78,6 +82,7 @@ def test_five_commands_lead_from_nothing_to_a_dashboard(tiny_language_model, tmp
         assert program == "hierarchical-sae"
         main([part, *arguments, *shlex.split(small.get(part, "--tokens 1000"))])
 
-    assert install.startswith("pip install") and len(commands) == 4
+    assert install.startswith("pip install") and len(commands) == 7
     assert (tmp_path / "sae.html").stat().st_size > 10_000 and (tmp_path / "quality.png").exists()
-    assert "recovered" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("recovered") == 2
+    assert json.loads((tmp_path / "transcoder" / "config.json").read_text())["target_hook_point"] == "mlp.output"
