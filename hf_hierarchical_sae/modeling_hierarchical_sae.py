@@ -347,8 +347,9 @@ class HierarchicalSaeModel(PreTrainedModel):
 
     def _start_from_linear_map(self, activations: torch.Tensor, targets: torch.Tensor) -> None:
         """
-        Encoder rows along what writes their decoder rows in the best linear map A of inputs to targets, W_dec Aᵀ: what
-        the transpose is to an autoencoder. The skip connection starts as that map.
+        The best linear map A of inputs to targets is where a skip connection starts, which leaves the latents the rest.
+        Without one, encoder rows start along what A makes their decoder rows of, W_dec Aᵀ: in an autoencoder, where A is
+        the identity, the transpose.
         """
         x, y = self._scaled(_rows_kept(activations, None)), _at_least_float32(_rows_kept(targets, None))
         x, y = x.double(), (y * self._target_scale - self.b_dec).to(x).double()
@@ -356,10 +357,10 @@ class HierarchicalSaeModel(PreTrainedModel):
         # As many samples as dimensions, or fewer, would be fitted by noise.
         ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         linear = torch.linalg.solve(gram + ridge, x.T @ y)
-        rows = self.W_dec.to(linear) @ linear.T
-        self.encoder_weight.copy_(F.normalize(rows, dim=1))
         if self.config.skip_connection:
             self.W_skip.copy_(linear.T)
+        else:
+            self.encoder_weight.copy_(F.normalize(self.W_dec.to(linear) @ linear.T, dim=1))
 
     def _scales(self) -> list[torch.Tensor]:
         return [self.input_scale, *([self.target_scale] if self.config.is_transcoder else [])]

@@ -522,3 +522,20 @@ def test_a_transcoder_in_half_precision_computes_and_is_not_trained():
     torch.testing.assert_close(half(x).reconstruction, transcoder(x).reconstruction, rtol=0.05, atol=0.05)
     with pytest.raises(ValueError, match="training needs float32 weights"):
         half.train()(x, targets=targets)
+
+
+@kinds
+def test_it_starts_from_the_linear_map_of_the_sample(skip):
+    transcoder = make_transcoder(skip_connection=skip)
+    x = torch.randn(2000, 6) * torch.linspace(1, 3, 6)
+    mixing = torch.randn(6, 10)
+
+    transcoder.initialize_from_activations(x, x @ mixing)
+
+    if skip:
+        explained = evaluate_budgets(transcoder, (x, x @ mixing), [1]).explained_variance
+        torch.nn.init.zeros_(transcoder.W_skip)
+        assert explained[0] > evaluate_budgets(transcoder, (x, x @ mixing), [1]).explained_variance[0] + 0.5
+    else:
+        aimed = torch.nn.functional.cosine_similarity(transcoder.encoder_weight, transcoder.W_dec @ mixing.T, dim=1)
+        assert aimed.min() > 0.99
