@@ -122,13 +122,12 @@ def train(args: argparse.Namespace) -> None:
     shards = ActivationShards(args.harvest, args.layer, args.hook_point, args.target_hook_point)
     harvested = shards.description
     d_in, d_out = shards.widths
-    has_one_budget = args.selection == "batch_topk" or args.matryoshka_prefixes
     config = HierarchicalSaeConfig(
         d_in=d_in,
         d_out=d_out,
         d_sae=args.d_sae or 8 * d_in,
         k=args.k,
-        budgets=args.budgets or ([args.k] if has_one_budget else None),
+        budgets=args.budgets or ([args.k] if args.selection == "batch_topk" else None),
         normalize_decoder=not args.no_normalize_decoder,
         **{name: getattr(args, name) for name in OBJECTIVE},
         model_name=harvested["model_name"],
@@ -370,7 +369,7 @@ def _train_options(part: argparse.ArgumentParser) -> None:
         "budgets",
         type=_integer(1),
         nargs="+",
-        help="budgets to train for (default: every one up to k; those with one budget, k)",
+        help="budgets to train for (default: every one up to k; of batch_topk, k)",
     )
     _objective_options(part)
     _option(part, "steps", type=_integer(1), default=1000, help="optimizer steps (default: 1000)")
@@ -400,7 +399,7 @@ def _objective_options(part: argparse.ArgumentParser) -> None:
         "matryoshka_prefixes",
         type=_integer(1),
         nargs="+",
-        help="train on the first so many latents instead of budgets, the last of these being d_sae",
+        help="train for budgets of the first so many latents too, the last of these being d_sae",
     )
     _option(part, "no_normalize_decoder", action="store_true", help="leave rows of W_dec at any norm")
     _option(

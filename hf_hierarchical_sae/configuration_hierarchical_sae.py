@@ -29,9 +29,10 @@ class HierarchicalSaeConfig(PreTrainedConfig):
             (arXiv 2412.06410) keeps the batch × k strongest of a training batch and, at inference, those above a
             learned threshold. `"relu"` keeps every latent that is active, `"jumprelu"` (arXiv 2407.14435) those above
             a threshold of their own: dictionaries trained elsewhere, for use. All but `"topk"` take `budgets=[k]`.
-        matryoshka_prefixes (`list[int]`, *optional*): train on prefixes of the dictionary instead (Matryoshka SAE,
-            arXiv 2503.17547): the loss is averaged over reconstructions from the first m latents, for each m here.
-            Strictly increasing, ending in `d_sae`. Takes `budgets=[k]`.
+        matryoshka_prefixes (`list[int]`, *optional*): train on prefixes of the dictionary as well (Matryoshka SAE,
+            arXiv 2503.17547): the loss is averaged over reconstructions from the first m latents, for each m here, and over
+            budgets: from those of the j strongest latents of an input that are among the first m. Strictly increasing,
+            ending in `d_sae`. A plain Matryoshka SAE has `budgets=[k]`.
         normalize_decoder (`bool`, defaults to `True`): keep the rows of `W_dec` at unit norm.
         aux_loss_coefficient (`float`, defaults to 0.0): weight of the auxiliary loss that lets dead latents model
             the residual (arXiv 2406.04093). 0 leaves it out.
@@ -212,11 +213,8 @@ class HierarchicalSaeConfig(PreTrainedConfig):
             raise ValueError(
                 f"matryoshka_prefixes must end in d_sae={self.d_sae}, got {list(self.matryoshka_prefixes)}"
             )
-        other_objective = not self.has_budgets or self.matryoshka_prefixes is not None
-        if other_objective and list(self.budgets or []) != [self.k]:
-            raise ValueError(
-                f"selection='batch_topk' and matryoshka_prefixes take budgets=[k] ([{self.k}]), got {self.budgets}"
-            )
+        if not self.has_budgets and list(self.budgets or []) != [self.k]:
+            raise ValueError(f"selection='batch_topk' takes budgets=[k] ([{self.k}]), got {self.budgets}")
         if self.encoder_chunk_size is not None and self.encoder_chunk_size < 1:
             raise ValueError(f"encoder_chunk_size must be positive or None, got {self.encoder_chunk_size}")
         if not 0 <= self.aux_loss_coefficient < math.inf or (self.aux_k is not None and self.aux_k < 1):

@@ -46,8 +46,8 @@ class HierarchicalSaeOutput(ModelOutput):
         reconstruction (`torch.Tensor`): (..., d_out), from all k latents.
         top_indices (`torch.Tensor`): (..., k), the selected latents, strongest first.
         top_values (`torch.Tensor`): (..., k), their activations.
-        budget_errors (`torch.Tensor`): (budgets,), mean squared error at each budget; for a Matryoshka SAE, at each
-            prefix of the dictionary.
+        budget_errors (`torch.Tensor`): (budgets,), mean squared error at each budget; for a Matryoshka SAE, (prefixes,), at
+            each prefix of the dictionary, or (prefixes, budgets).
     """
 
     loss: torch.Tensor | None = None
@@ -383,13 +383,14 @@ class HierarchicalSaeModel(PreTrainedModel):
     def pop_training_metrics(self) -> dict[str, float]:
         """
         Explained variance of the training batches since the last call, at powers of two among the trained budgets and
-        at the last one, and the fraction of dead latents. Every process has to call it: they add up their batches.
+        at the last one (of a Matryoshka SAE of one budget, of each prefix), and the fraction of dead latents. Every process has to call it: they add up their batches.
 
         Returns:
-            `dict[str, float]`: `explained_variance_<budget>` (for a Matryoshka SAE, of each prefix) and
-            `dead_fraction`; empty if there was no training batch.
+            `dict[str, float]`: `explained_variance_<budget>` or `explained_variance_<prefix>`, and `dead_fraction`; empty if there was no training batch.
         """
-        names = list(self.config.matryoshka_prefixes or self.config.trained_budgets)
+        names = list(self.config.trained_budgets)
+        if len(names) == 1:
+            names = list(self.config.matryoshka_prefixes or names)
         sums = self._training_sums
         if sums is None:
             sums = torch.zeros(len(names) + len(self.b_dec) + 2, dtype=torch.float64, device=self.b_dec.device)
@@ -611,14 +612,15 @@ reconstruction = sae.decode(top_indices, top_values{also})
         # What a skip connection gives is not left to the latents.
         skipped = self._skip(scaled) if self.config.skip_connection else None
         wanted = goals if skipped is None else goals - skipped
-        if self.config.matryoshka_prefixes is not None:
-            errors, reconstruction = self._prefix_errors(wanted, top_indices, top_values, W_dec)
-            loss = errors.mean()
-        else:
-            budgets, budget_weights = self._budgets_up_to(top_indices.shape[1])
-            budget_errors = choose_form("auto", top_values, W_dec, b_dec, wanted)
-            errors, reconstruction = budget_errors(top_indices, top_values, W_dec, b_dec, wanted, budgets)
-            loss = (errors * normalized_weights(budget_weights, budgets, like=errors)).sum()
+        budgets, budget_weights = self._budgets_up_to(top_indices.shape[1])
+        budget_errors = choose_form("auto", top_values, W_dec, b_dec, wanted)
+        prefixes = self.config.matryoshka_prefixes
+        # Of the whole dictionary last.
+        nested = [top_values * (top_indices < end) for end in prefixes[:-1]] if prefixes else []
+        parts = [budget_errors(top_indices, each, W_dec, b_dec, wanted, budgets) for each in (*nested, top_values)]
+        errors, reconstruction = torch.stack([part for part, _ in parts]), parts[-1][1]
+        loss = (errors.mean(dim=0) * normalized_weights(budget_weights, budgets, like=errors)).sum()
+        errors = errors.squeeze(0) if len(parts) == 1 else errors.squeeze(1)
         if self.config.aux_loss_coefficient > 0 and self.training:
             residual = (wanted - reconstruction).detach()
             loss = loss + self.config.aux_loss_coefficient * self._auxiliary_loss(scaled, residual, W_dec)
@@ -631,18 +633,6 @@ reconstruction = sae.decode(top_indices, top_values{also})
             return (width,), None
         weights = (self.config.budget_weights or [])[: len(budgets)]
         return budgets, weights if any(weights) else None
-
-    def _prefix_errors(
-        self, wanted: torch.Tensor, top_indices: torch.Tensor, top_values: torch.Tensor, W_dec: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        errors, start = [], 0
-        reconstruction = self.b_dec.expand_as(wanted)
-        for end in self.config.matryoshka_prefixes:
-            inside = (top_indices >= start) & (top_indices < end)
-            reconstruction = reconstruction + weighted_rows(top_indices, top_values * inside, W_dec)
-            errors.append((reconstruction - wanted).square().mean())
-            start = end
-        return torch.stack(errors), reconstruction
 
     def _auxiliary_loss(self, scaled: torch.Tensor, residual: torch.Tensor, W_dec: torch.Tensor) -> torch.Tensor:
         """Error of the dead latents' reconstruction of the residual, arXiv 2406.04093, section 2.4."""
@@ -661,6 +651,7 @@ reconstruction = sae.decode(top_indices, top_values{also})
         # float64: far from the origin, Σx² − n·mean² loses its digits.
         x = goals.double()
         tokens = x.new_full((1,), len(x))
+        errors = errors[-1] if errors.ndim == 2 else errors
         sums = torch.cat([errors.double() * x.numel(), x.sum(dim=0), x.square().sum().reshape(1), tokens])
         # A model that has moved since goes on with the sums that it had.
         self._training_sums = sums if self._training_sums is None else self._training_sums.to(sums.device) + sums
@@ -712,7 +703,7 @@ def _objective(config: Any) -> str:
     if len(config.trained_budgets) == 1:
         return nested + f"It is a TopK autoencoder for one budget, the {config.k} strongest latents of each input."
     budgets = f"budgets {list(config.budgets)}" if config.budgets else f"every number of latents from 1 to {config.k}"
-    return (
+    return nested + (
         f"One dictionary was trained for {budgets} at once, with the HierarchicalTopK\n"
         "loss ([arXiv 2505.24473](https://arxiv.org/abs/2505.24473))."
     )

@@ -88,7 +88,7 @@ def test_training_ends_in_a_model_that_says_what_it_is_and_prints_its_numbers(st
 
 OBJECTIVES = {
     "--selection batch_topk": {"selection": "batch_topk", "budgets": [8]},
-    "--matryoshka_prefixes 16 64": {"matryoshka_prefixes": [16, 64], "budgets": [8]},
+    "--matryoshka_prefixes 16 64": {"matryoshka_prefixes": [16, 64], "budgets": None},
     "--budgets 2 8 --budget_weights 0 1.5": {"budgets": [2, 8], "budget_weights": [0.0, 1.5]},
     "--aux-loss-coefficient 0.1 --aux_k 4 --dead_after_tokens 100 --encoder_chunk_size 16 --no-normalize-decoder": {
         "aux_loss_coefficient": 0.1,

@@ -41,7 +41,7 @@ def test_a_saved_configuration_is_found_by_its_type(tmp_path):
             {"selection": "jumprelu", "k": 512},
             r"'jumprelu' keeps any number of latents: it takes k=d_sae and budgets=\[512\], got k=512 and budgets=None",
         ),
-        ({"selection": "batch_topk"}, r"take budgets=\[k\]"),
+        ({"selection": "batch_topk"}, r"takes budgets=\[k\]"),
         ({"matryoshka_prefixes": [16, 256], "budgets": [16]}, r"end in d_sae=512, got \[16, 256\]"),
         ({"encoder_chunk_size": 0}, "encoder_chunk_size must be positive"),
         ({"budgets": [True, 16]}, "budgets"),

@@ -25,6 +25,7 @@ OBJECTIVES = {
     "topk": {"budgets": [8]},
     "batch_topk": {"budgets": [8], "selection": "batch_topk"},
     "matryoshka": {"budgets": [8], "matryoshka_prefixes": [8, 24, 64]},
+    "both": {"budgets": [1, 3, 8], "budget_weights": [1.0, 2.0, 1.0], "matryoshka_prefixes": [8, 24, 64]},
     "auxiliary": {"aux_loss_coefficient": 0.1, "dead_after_tokens": 1, "aux_k": 4},
     "free decoder": {"normalize_decoder": False},
     "chunked": {"encoder_chunk_size": 10},
@@ -103,6 +104,25 @@ def test_matryoshka_loss_is_the_mean_error_over_prefixes_of_the_dictionary():
     errors = [(sae.decode(top_indices, top_values * (top_indices < end)) - x).square().mean() for end in (8, 24, 64)]
 
     torch.testing.assert_close(sae(x).loss, torch.stack(errors).mean())
+
+
+def test_budgets_of_prefixes_are_those_of_the_strongest_latents_that_are_in_them():
+    sae, x = make_sae(**OBJECTIVES["both"]), make_activations(20, scale=1.0)
+    top_indices, top_values = sae.encode(x)
+    errors = [
+        [
+            (sae.decode(top_indices[:, :k], (top_values * (top_indices < end))[:, :k]) - x).square().mean()
+            for k in (1, 3, 8)
+        ]
+        for end in (8, 24, 64)
+    ]
+    expected = torch.tensor(errors)
+
+    output = sae(x)
+
+    torch.testing.assert_close(output.budget_errors, expected)
+    torch.testing.assert_close(output.loss, (expected.mean(dim=0) * torch.tensor([0.25, 0.5, 0.25])).sum())
+    assert sae(x, k=3).budget_errors.shape == (3, 2)
 
 
 def test_batch_topk_keeps_k_latents_per_input_on_average_and_differently_many_per_input():
@@ -836,6 +856,11 @@ CLAIMS = {
         {"budgets": [8], "matryoshka_prefixes": [8, 24, 64]},
         ["first 8, 24, 64 latents", "2503.17547", "one budget, the 8 strongest"],
         ["every", "2505.24473", "k="],
+    ),
+    "both": (
+        {"matryoshka_prefixes": [8, 24, 64]},
+        ["first 8, 24, 64 latents", "2503.17547", "for every number of latents from 1 to 8", "2505.24473"],
+        ["TopK autoencoder for"],
     ),
 }
 
