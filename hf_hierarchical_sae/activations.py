@@ -1,7 +1,7 @@
 """A language model's hidden states over a text: one loop, which everything that reads a text goes through."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -14,14 +14,13 @@ from .configuration_hierarchical_sae import integer, positive_number
 from .language_model import check_length, check_vocabulary, layer_indices, vocabulary_size
 from .modeling_hierarchical_sae import HierarchicalSaeModel, check_finite
 from .sites import HOOK_POINTS, check_fits, find_site, read_sites, target_site
+from .texts import check_dataset, read_contexts
 
 
 logger = logging.get_logger(__name__)
 
 # Contexts whose lengths differ by less than this share a forward pass.
 LENGTH_BUCKET = 32
-# Characters of a text that are tokenised at once: memory and time grow faster than a longer text.
-LONGEST_TEXT = 100_000
 # Share of tokens with NaN or infinite activations above which the fault is the model's, not that of a few tokens.
 MOST_NOT_FINITE = 0.01
 
@@ -242,11 +241,14 @@ class ActivationStream(Iterator[Any]):
 
     def inputs(self) -> Iterator[Inputs]:
         """What each forward pass takes, from the start of the text."""
-        contexts = _contexts(self.tokenizer, self._texts(), self.settings.context_length)
+        settings, rows = self.settings, enumerate(self.dataset)
+        contexts = read_contexts(
+            rows, self.tokenizer, settings.text_column, settings.context_length, counts=self.counts
+        )
         padding = self.tokenizer.pad_token_id or 0
         # Where a padding token was added to the tokenizer alone, any other does: padding is masked.
         padding = padding if padding < vocabulary_size(self.model) else 0
-        return _batches_of_similar_length(contexts, self.settings.batch_tokens, padding)
+        return _batches_of_similar_length(contexts, settings.batch_tokens, padding)
 
     def read(self, inputs: Inputs, room: int | None = None) -> Pass:
         """
@@ -306,18 +308,6 @@ class ActivationStream(Iterator[Any]):
                 f"hook_point must name one site or several of one width, got {widths}: read each width by itself, or "
                 "harvest them with save_shards"
             )
-
-    def _texts(self) -> Iterator[tuple[int, str]]:
-        """The number and text of each row, a long one in pieces; rows without one are counted."""
-        # The text is read from its start whenever it is read, after an interruption too.
-        self.counts["rows_without_text"] = 0
-        for number, row in enumerate(self.dataset):
-            if text := _text_of(row, self.settings.text_column, number):
-                yield from ((number, piece) for piece in _pieces(text))
-                continue
-            if not self.counts["rows_without_text"]:
-                logger.warning(f"row {number} of the dataset has no text: it is left out, as are others like it")
-            self.counts["rows_without_text"] += 1
 
     def _passes_after(self, passes: int, tokens: int) -> Iterator[Pass]:
         """The passes behind the first `passes`, in which `tokens` were kept."""
@@ -383,63 +373,6 @@ class ActivationStream(Iterator[Any]):
         if self.settings.shuffle_tokens:
             order = torch.randperm(len(self._buffer[0]), generator=self._generator)
             self._buffer = [states[order.to(states.device)] for states in self._buffer]
-
-
-def check_dataset(dataset: Any) -> None:
-    """Raise a `ValueError` for one text, or for the splits of a dataset, in the place of texts."""
-    # A data frame gives the names of its columns, as a mapping its keys.
-    if isinstance(dataset, Mapping) or hasattr(dataset, "columns"):
-        raise ValueError(
-            f"expected texts or rows with a text, got a {type(dataset).__name__} of {[*dataset][:10]}: choose one of its "
-            "splits, as in load_dataset(…, split='train'), or columns"
-        )
-    if isinstance(dataset, str | bytes | torch.Tensor) or not isinstance(dataset, Iterable):
-        raise ValueError(
-            f"expected a list of texts, or rows with a text, got a single {type(dataset).__name__}: put a text in a list"
-        )
-
-
-def _text_of(row: Any, text_column: str, number: int) -> str | None:
-    """The text of a row, None if it has none."""
-    if row is None or isinstance(row, str):
-        return row
-    if not isinstance(row, Mapping):
-        raise ValueError(
-            f"row {number} of the dataset must be a text, or hold one in {text_column!r}, got a {type(row).__name__}"
-        )
-    if text_column not in row:
-        raise ValueError(
-            f"text_column must name a column of the dataset {list(row)}, got {text_column!r} (row {number})"
-        )
-    text = row[text_column]
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f"row {number} of the dataset must hold a text in {text_column!r}, got {text!r:.80}")
-    return text
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """A text in pieces of at most `LONGEST_TEXT` characters, cut before white space where there is any."""
-    start = 0
-    while len(text) - start > LONGEST_TEXT:
-        end = start + LONGEST_TEXT
-        end = max(text.rfind(space, start + 1, end) for space in (" ", "\n")) if not text[end].isspace() else end
-        end = end if end > start else start + LONGEST_TEXT
-        yield text[start:end]
-        start = end
-    yield text[start:]
-
-
-def _contexts(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterable[tuple[int, str]], context_length: int
-) -> Iterator[tuple[int, list[int]]]:
-    """The row and the token ids of each context."""
-    for row, text in texts:
-        # The piece is cut here, so the tokenizer's warning about its length does not apply.
-        ids = tokenizer(text, verbose=False)["input_ids"]
-        start = ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
-        ids, size = ids[len(start) :], context_length - len(start)
-        for first in range(0, len(ids), size):
-            yield row, start + ids[first : first + size]
 
 
 def _batches_of_similar_length(

@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType
@@ -34,6 +34,7 @@ from .evaluation import evaluate_budgets, evaluate_in_model, plot_evaluations
 from .interop import load_gemma_scope, load_saelens, load_sparsify, save_saelens, save_sparsify
 from .modeling_hierarchical_sae import HierarchicalSaeModel
 from .sites import HOOK_POINTS
+from .texts import TextFiles, load_texts
 from .training import starting_point, train_sae, training_arguments
 
 
@@ -69,8 +70,6 @@ examples:
 
 # Tokens that typical activations and the starting point of training are measured on.
 SAMPLE_TOKENS = 65_536
-# Characters of a file that are tokenised at a time; as many again until the line ends.
-PASSAGE = 10_000
 DTYPES = ["float32", "bfloat16", "float16", "auto"]
 LOADERS = {
     "hierarchical": HierarchicalSaeModel.from_pretrained,
@@ -285,23 +284,8 @@ def read_texts(args: argparse.Namespace) -> Any:
     if (args.text is None) == (args.dataset is None):
         raise ValueError("give either --text with files, or --dataset with the id of a dataset")
     if args.text is not None:
-        return passages(args.text)
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError("--dataset needs one more package: pip install 'hf_hierarchical_sae[cli]'") from error
-    return load_dataset(args.dataset, split=args.split, streaming=True)
-
-
-def passages(files: list[Path]) -> Iterator[str]:
-    """Each file in pieces, so that a large one is not tokenised at once, whether or not it has lines."""
-    for file in files:
-        with open(file, encoding="utf-8") as lines:
-            try:
-                while piece := lines.read(PASSAGE):
-                    yield piece + lines.readline(PASSAGE)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"expected UTF-8 text in {file}, got {error}") from error
+        return TextFiles(args.text)
+    return load_texts(args.dataset, args.split)
 
 
 def trained_layer(args: argparse.Namespace, sae: HierarchicalSaeModel) -> int | None:

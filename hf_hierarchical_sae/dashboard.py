@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .activations import check_dataset
 from .configuration_hierarchical_sae import integer, integers, place_name, positive_number
 from .language_model import check_predicts, hidden_size
 from .latent_activations import LatentActivations, decoded, read_latents
 from .modeling_hierarchical_sae import HierarchicalSaeModel
+from .texts import check_dataset
 from .whole_files import whole_file
 
 

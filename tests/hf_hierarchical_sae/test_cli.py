@@ -354,15 +354,6 @@ def test_what_cannot_be_uploaded_is_refused_before_training(states, tmp_path, hu
     assert not (tmp_path / "sae").exists()
 
 
-@pytest.mark.parametrize("text", ["x" * 100_000, "word " * 20_000, "line\n" * 20_000])
-def test_a_file_is_read_in_pieces_with_and_without_lines(tmp_path, text):
-    (tmp_path / "text").write_text(text)
-
-    pieces = list(cli.passages([tmp_path / "text"]))
-
-    assert "".join(pieces) == text and max(map(len, pieces)) <= 2 * cli.PASSAGE
-
-
 @pytest.mark.slow
 def test_processes_of_torchrun_on_a_cpu_train_one_autoencoder(states, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29417", "-m"]
