@@ -3,7 +3,7 @@
 from transformers import AutoConfig, AutoModel
 
 from .activation_shards import ActivationShards, save_shards
-from .activations import ActivationSettings, ActivationStream, iterate_activations
+from .activations import ActivationDataset, ActivationSettings, ActivationStream, iterate_activations
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
 from .dashboard import write_dashboard
 from .evaluation import (
@@ -31,6 +31,7 @@ HierarchicalSaeConfig.register_for_auto_class()
 HierarchicalSaeModel.register_for_auto_class("AutoModel")
 
 __all__ = [
+    "ActivationDataset",
     "ActivationSettings",
     "ActivationShards",
     "ActivationStream",

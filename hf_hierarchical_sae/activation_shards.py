@@ -2,11 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ def save_shards(
 ) -> int | None:
     """
     Write activations to safetensors files, in the order of the text. Run again after an interruption, it goes on with
-    the first shard that is missing or damaged. Read them with [`ActivationShards`].
+    the first shard that is missing or damaged; run again with more `max_tokens`, the harvest grows: whole shards stay.
+    Read them with [`ActivationShards`].
 
     Each process writes every `num_processes`-th shard; together they write what one alone would. The last to finish
     finds all shards there and completes the harvest, with more text if the tokens left out made it too short.
@@ -57,8 +58,8 @@ def save_shards(
             write.
 
     Raises:
-        `ValueError`: If the folder holds a harvest with other settings or of another text, or an activation is too large
-            for `dtype`; no shard is written then.
+        `ValueError`: If the folder holds a harvest with other settings, of more tokens or of another text, or an activation
+            is too large for `dtype`; no shard is written then.
     """
     if not isinstance(stream, ActivationStream):
         raise ValueError(f"expected a stream from iterate_activations, got a {type(stream).__name__}")
@@ -79,15 +80,21 @@ def save_shards(
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_description(folder, _description(stream, shard_tokens, dtype))
-    writer, limit = _Writer(stream, folder, dtype), stream.settings.max_tokens
+    description = {
+        **stream.description(),
+        "widths": {_tensor_name(site.layer, site.hook_point): site.width for site in stream.sites},
+        "shard_tokens": shard_tokens,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    grows = _write_description(folder, description)
+    writer, limit = _Writer(stream, folder, dtype, grows), stream.settings.max_tokens
     batches, most = stream.inputs(), 0
     with writer.progress:
         while shard := _next_shard(stream, batches, shard_tokens, limit, given=most):
             if writer.shards % num_processes == process_index:
                 writer.write(shard)
             writer.shards += 1
-            most += sum(_most_kept(stream, inputs.mask) for inputs in shard)
+            most += sum(map(stream.most_kept, shard))
         if writer.shards == 0:
             raise ValueError("the dataset gave no tokens: expected texts, got none")
         tokens = writer.tokens_on_disk()
@@ -98,6 +105,11 @@ def save_shards(
             tokens += writer.write(shard)["tokens"]
             writer.shards += 1
     tokens = tokens if limit is None else min(tokens, limit)
+    for path in folder.glob("shard-*.safetensors"):
+        # Of a shorter harvest that grew, whose last shards were smaller.
+        if grows and path.name >= _shard_name(writer.shards):
+            path.unlink()
+    _write_json(folder / DESCRIPTION, description)
     _write_json(folder / COMPLETE, {"num_shards": writer.shards, "tokens": tokens})
     stream.log_counts()
     return tokens
@@ -106,8 +118,8 @@ def save_shards(
 class _Writer:
     """Shards of one harvest, as many as `shards` so far."""
 
-    def __init__(self, stream: ActivationStream, folder: Path, dtype: torch.dtype):
-        self.stream, self.folder, self.dtype, self.shards = stream, folder, dtype, 0
+    def __init__(self, stream: ActivationStream, folder: Path, dtype: torch.dtype, grows: bool):
+        self.stream, self.folder, self.dtype, self.grows, self.shards = stream, folder, dtype, grows, 0
         form: dict[str, Any] = {"unit": "token", "unit_scale": True, "desc": "harvest"}
         settings = stream.settings
         self.progress = logging.tqdm(total=settings.max_tokens, disable=not settings.show_progress, **form)
@@ -115,8 +127,8 @@ class _Writer:
     def write(self, batches: list[Inputs]) -> dict[str, int]:
         """Counts of the next shard, which is left alone if it is there and whole."""
         path, stream = self.folder / _shard_name(self.shards), self.stream
-        text = hashlib.sha256(b"".join(inputs.ids.numpy().tobytes() for inputs in batches)).hexdigest()
-        found = _counts_on_disk(path, text)
+        texts = _prefix_checksums(batches)
+        found = _counts_on_disk(path, texts if self.grows else texts[-1:], self.grows and self.shards > 0)
         if found is not None:
             stream.counts.update(found)
             self.progress.update(found["tokens"])
@@ -129,7 +141,7 @@ class _Writer:
         names = [_tensor_name(site.layer, site.hook_point) for site in stream.sites]
         tensors = {name: self._stored(torch.cat(parts)) for name, parts in zip(names, zip(*pieces))}
         counts = {name: stream.counts[name] - before[name] for name in stream.counts}
-        _write_shard(path, tensors, {"counts": counts, "text_sha256": text})
+        _write_shard(path, tensors, {"counts": counts, "text_sha256": texts[-1]})
         return counts
 
     def _stored(self, states: torch.Tensor) -> torch.Tensor:
@@ -346,27 +358,6 @@ def _kind(widths: tuple[int, int | None], layer: int | None, hook_point: str, ta
     return f"{found}, and of size {widths[1]} of {place_name(layer, target_hook_point)} to compute from them"
 
 
-def _description(stream: ActivationStream, shard_tokens: int, dtype: torch.dtype) -> dict:
-    """What has to be the same for shards to belong together."""
-    settings = asdict(stream.settings)
-    for name in ("shuffle_tokens", "seed", "show_progress"):
-        del settings[name]
-    return {
-        "model_name": stream.model.config.name_or_path,
-        "layers": stream.layers,
-        "hook_points": stream.hook_points,
-        "widths": {_tensor_name(site.layer, site.hook_point): site.width for site in stream.sites},
-        "shard_tokens": shard_tokens,
-        "dtype": str(dtype).removeprefix("torch."),
-        **settings,
-    }
-
-
-def _most_kept(stream: ActivationStream, mask: torch.Tensor) -> int:
-    """Tokens that a forward pass gives if none has an outlying norm: all that is known without running the model."""
-    return int(mask.sum()) - (int(mask[:, 0].sum()) if stream.settings.skip_first_position else 0)
-
-
 def _next_shard(
     stream: ActivationStream, batches: Iterator[Inputs], shard_tokens: int, limit: int | None, *, given: int
 ) -> list[Inputs]:
@@ -378,12 +369,24 @@ def _next_shard(
             break
         shard.append(inputs)
         tokens += int(inputs.mask.sum())
-        given += _most_kept(stream, inputs.mask)
+        given += stream.most_kept(inputs)
     return shard
 
 
-def _counts_on_disk(path: Path, text: str) -> dict[str, int] | None:
-    """Counts of a shard that is there and whole, else None; refuses one of another text."""
+def _prefix_checksums(batches: list[Inputs]) -> list[str]:
+    """Of the text of the first forward pass, of the first two, and so on."""
+    digest, found = hashlib.sha256(), []
+    for inputs in batches:
+        digest.update(inputs.ids.numpy().tobytes())
+        found.append(digest.hexdigest())
+    return found
+
+
+def _counts_on_disk(path: Path, texts: list[str], is_replaced: bool) -> dict[str, int] | None:
+    """
+    Counts of a shard that is there and whole, of the last of these texts; else None, if it is of an earlier one, or to be
+    replaced; refuses one of another text.
+    """
     if not path.exists():
         return None
     try:
@@ -391,12 +394,15 @@ def _counts_on_disk(path: Path, text: str) -> dict[str, int] | None:
     except ValueError as error:
         logger.warning(f"{error}; harvesting it again")
         return None
-    if record["text_sha256"] != text:
-        raise ValueError(
-            f"{path} was harvested from another text: expected the dataset and order of that harvest; "
-            "give these, or another folder"
-        )
-    return record["counts"]
+    if record["text_sha256"] == texts[-1]:
+        return record["counts"]
+    # A harvest that grew: the last shard of the shorter one held less text, and those behind it other text.
+    if is_replaced or record["text_sha256"] in texts:
+        return None
+    raise ValueError(
+        f"{path} was harvested from another text: expected the dataset and order of that harvest; "
+        "give these, or another folder"
+    )
 
 
 def _harvested(description: dict, name: str, given: Any) -> Any:
@@ -472,8 +478,9 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def _read_description(folder: Path) -> dict:
-    """The settings of a harvest; one without hook points is of the outputs of layers, one without widths has one."""
-    found: dict[str, Any] = {"hook_points": ["output"], **_read_json(folder / DESCRIPTION, layers=list)}
+    """The settings of a harvest; what is missing in an older one is as it was before it could be chosen."""
+    before = {"hook_points": ["output"], "skip_special_tokens": False, "skip_tokens": None}
+    found: dict[str, Any] = {**before, **_read_json(folder / DESCRIPTION, layers=list)}
     if "widths" in found:
         return {**found, **_read_json(folder / DESCRIPTION, widths=dict)}
     width = _read_json(folder / DESCRIPTION, hidden_size=int)["hidden_size"]
@@ -481,15 +488,22 @@ def _read_description(folder: Path) -> dict:
     return {**found, "widths": dict.fromkeys(names, width)}
 
 
-def _write_description(folder: Path, description: dict) -> None:
+def _write_description(folder: Path, description: dict) -> bool:
+    """Whether a shorter harvest with these settings is there, which grows; refuses one with others, or a longer one."""
     path = folder / DESCRIPTION
     if not path.exists():
         _write_json(path, description)
     found = _read_description(folder)
     differing = [name for name in description if found.get(name) != description[name]]
+    limits = [math.inf if each["max_tokens"] is None else each["max_tokens"] for each in (found, description)]
+    if differing == ["max_tokens"] and limits[1] > limits[0]:
+        (folder / COMPLETE).unlink(missing_ok=True)
+        _write_json(path, {**description, "grows": True})
+        return True
     if differing:
         name = differing[0]
         raise ValueError(
             f"{folder} holds a harvest with {name}={found.get(name)!r}, got {name}={description[name]!r}: give the "
-            "settings of that harvest to go on with it, or another folder"
+            "settings of that harvest to go on with it, more max_tokens to let it grow, or another folder"
         )
+    return found.get("grows", False)

@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from .configuration_hierarchical_sae import integer, positive_number
 from .language_model import check_length, check_vocabulary, layer_indices, vocabulary_size
 from .modeling_hierarchical_sae import HierarchicalSaeModel, check_finite
 from .sites import HOOK_POINTS, check_fits, find_site, read_sites, target_site
-from .texts import check_dataset, read_contexts
+from .texts import check_dataset, content_of, skipped_ids, token_contexts
 
 
 logger = logging.get_logger(__name__)
@@ -31,7 +31,8 @@ class ActivationSettings:
     How a text is read, see [`iterate_activations`].
 
     Args:
-        text_column (`str`, defaults to `"text"`): where a row holds its text.
+        text_column (`str`, defaults to `"text"`): where a row holds its text, messages of a chat, or token ids. Rows without
+            a `"text"` are read by `"messages"`, `"prompt"` and `"completion"`, or `"input_ids"`.
         context_length (`int`, defaults to 256): longest piece of text in tokens; longer texts are cut into several.
         batch_tokens (`int`, defaults to 2048): tokens per batch, and positions per forward pass.
         max_tokens (`int`, *optional*): stop once exactly this many tokens were read, those left out not counted.
@@ -39,6 +40,9 @@ class ActivationSettings:
             in order. While it is refilled it takes twice its memory.
         seed (`int`, defaults to 0): seed of the shuffling.
         skip_first_position (`bool`, defaults to `True`): leave out the first token of each context.
+        skip_special_tokens (`bool`, defaults to `False`): leave out the tokenizer's special tokens, such as those that a chat
+            template puts around messages; they are read, and not given.
+        skip_tokens (`Sequence[int]` or `Sequence[str]`, *optional*): leave out these tokens likewise.
         max_norm_ratio (`float`, *optional*, defaults to 5.0): leave out tokens with a norm above this many times the
             median of their forward pass, at any of the layers, so that every layer gives the same tokens.
         show_progress (`bool`, defaults to `True`): progress bar with tokens per second.
@@ -54,6 +58,8 @@ class ActivationSettings:
     shuffle_tokens: int = 0
     seed: int = 0
     skip_first_position: bool = True
+    skip_special_tokens: bool = False
+    skip_tokens: Sequence[int | str] | None = None
     max_norm_ratio: float | None = 5.0
     show_progress: bool = True
 
@@ -128,7 +134,8 @@ def iterate_activations(
         model (`PreTrainedModel`): any transformers model with a list of decoder layers.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer. If it starts a text with a BOS token, so starts each
             context.
-        dataset (`Iterable`): texts, or rows with a text in `text_column`; a streaming `datasets` dataset too.
+        dataset (`Iterable`): texts, or rows with a text in `text_column`; a streaming `datasets` dataset too. Messages of a
+            chat go through the tokenizer's chat template, and token ids are taken as they are.
         layer (`int` or `Sequence[int]`, *optional*): decoder layers, counted from 0; negative counts from the end. `None`
             for modules by their paths within the model.
         hook_point (`str` or `Sequence[str]`, defaults to `"output"`): sites of each layer, for batches of one width:
@@ -193,12 +200,20 @@ class ActivationStream(Iterator[Any]):
         if not self.sites:
             raise ValueError("hook_point must name one site or several, got none")
         self.counts = Counter(
-            tokens=0, padding=0, first_position=0, not_finite=0, outlying_norm=0, rows_without_text=0
+            tokens=0,
+            padding=0,
+            first_position=0,
+            skipped_tokens=0,
+            not_finite=0,
+            outlying_norm=0,
+            rows_without_text=0,
         )
+        self._skipped = skipped_ids(tokenizer, settings.skip_special_tokens, settings.skip_tokens)
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._buffer = [torch.empty(0, site.width) for site in self.sites]
         self._passes: Iterator[Pass] | None = None
         self._passes_read = 0
+        self._part = (0, 1)
 
     def __next__(self) -> Any:
         batch_tokens, shuffle_tokens = self.settings.batch_tokens, self.settings.shuffle_tokens
@@ -215,9 +230,13 @@ class ActivationStream(Iterator[Any]):
                     f"left out ({dict(self.counts)})"
                 )
             raise StopIteration
+        return self._together(batch)
+
+    def _together(self, states: list[torch.Tensor]) -> Any:
+        """Those of all sites as they are given."""
         if self.target_hook_point is not None:
-            return tuple(batch)
-        return batch[0] if self._single else torch.stack(batch, dim=1)
+            return tuple(states)
+        return states[0] if self._single else torch.stack(states, dim=1)
 
     def state_dict(self) -> dict:
         """Everything that the rest of the stream depends on; with shuffling, the tokens in the buffer as well."""
@@ -235,20 +254,49 @@ class ActivationStream(Iterator[Any]):
         self._buffer = [states.to(self.model.device) for states in state["buffer"]]
         self._generator.set_state(state["generator"])
 
+    def sample(self, tokens: int) -> Any:
+        """The next activations, at least as many as a batch and at most `tokens`, which stay in the stream."""
+        if self.target_hook_point is None:
+            self._check_widths()
+        if len(self._buffer[0]) < tokens:
+            self._fill(max(self.settings.batch_tokens, self.settings.shuffle_tokens))
+        return self._together([states[:tokens].clone() for states in self._buffer])
+
+    def restart(self) -> None:
+        """Read the text from its start again, behind what is in the buffer; the counts start from 0."""
+        self.counts = Counter(dict.fromkeys(self.counts, 0))
+        self._passes_read, self._passes = 0, None
+
+    def take_part(self, process_index: int, num_processes: int) -> None:
+        """Read every `num_processes`-th row of the dataset from now on, beginning with row `process_index`."""
+        process_index, num_processes = integer("process_index", process_index), integer("num_processes", num_processes)
+        if not 0 <= process_index < num_processes:
+            raise ValueError(f"process_index must be in [0, num_processes={num_processes}), got {process_index}")
+        self._part = (process_index, num_processes)
+
+    def description(self) -> dict[str, Any]:
+        """What has to be the same for activations to belong together, but for the order that shuffling gives them."""
+        settings = asdict(self.settings)
+        for name in ("shuffle_tokens", "seed", "show_progress"):
+            del settings[name]
+        return {
+            "model_name": self.model.config.name_or_path,
+            "layers": self.layers,
+            "hook_points": self.hook_points,
+            **settings,
+        }
+
     def passes(self) -> Iterator[Pass]:
         """Each forward pass from the start of the text, until exactly `max_tokens` positions were kept."""
         return self._passes_after(0, 0)
 
     def inputs(self) -> Iterator[Inputs]:
         """What each forward pass takes, from the start of the text."""
-        settings, rows = self.settings, enumerate(self.dataset)
-        contexts = read_contexts(
-            rows, self.tokenizer, settings.text_column, settings.context_length, counts=self.counts
-        )
+        contexts = token_contexts(self.tokenizer, self._rows(), self.settings.context_length)
         padding = self.tokenizer.pad_token_id or 0
         # Where a padding token was added to the tokenizer alone, any other does: padding is masked.
         padding = padding if padding < vocabulary_size(self.model) else 0
-        return _batches_of_similar_length(contexts, settings.batch_tokens, padding)
+        return _batches_of_similar_length(contexts, self.settings.batch_tokens, padding)
 
     def read(self, inputs: Inputs, room: int | None = None) -> Pass:
         """
@@ -270,12 +318,19 @@ class ActivationStream(Iterator[Any]):
         self.counts["tokens"] += int(kept.sum())
         return Pass(inputs.ids, inputs.mask, states, kept)
 
+    def most_kept(self, inputs: Inputs) -> int:
+        """Tokens that a forward pass gives if none has an outlying norm: all that is known without running the model."""
+        kept = inputs.mask.bool() & ~torch.isin(inputs.ids, self._skipped)
+        kept[:, 0] &= not self.settings.skip_first_position
+        return int(kept.sum())
+
     def log_counts(self) -> None:
         """How many tokens were read and left out so far."""
         counts = self.counts
         logger.info(
             f"{counts['tokens']} tokens; left out: {counts['first_position']} at the first position, "
-            f"{counts['outlying_norm']} of outlying norm, {counts['padding']} of padding"
+            f"{counts['outlying_norm']} of outlying norm, {counts['padding']} of padding, "
+            f"{counts['skipped_tokens']} special or given ones"
         )
         if counts["not_finite"] or counts["rows_without_text"]:
             logger.warning(
@@ -309,6 +364,19 @@ class ActivationStream(Iterator[Any]):
                 "harvest them with save_shards"
             )
 
+    def _rows(self) -> Iterator[tuple[int, Any]]:
+        """The number and content of each row of this process; rows without one are counted."""
+        # The text is read from its start whenever it is read, after an interruption too.
+        self.counts["rows_without_text"] = 0
+        for number, row in islice(enumerate(self.dataset), self._part[0], None, self._part[1]):
+            content = content_of(row, self.settings.text_column, number)
+            if content is not None and len(content):
+                yield number, content
+                continue
+            if not self.counts["rows_without_text"]:
+                logger.warning(f"row {number} of the dataset has no text: it is left out, as are others like it")
+            self.counts["rows_without_text"] += 1
+
     def _passes_after(self, passes: int, tokens: int) -> Iterator[Pass]:
         """The passes behind the first `passes`, in which `tokens` were kept."""
         limit, is_quiet = self.settings.max_tokens, not self.settings.show_progress
@@ -330,6 +398,10 @@ class ActivationStream(Iterator[Any]):
         if self.settings.skip_first_position:
             self.counts["first_position"] += int(keep[:, 0].sum())
             keep[:, 0] = False
+        if len(self._skipped):
+            skipped = keep & torch.isin(inputs.ids, self._skipped).to(keep.device)
+            self.counts["skipped_tokens"] += int(skipped.sum())
+            keep &= ~skipped
         keep &= self._finite(states, keep, inputs.rows)
         ratio = self.settings.max_norm_ratio
         if ratio is not None and keep.any():
@@ -373,6 +445,61 @@ class ActivationStream(Iterator[Any]):
         if self.settings.shuffle_tokens:
             order = torch.randperm(len(self._buffer[0]), generator=self._generator)
             self._buffer = [states[order.to(states.device)] for states in self._buffer]
+
+
+class ActivationDataset(torch.utils.data.IterableDataset):
+    """
+    A stream as a dataset for `Trainer`, whose items are those of [`ActivationShards`]: `{"hidden_states": (d_in,) float32}`,
+    and of a transcoder `{"hidden_states": (d_in,), "targets": (d_out,)}`. It has no end: behind its last token the text
+    is read again, in another order if it is shuffled.
+
+    [`~ActivationDataset.state_dict`] and [`~ActivationDataset.load_state_dict`] continue an interrupted training exactly;
+    [`train_sae`](hf_hierarchical_sae.training.train_sae) keeps the state in the checkpoints.
+
+    Args:
+        stream ([`ActivationStream`]): of one site, or of a pair; best with `shuffle_tokens`.
+    """
+
+    def __init__(self, stream: ActivationStream):
+        if not isinstance(stream, ActivationStream) or (stream.target_hook_point is None and len(stream.sites) > 1):
+            raise ValueError(
+                "expected a stream from iterate_activations of one site, or of one with a target_hook_point, got "
+                f"{getattr(stream, 'sites', type(stream).__name__)}"
+            )
+        self.stream = stream
+        self._rest: list[torch.Tensor] = []
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        names = ["hidden_states", "targets"]
+        while True:
+            if not self._rest or not len(self._rest[0]):
+                batch = self._next_batch()
+                self._rest = list(batch) if isinstance(batch, tuple) else [batch]
+            item = {name: part[0] for name, part in zip(names, self._rest)}
+            self._rest = [part[1:] for part in self._rest]
+            yield item
+
+    def _next_batch(self) -> Any:
+        batch = next(self.stream, None)
+        if batch is None:
+            if iter(self.stream.dataset) is self.stream.dataset:
+                raise ValueError(
+                    f"the text ended after {self.stream.counts['tokens']} tokens, and a generator is read only once: give a "
+                    "list or a dataset, or fewer steps"
+                )
+            logger.info(f"all {self.stream.counts['tokens']} tokens of the text were read: it starts again")
+            self.stream.restart()
+            batch = next(self.stream)
+        return batch
+
+    def state_dict(self) -> dict:
+        """Everything that the items to come depend on."""
+        return {"stream": self.stream.state_dict(), "rest": [part.clone() for part in self._rest]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where `state` was taken."""
+        self.stream.load_state_dict(state["stream"])
+        self._rest = [part.to(self.stream.model.device) for part in state["rest"]]
 
 
 def _batches_of_similar_length(

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -27,14 +28,14 @@ from transformers import (
 from transformers.integrations import get_available_reporting_integrations
 
 from .activation_shards import ActivationShards, save_shards
-from .activations import iterate_activations
+from .activations import ActivationDataset, iterate_activations
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
 from .dashboard import write_dashboard
 from .evaluation import evaluate_budgets, evaluate_in_model, plot_evaluations
 from .interop import load_gemma_scope, load_saelens, load_sparsify, save_saelens, save_sparsify
 from .modeling_hierarchical_sae import HierarchicalSaeModel
 from .sites import HOOK_POINTS
-from .texts import TextFiles, load_texts
+from .texts import read_dataset, read_files
 from .training import starting_point, train_sae, training_arguments
 
 
@@ -79,6 +80,9 @@ LOADERS = {
 }
 # Options of `train` that the config has under the same name.
 OBJECTIVE = (
+    "d_sae",
+    "k",
+    "budgets",
     "selection",
     "budget_weights",
     "matryoshka_prefixes",
@@ -102,13 +106,18 @@ def harvest(args: argparse.Namespace) -> None:
         context_length=args.context_length,
         max_tokens=args.tokens,
         max_norm_ratio=args.max_norm_ratio,
+        skip_special_tokens=args.skip_special_tokens,
+        skip_tokens=args.skip_tokens,
+        batch_tokens=args.batch_tokens,
     )
+    process_index, num_processes = _share(args)
     tokens = save_shards(
         stream,
         args.folder,
         shard_tokens=args.shard_tokens,
-        process_index=args.process_index,
-        num_processes=args.num_processes,
+        dtype=getattr(torch, args.shard_dtype),
+        process_index=process_index,
+        num_processes=num_processes,
     )
     if tokens is None:
         print(f"{stream.counts['tokens']} tokens written to {args.folder}, where other processes have still to write")
@@ -118,24 +127,8 @@ def harvest(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     set_seed(args.seed)
-    shards = ActivationShards(args.harvest, args.layer, args.hook_point, args.target_hook_point)
-    harvested = shards.description
-    d_in, d_out = shards.widths
-    config = HierarchicalSaeConfig(
-        d_in=d_in,
-        d_out=d_out,
-        d_sae=args.d_sae or 8 * d_in,
-        k=args.k,
-        budgets=args.budgets or ([args.k] if args.selection == "batch_topk" else None),
-        normalize_decoder=not args.no_normalize_decoder,
-        **{name: getattr(args, name) for name in OBJECTIVE},
-        model_name=harvested["model_name"],
-        layer=shards.layer,
-        hook_point=shards.hook_point,
-        target_hook_point=shards.target_hook_point,
-        skip_connection=args.skip_connection,
-        dataset_name=args.dataset_name,
-    )
+    if (args.harvest is None) == (args.model is None):
+        raise ValueError("give either a folder that harvest wrote, or --model with --text or --dataset")
     arguments = training_arguments(
         args.output,
         max_steps=args.steps,
@@ -147,22 +140,83 @@ def train(args: argparse.Namespace) -> None:
         report_to=check_reporters(args.report_to),
     )
     starting_point(args.output, resume=args.resume, overwrite=args.overwrite)
+    dataset, sample, source = _activations_to_train_on(args, arguments)
+    sae = _sae_to_train(args, source)
     if args.push_to_hub:
         # What would fail after hours of training fails here.
         with expecting(f"to upload to {args.push_to_hub}"):
             create_repo(args.push_to_hub, exist_ok=True)
-    sample = shards.rows(torch.randperm(len(shards))[:SAMPLE_TOKENS])
-    with expecting(f"memory for {config.d_sae} latents of size {d_in}"):
-        sae = HierarchicalSaeModel(config)
-    first = [part[:8192] for part in (sample if config.is_transcoder else [sample])]
-    sae.initialize_from_activations(*first)
+    first = [part[:8192] for part in (sample if sae.config.is_transcoder else [sample])]
+    sae.initialize_from_activations(*first, keep_weights=args.init_from is not None)
     going_on = {"resume": args.resume, "overwrite": args.overwrite}
-    trainer = train_sae(sae, shards, sample, arguments, callbacks=[ProgressLine()], **going_on)
+    trainer = train_sae(sae, dataset, sample, arguments, callbacks=[ProgressLine()], **going_on)
     if not trainer.is_world_process_zero():
         return
     print(f"{evaluate_budgets(sae, sample)}\non training data; saved in {args.output}")
     if args.push_to_hub:
         print(f"uploaded: {sae.push_to_hub(args.push_to_hub)}")
+
+
+def _activations_to_train_on(args: argparse.Namespace, arguments: TrainingArguments) -> tuple[Any, Any, dict]:
+    """A dataset for `Trainer`, a sample of it, and what the autoencoder's config says of it."""
+    if args.harvest is not None:
+        shards = ActivationShards(args.harvest, args.layer, args.hook_point, args.target_hook_point)
+        sample = shards.rows(torch.randperm(len(shards))[:SAMPLE_TOKENS])
+        source = {"model_name": shards.description["model_name"], "layer": shards.layer}
+        sites = {"hook_point": shards.hook_point, "target_hook_point": shards.target_hook_point}
+        return shards, sample, {**source, **sites, "d_in": shards.widths[0], "d_out": shards.widths[1]}
+    model, tokenizer = load_language_model(args)
+    stream = iterate_activations(
+        model,
+        tokenizer,
+        read_texts(args),
+        args.layer,
+        hook_point=args.hook_point or "output",
+        target_hook_point=args.target_hook_point,
+        text_column=args.text_column,
+        context_length=args.context_length,
+        max_tokens=args.tokens,
+        max_norm_ratio=args.max_norm_ratio,
+        skip_special_tokens=args.skip_special_tokens,
+        skip_tokens=args.skip_tokens,
+        batch_tokens=args.batch_tokens,
+        shuffle_tokens=max(args.shuffle_tokens, args.batch_tokens),
+        seed=args.seed,
+        show_progress=False,
+    )
+    stream.take_part(arguments.process_index, arguments.world_size)
+    site, target = stream.sites[0], stream.sites[-1]
+    source = {"model_name": model.config.name_or_path, "layer": site.layer, "hook_point": site.hook_point}
+    source |= {"target_hook_point": args.target_hook_point, "d_in": site.width, "d_out": target.width}
+    return ActivationDataset(stream), stream.sample(SAMPLE_TOKENS), source
+
+
+def _sae_to_train(args: argparse.Namespace, source: dict) -> HierarchicalSaeModel:
+    """A new autoencoder for what is read at `source`, or a trained one to go on with."""
+    dataset_name = args.dataset_name or args.dataset
+    given: dict[str, Any] = {name: value for name in OBJECTIVE if (value := getattr(args, name)) is not None}
+    given |= {"normalize_decoder": False} if args.no_normalize_decoder else {}
+    given |= {"skip_connection": True} if args.skip_connection else {}
+    if given.get("selection") == "batch_topk":
+        given = {"budgets": [given.get("k", HierarchicalSaeConfig.k)], **given}
+    if args.init_from is not None:
+        with expecting(f"an autoencoder in {args.init_from}"):
+            sae = HierarchicalSaeModel.from_pretrained(args.init_from, dtype=torch.float32, **given)
+        sae.config.validate_architecture()
+        differing = [name for name, value in source.items() if getattr(sae.config, name) not in (None, value)]
+        if differing and differing != ["model_name"]:
+            name = next(name for name in differing if name != "model_name")
+            raise ValueError(
+                f"{args.init_from} has {name}={getattr(sae.config, name)!r}, the activations to train on have "
+                f"{name}={source[name]!r}: give those that it was trained on"
+            )
+        for name, value in {**source, "dataset_name": dataset_name or sae.config.dataset_name}.items():
+            setattr(sae.config, name, value)
+        return sae
+    settings: dict[str, Any] = {"d_sae": 8 * source["d_in"], **given, **source}
+    config = HierarchicalSaeConfig(**settings, dataset_name=dataset_name)
+    with expecting(f"memory for {config.d_sae} latents of size {config.d_in}"):
+        return HierarchicalSaeModel(config)
 
 
 class ProgressLine(TrainerCallback):
@@ -253,6 +307,14 @@ def load_language_model(args: argparse.Namespace) -> tuple[Any, Any]:
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
+def _share(args: argparse.Namespace) -> tuple[int, int]:
+    """`--process_index` and `--num_processes`, by default those of `torchrun` or `accelerate launch`."""
+    launched = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    given = args.process_index, args.num_processes
+    first, second = (there if own is None else own for own, there in zip(given, launched))
+    return first, second
+
+
 def load_autoencoder(args: argparse.Namespace) -> HierarchicalSaeModel:
     """The autoencoder that the first argument names."""
     with expecting(f"an autoencoder in {args.sae}"):
@@ -280,12 +342,12 @@ def check_reporters(names: list[str]) -> list[str]:
 
 
 def read_texts(args: argparse.Namespace) -> Any:
-    """What `--text` or `--dataset` names: passages of the files, or rows of the dataset, as a stream."""
+    """What `--text` or `--dataset` names: passages of files or rows, as a stream."""
     if (args.text is None) == (args.dataset is None):
         raise ValueError("give either --text with files, or --dataset with the id of a dataset")
     if args.text is not None:
-        return TextFiles(args.text)
-    return load_texts(args.dataset, args.split)
+        return read_files(args.text)
+    return read_dataset(args.dataset, args.dataset_config, args.split)
 
 
 def trained_layer(args: argparse.Namespace, sae: HierarchicalSaeModel) -> int | None:
@@ -328,6 +390,18 @@ def _harvest_options(part: argparse.ArgumentParser) -> None:
         help=f"sites of each layer: {', '.join(HOOK_POINTS)}, or a module's path (default: output)",
     )
     _option(part, "shard_tokens", type=_integer(1), default=65_536, help="tokens per file (default: 65536)")
+    _stream_options(part)
+    _option(
+        part, "shard_dtype", choices=DTYPES[:3], default="float32", help="of the values on disk (default: float32)"
+    )
+    _option(
+        part, "num_processes", type=_integer(1), help="processes that share the work (default: the launcher's, or 1)"
+    )
+    _option(part, "process_index", type=_integer(0), help="number of this one, from 0 (default: the launcher's, or 0)")
+
+
+def _stream_options(part: argparse.ArgumentParser) -> None:
+    """How a language model reads its text, where its activations are trained on."""
     _option(
         part,
         "max_norm_ratio",
@@ -335,19 +409,37 @@ def _harvest_options(part: argparse.ArgumentParser) -> None:
         default=5.0,
         help="leave out tokens above so many median norms (default: 5)",
     )
-    _option(part, "num_processes", type=_integer(1), default=1, help="processes that share the work (default: 1)")
-    _option(part, "process_index", type=_integer(0), default=0, help="number of this one, from 0 (default: 0)")
+    _option(
+        part, "skip_special_tokens", action="store_true", help="leave out special tokens, as around messages of chats"
+    )
+    _option(part, "skip_tokens", nargs="+", metavar="TOKEN", help="leave out these tokens")
+    _option(part, "batch_tokens", type=_integer(1), default=2048, help="positions per forward pass (default: 2048)")
 
 
 def _train_options(part: argparse.ArgumentParser) -> None:
-    part.add_argument("harvest", type=Path, help="folder that harvest wrote")
+    part.add_argument("harvest", type=Path, nargs="?", help="folder that harvest wrote; none with --model")
     part.add_argument("output", help="where to write checkpoints and the result")
-    _option(part, "layer", type=_integer(), help="which one, if several were harvested")
-    _option(part, "hook_point", help="which one, if several were harvested")
+    _text_options(part, required=False, tokens=None)
+    _stream_options(part)
+    _option(
+        part,
+        "shuffle_tokens",
+        type=_integer(1),
+        default=32_768,
+        help="with --model, size of the buffer that tokens are drawn from at random (default: 32768)",
+    )
+    _option(
+        part,
+        "init_from",
+        metavar="SAE",
+        help="folder or Hub id of an autoencoder to go on with; its settings stay, unless others are given",
+    )
+    _option(part, "layer", type=_integer(), help="decoder layer to read; of a harvest, which one if it has several")
+    _option(part, "hook_point", help="site of it, or a module's path (default: output, or what was harvested)")
     _option(part, "target_hook_point", help="train a transcoder, which computes this site from that at --hook_point")
     _option(part, "skip_connection", action="store_true", help="a transcoder that adds a linear map of its input")
     _option(part, "d_sae", type=_integer(1), help="number of latents (default: 8 times the hidden size)")
-    _option(part, "k", type=_integer(1), default=64, help="largest number of latents per token (default: 64)")
+    _option(part, "k", type=_integer(1), help="largest number of latents per token (default: 64)")
     _option(
         part,
         "budgets",
@@ -375,7 +467,6 @@ def _objective_options(part: argparse.ArgumentParser) -> None:
         part,
         "selection",
         choices=["topk", "batch_topk"],
-        default="topk",
         help="k latents of each token, or batch × k of a batch, with one budget, k (default: topk)",
     )
     _option(
@@ -390,7 +481,6 @@ def _objective_options(part: argparse.ArgumentParser) -> None:
         part,
         "aux_loss_coefficient",
         type=_not_negative,
-        default=0.0,
         help="weight of the loss that dead latents get (default: 0, none)",
     )
     _option(part, "aux_k", type=_integer(1), help="dead latents per token in it (default: half the hidden size)")
@@ -398,7 +488,6 @@ def _objective_options(part: argparse.ArgumentParser) -> None:
         part,
         "dead_after_tokens",
         type=_integer(1),
-        default=1_000_000,
         help="a latent that did not fire for so many is dead (default: 1000000)",
     )
     _option(
@@ -492,10 +581,24 @@ def _text_options(
     parser: argparse.ArgumentParser, *, required: bool, tokens: int | None, context_length: int = 256
 ) -> None:
     _option(parser, "model", required=required, help="folder or Hub id of the language model")
-    _option(parser, "text", type=Path, nargs="+", metavar="FILE", help="text files")
-    _option(parser, "dataset", help="Hub id of a dataset, read as a stream, instead of --text")
+    _option(
+        parser,
+        "text",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="text files, or files of rows: jsonl, json, parquet, csv",
+    )
+    _option(parser, "dataset", help="Hub id or folder of a dataset, read as a stream, instead of --text")
+    _option(parser, "dataset_config", metavar="NAME", help="which configuration of the dataset, if it has several")
     _option(parser, "split", default="train", help="which part of the dataset (default: train)")
-    _option(parser, "text_column", default="text", help="column of the dataset (default: text)")
+    _option(
+        parser,
+        "text_column",
+        default="text",
+        help="column of the dataset with texts, messages of chats or token ids (default: text, messages, prompt with "
+        "completion, or input_ids, whichever comes first)",
+    )
     _option(
         parser,
         "tokens",

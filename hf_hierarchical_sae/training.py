@@ -6,22 +6,26 @@ import re
 import shutil
 import zipfile
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
+from .activations import ActivationDataset
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
 from .interventions import record_statistics
 from .modeling_hierarchical_sae import HierarchicalSaeModel
 from .training_callback import HierarchicalSaeCallback
 from .whole_files import whole_file
 
+
+logger = logging.get_logger(__name__)
 
 # What a folder's training was started with.
 RECORD = "training.json"
@@ -84,7 +88,7 @@ def train_sae(
     Args:
         sae ([`HierarchicalSaeModel`]): a new one, after `initialize_from_activations`.
         dataset (`Dataset`): of `{"hidden_states": (d_in,)}`, and `"targets": (d_out,)` for a transcoder, such as
-            [`ActivationShards`].
+            [`ActivationShards`]; or [`ActivationDataset`], of which each process reads its own rows of text.
         sample (`torch.Tensor`): (tokens, d_in), some of it, which statistics are recorded of; for a transcoder, a pair of
             that and (tokens, d_out).
         arguments (`TrainingArguments`): such as [`training_arguments`] gives.
@@ -101,20 +105,29 @@ def train_sae(
             started with other settings or data, or `sae.config.selection` is for use only.
     """
     sae._check_trainable()
-    if len(dataset) < arguments.train_batch_size:  # ty: ignore[invalid-argument-type]
+    stream = dataset if isinstance(dataset, ActivationDataset) else None
+    if stream is None and len(dataset) < arguments.train_batch_size:  # ty: ignore[invalid-argument-type]
         raise ValueError(
             f"expected at least one batch of {arguments.train_batch_size} tokens, got {len(dataset)}"  # ty: ignore[invalid-argument-type]
         )
     folder, record = Path(str(arguments.output_dir)), _record(sae, dataset, sample, arguments)
     with arguments.main_process_first(local=False):
         checkpoint = starting_point(folder, resume=resume, overwrite=overwrite)
-        if checkpoint is not None:
+        # The sample of another process may be of other text.
+        if checkpoint is not None and arguments.process_index == 0:
             _check_same(folder, record)
             _check_steps(checkpoint, arguments.max_steps)
         elif arguments.process_index == 0:
             _start(folder, record)
     callbacks = [HierarchicalSaeCallback(), *callbacks]
-    trainer = Trainer(model=sae, args=arguments, train_dataset=dataset, callbacks=callbacks)
+    if stream is None:
+        trainer = Trainer(model=sae, args=arguments, train_dataset=dataset, callbacks=callbacks)
+    else:
+        arguments.ignore_data_skip = True
+        if checkpoint is not None:
+            _continue_stream(stream, Path(checkpoint), arguments)
+        callbacks.append(_StreamState(stream))
+        trainer = _StreamTrainer(model=sae, args=arguments, train_dataset=stream, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.state.global_step >= arguments.max_steps and trainer.is_world_process_zero():
         sae.eval()
@@ -122,6 +135,42 @@ def train_sae(
         record_statistics(sae, sample)
         sae.save_pretrained(folder)
     return trainer
+
+
+class _StreamTrainer(Trainer):
+    """Each process reads its own text: Accelerate would have one read for all, or all read everything."""
+
+    def get_train_dataloader(self) -> DataLoader:
+        return DataLoader(self.train_dataset, self.args.train_batch_size, collate_fn=self.data_collator)  # ty: ignore[invalid-argument-type]
+
+
+class _StreamState(TrainerCallback):
+    """Keeps where each process is in its text in every checkpoint."""
+
+    def __init__(self, dataset: ActivationDataset):
+        self.dataset = dataset
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        path = _stream_path(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", args.process_index)
+        with whole_file(path) as unfinished:
+            torch.save(self.dataset.state_dict(), unfinished)
+
+
+def _stream_path(checkpoint: Path, process_index: int) -> Path:
+    return checkpoint / f"stream_{process_index}.pt"
+
+
+def _continue_stream(dataset: ActivationDataset, checkpoint: Path, arguments: TrainingArguments) -> None:
+    path = _stream_path(checkpoint, arguments.process_index)
+    if path.exists():
+        dataset.load_state_dict(torch.load(path, weights_only=True))
+        return
+    # Killed between the checkpoint and its last file.
+    steps = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
+    logger.warning(f"{path} is missing: the text of the first {steps} steps is read again")
+    given = steps * arguments.train_batch_size * arguments.gradient_accumulation_steps
+    for _ in islice(dataset, given):
+        pass
 
 
 def starting_point(output_dir: str | Path, *, resume: bool | str = False, overwrite: bool = False) -> str | None:
@@ -194,7 +243,9 @@ def _record(sae: HierarchicalSaeModel, dataset: Any, sample: Any, arguments: Tra
     for part in sample if sae.config.is_transcoder else [sample]:
         probes = part[:: max(1, len(part) // PROBES)][:PROBES]
         norms += torch.linalg.vector_norm(probes.float(), dim=1).tolist()
-    return json.loads(json.dumps({**config, **settings, "tokens": len(dataset), "norms": norms}))
+    is_stream = isinstance(dataset, ActivationDataset)
+    data = dataset.stream.description() if is_stream else {"tokens": len(dataset)}
+    return json.loads(json.dumps({**config, **settings, **data, "norms": norms}))
 
 
 def _check_same(folder: Path, record: dict) -> None:

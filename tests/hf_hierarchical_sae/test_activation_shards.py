@@ -509,3 +509,50 @@ def test_a_harvest_of_another_site_is_refused(model, tokenizer, tmp_path):
     shards.check_reads(HierarchicalSaeModel(HierarchicalSaeConfig(**config, hook_point="middle")))
     with pytest.raises(ValueError, match="size 32 of layer 0, .* holds those of size 32 of middle of layer 0"):
         shards.check_reads(HierarchicalSaeModel(HierarchicalSaeConfig(**config, hook_point="output")))
+
+
+@pytest.mark.parametrize("first", [150, 900])
+@pytest.mark.parametrize("limit", [1500, None])
+def test_a_harvest_that_grows_is_the_one_that_is_made_at_once(tiny_language_model, tmp_path, first, limit):
+    harvest(tiny_language_model, tmp_path / "grown", max_tokens=first)
+    assert len(ActivationShards(tmp_path / "grown", 0)) == first
+    shards = sorted((tmp_path / "grown").glob("shard-*"))
+    before = {path.name: path.stat().st_ino for path in shards}
+
+    harvest(tiny_language_model, tmp_path / "grown", max_tokens=limit)
+
+    harvest(tiny_language_model, tmp_path / "once", max_tokens=limit)
+    assert contents(tmp_path / "grown") == contents(tmp_path / "once")
+    kept = [path.name for path in shards if path.exists() and path.stat().st_ino == before[path.name]]
+    # Whole shards of 400 tokens of text stay; those that `max_tokens` had cut short are made again.
+    assert kept == [path.name for path in shards][: len(kept)] and len(kept) >= first // 400
+    ActivationShards(tmp_path / "grown", 0).verify()
+
+
+def test_a_growing_harvest_is_unfinished_until_all_processes_are_done(tiny_language_model, tmp_path):
+    harvest(tiny_language_model, tmp_path / "grown", max_tokens=900)
+
+    for process in (1, 0):
+        harvest(tiny_language_model, tmp_path / "grown", max_tokens=1500, processes=(process, 2))
+        if process == 1:
+            with pytest.raises(ValueError, match="is not finished"):
+                ActivationShards(tmp_path / "grown", 0)
+
+    harvest(tiny_language_model, tmp_path / "once", max_tokens=1500)
+    assert contents(tmp_path / "grown") == contents(tmp_path / "once")
+
+
+def test_a_harvest_does_not_shrink_and_grows_with_its_own_text_alone(tiny_language_model, tmp_path, model, tokenizer):
+    harvest(tiny_language_model, tmp_path, max_tokens=900)
+    before = contents(tmp_path)
+
+    with pytest.raises(ValueError, match="a harvest with max_tokens=900, got max_tokens=300: .* more max_tokens"):
+        harvest(tiny_language_model, tmp_path, max_tokens=300)
+    assert contents(tmp_path) == before
+    other = iterate_activations(
+        model, tokenizer, ["another text"] * 99, (0, 1), max_tokens=1500, batch_tokens=256, context_length=64
+    )
+    with pytest.raises(ValueError, match="harvest with model_name|was harvested from another text"):
+        save_shards(other, tmp_path, shard_tokens=400)
+    shards = {name: content for name, content in before.items() if name.startswith("shard")}
+    assert {name: content for name, content in contents(tmp_path).items() if name.startswith("shard")} == shards

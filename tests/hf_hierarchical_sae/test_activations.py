@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from hf_hierarchical_sae import iterate_activations, save_shards
+from hf_hierarchical_sae import iterate_activations, save_shards, texts
 
 
 TEXTS = ["To be, or not to be, that is the question.", "Whether", "tis nobler in the mind to suffer " * 3]
@@ -383,6 +383,17 @@ def test_many_tokens_that_are_not_finite_are_refused_with_their_rows(tiny_langua
 
     with pytest.raises(ValueError, match=r"expected finite activations, .* they are in rows \[1, 3\] of the dataset"):
         stream(model, tokenizer, ["to be", "to~be", "or not", "~"], skip_first_position=False)
+
+
+def test_a_long_text_is_tokenised_in_pieces_cut_before_white_space(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(texts, "LONGEST_TEXT", 20)
+    text = "to be or not to be, that is the question:\nWhether'tisnoblerinthemindtosuffer the slings"
+
+    pieces = list(texts._pieces(text))
+
+    assert "".join(pieces) == text and max(map(len, pieces)) <= 20
+    assert pieces[:3] == ["to be or not to be,", " that is the", " question:"]
+    torch.testing.assert_close(stream(model, tokenizer, [text]), stream(model, tokenizer, pieces))
 
 
 def test_contexts_longer_than_the_positions_are_refused_at_once(tokenizer):

@@ -215,7 +215,10 @@ def test_a_dataset_of_the_hub_is_read_as_a_stream(tiny_language_model, tmp_path,
     "arguments, message",
     [
         ("harvest {out} --model {model} --layer 0", "give either --text with files, or --dataset"),
-        ("harvest {out} --model {model} --layer 0 --text missing.txt", "No such file or directory: 'missing.txt'"),
+        (
+            "harvest {out} --model {model} --layer 0 --text missing.txt",
+            "expected files with text, got missing.txt, which are none",
+        ),
         ("harvest {out} --model {model} --layer 5 --text {text}", r"layer must be in \[0, 1\], got \[5\]"),
         ("harvest {out} --model {out}/nothing --layer 0 --text {text}", "nothing"),
         ("train {out} {out}/sae", "expected a folder written by save_shards"),
@@ -243,7 +246,7 @@ def test_a_dataset_of_the_hub_is_read_as_a_stream(tiny_language_model, tmp_path,
             "expected memory for 10000000000000 latents of size 32",
         ),
         ("harvest {out} --model {model} --layer 0 --text {binary}", "expected UTF-8 text in .*binary, got"),
-        ("harvest {out} --model {model} --layer 0 --text {out}", "Is a directory"),
+        ("harvest {out} --model {model} --layer 0 --text {out}", "expected files with text, got .*, which are none"),
         (
             "harvest {out}/x --model {torn} --layer 0 --text {text}",
             "expected a language model with its tokenizer in .*",
@@ -442,6 +445,86 @@ def test_a_transcoder_goes_from_harvest_to_dashboard(tmp_path, text, tiny_langua
     assert "zeros" in capsys.readouterr().out
     main(["dashboard", transcoder, *model, "--output", page])
     assert "mlp.input of layer 1 to mlp.output of layer 1" in Path(page).read_text()
+
+
+def test_training_straight_from_text_is_training_on_a_harvest_of_it(tmp_path, text, tiny_language_model, capsys):
+    model = ["--model", tiny_language_model, "--text", text, "--layer", "1", "--context_length", "32"]
+    folder = str(tmp_path / "from_text")
+    command = ["train", folder, *model, *SMALL, "--shuffle_tokens", "500", "--batch_tokens", "256"]
+
+    main([*command, "--save_steps", "10"])
+
+    out = capsys.readouterr().out
+    sae = HierarchicalSaeModel.from_pretrained(folder)
+    config = sae.config
+    assert (config.layer, config.hook_point, config.model_name) == (1, "output", tiny_language_model)
+    assert sae.input_scale == 1 and sae.median_norm > 0 and "on training data" in out
+    main(["harvest", str(tmp_path / "states"), *model])
+    main(["evaluate", folder, "--harvest", str(tmp_path / "states"), "--json"])
+    main(["train", str(tmp_path / "states"), str(tmp_path / "on_harvest"), *SMALL])
+    capsys.readouterr()
+    explained = []
+    for name in ("from_text", "on_harvest"):
+        main(["evaluate", str(tmp_path / name), "--harvest", str(tmp_path / "states"), "--json"])
+        explained.append(json.loads(capsys.readouterr().out)["explained_variance"][-1])
+    assert explained[0] == pytest.approx(explained[1], abs=0.05)
+    with pytest.raises(SystemExit, match="holds a training with batch_tokens=256, got batch_tokens=2048"):
+        main([*command[:-2], "--resume"])
+    main([*command, "--resume", "--steps", "45"])
+    assert json.loads((Path(folder) / "checkpoint-45" / "trainer_state.json").read_text())["global_step"] == 45
+
+
+def test_a_transcoder_trains_straight_from_text(tmp_path, text, tiny_language_model):
+    sites = ["--hook_point", "mlp.input", "--target_hook_point", "mlp.output", "--skip_connection"]
+    main(
+        ["train", str(tmp_path / "t"), "--model", tiny_language_model, "--text", text, "--layer", "1", *sites, *SMALL]
+    )
+
+    config = HierarchicalSaeModel.from_pretrained(tmp_path / "t").config
+    assert (config.hook_point, config.target_hook_point, config.skip_connection) == ("mlp.input", "mlp.output", True)
+
+
+def test_training_goes_on_with_a_saved_dictionary(tmp_path, states, sae, capsys):
+    before = HierarchicalSaeModel.from_pretrained(sae)
+    options = ["--layer", "1", *SMALL[-4:]]
+
+    main(["train", states, str(tmp_path / "a"), *options, "--init_from", sae, "--learning_rate", "1e-9"])
+
+    same = HierarchicalSaeModel.from_pretrained(tmp_path / "a")
+    assert (same.config.d_sae, same.config.k) == (before.config.d_sae, before.config.k)
+    for name, tensor in before.named_parameters():
+        torch.testing.assert_close(same.get_parameter(name), tensor, rtol=1e-4, atol=1e-4)
+    main(["train", states, str(tmp_path / "b"), *options, "--init_from", sae, "--budgets", "2", "8", "--aux_k", "3"])
+    config = HierarchicalSaeModel.from_pretrained(tmp_path / "b").config
+    assert (list(config.budgets), config.aux_k, config.k) == ([2, 8], 3, 8)
+    for wrong, message in {
+        ("--budgets", "2", "9"): r"budgets must be strictly increasing integers in \[1, 8\], got \[2, 9\]",
+        ("--d_sae", "32"): r"another shape of .*encoder_weight \(64, 32\)",
+        ("--layer", "0"): "has layer=1, the activations to train on have layer=0",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            main(["train", states, str(tmp_path / "c"), *options, "--init_from", sae, *wrong])
+
+
+def test_shards_in_half_precision_take_half_the_disk(tmp_path, harvest_command, states):
+    main([harvest_command[0], str(tmp_path / "half"), *harvest_command[2:], "--shard_dtype", "bfloat16"])
+
+    sizes = [
+        sum(path.stat().st_size for path in Path(folder).glob("shard-*")) for folder in (tmp_path / "half", states)
+    ]
+    assert sizes[0] < 0.55 * sizes[1]
+    half, whole = (ActivationShards(folder, 1) for folder in (tmp_path / "half", states))
+    torch.testing.assert_close(half.rows(torch.arange(50)), whole.rows(torch.arange(50)), rtol=0.01, atol=0.01)
+
+
+def test_a_harvest_grows_with_more_tokens(tmp_path, harvest_command, capsys):
+    command = [harvest_command[0], str(tmp_path), *harvest_command[2:], "--tokens"]
+    main([*command, "500"])
+    main([*command, "900"])
+
+    assert len(ActivationShards(tmp_path, 1)) == 900
+    with pytest.raises(SystemExit, match="a harvest with max_tokens=900, got max_tokens=100"):
+        main([*command, "100"])
 
 
 def test_a_module_by_its_path_needs_no_layer(tmp_path, text, tiny_language_model):

@@ -10,9 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
 
-from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, record_statistics
+from hf_hierarchical_sae import (
+    ActivationDataset,
+    HierarchicalSaeConfig,
+    HierarchicalSaeModel,
+    iterate_activations,
+    record_statistics,
+)
 from hf_hierarchical_sae.training import last_checkpoint, starting_point, train_sae, training_arguments
 
 
@@ -273,3 +279,96 @@ def test_nothing_after_training_needs_more_memory_than_training_did():
 
     # The allocator's own rounding.
     assert after <= trained + 8, json.dumps([trained, after])
+
+
+TEXTS = [f"To be, or not to be, that is question {number}: whether 'tis nobler to suffer." for number in range(12)]
+
+
+@pytest.fixture(scope="module")
+def language_model(tiny_language_model):
+    return AutoModelForCausalLM.from_pretrained(tiny_language_model), AutoTokenizer.from_pretrained(
+        tiny_language_model
+    )
+
+
+def train_on_text(language_model, folder, *, steps=8, resume=False, transcoder=False, seed=0, **settings):
+    torch.manual_seed(0)
+    sites = {"hook_point": "mlp.input", "target_hook_point": "mlp.output"} if transcoder else {}
+    stream = iterate_activations(
+        *language_model, TEXTS, 1, **sites, batch_tokens=64, shuffle_tokens=300, show_progress=False, seed=seed
+    )
+    sae = HierarchicalSaeModel(HierarchicalSaeConfig(d_in=32, d_sae=64, k=4, layer=1, **sites))
+    sample = stream.sample(200)
+    sae.initialize_from_activations(*(sample if transcoder else [sample]))
+    options = {"batch_size": 48, "learning_rate": 1e-2, "save_steps": 3, "disable_tqdm": True, **settings}
+    arguments = training_arguments(folder, max_steps=steps, **options)
+    return train_sae(sae, ActivationDataset(stream), sample, arguments, resume=resume), stream
+
+
+@pytest.mark.parametrize("transcoder", [False, True], ids=["autoencoder", "transcoder"])
+def test_training_from_text_goes_on_exactly_and_past_the_end_of_the_text(language_model, tmp_path, transcoder):
+    options = {"transcoder": transcoder, "gradient_accumulation_steps": 2}
+    whole, stream = train_on_text(language_model, tmp_path / "whole", steps=14, **options)
+    # The text was read more than once.
+    assert (
+        1.3 * len(torch.cat(list(iterate_activations(*language_model, TEXTS, 1, show_progress=False)))) < 14 * 2 * 48
+    )
+    train_on_text(language_model, tmp_path / "stopped", steps=14, save_total_limit=None, **options)
+    for step in (14, 12, 9):
+        subprocess.run(["rm", "-r", tmp_path / "stopped" / f"checkpoint-{step}"], check=True)
+    (tmp_path / "stopped" / "model.safetensors").unlink()
+    resumed, _ = train_on_text(
+        language_model, tmp_path / "stopped", steps=14, resume=True, save_total_limit=None, **options
+    )
+
+    assert resumed.state.global_step == 14
+    expected = load_file(tmp_path / "whole" / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "stopped" / "model.safetensors").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_checkpoint_without_its_place_in_the_text_reads_again_and_goes_on_exactly(language_model, tmp_path, caplog):
+    train_on_text(language_model, tmp_path / "whole")
+    train_on_text(language_model, tmp_path / "run", save_total_limit=None)
+    (tmp_path / "run" / "model.safetensors").unlink()
+    subprocess.run(["rm", "-r", tmp_path / "run" / "checkpoint-8", tmp_path / "run" / "checkpoint-6"], check=True)
+    (tmp_path / "run" / "checkpoint-3" / "stream_0.pt").unlink()
+
+    train_on_text(language_model, tmp_path / "run", resume=True)
+
+    expected = load_file(tmp_path / "whole" / "model.safetensors")
+    found = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_a_training_on_other_text_settings_is_not_gone_on_with(language_model, tmp_path):
+    train_on_text(language_model, tmp_path)
+
+    stream = iterate_activations(*language_model, TEXTS, 1, context_length=32, show_progress=False)
+    sae = HierarchicalSaeModel(HierarchicalSaeConfig(d_in=32, d_sae=64, k=4, layer=1))
+    sample = stream.sample(100)
+    sae.initialize_from_activations(sample)
+    arguments = training_arguments(tmp_path, max_steps=8, batch_size=48, learning_rate=1e-2)
+    with pytest.raises(ValueError, match="holds a training with context_length=256, got context_length=32"):
+        train_sae(sae, ActivationDataset(stream), sample, arguments, resume=True)
+
+
+def test_a_stream_trains_under_a_plain_trainer(language_model, tmp_path):
+    stream = iterate_activations(*language_model, TEXTS, 1, show_progress=False, shuffle_tokens=200)
+    sae = HierarchicalSaeModel(HierarchicalSaeConfig(d_in=32, d_sae=64, k=4))
+    sae.initialize_from_activations(stream.sample(200))
+    arguments = training_arguments(tmp_path, max_steps=30, batch_size=64, learning_rate=1e-2, logging_steps=10)
+
+    trainer = Trainer(model=sae, args=arguments, train_dataset=ActivationDataset(stream))
+    trainer.train()
+
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_what_is_no_stream_of_one_site_is_no_dataset(language_model):
+    several = iterate_activations(*language_model, TEXTS, [0, 1], show_progress=False)
+
+    for wrong in (several, torch.zeros(3, 8)):
+        with pytest.raises(ValueError, match="expected a stream from iterate_activations of one site"):
+            ActivationDataset(wrong)
