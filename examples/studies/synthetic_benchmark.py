@@ -30,11 +30,14 @@ from sae_lens.synthetic.synthetic_model import (
     SyntheticModel,
     SyntheticModelConfig,
 )
+from scipy import stats
 from torch.utils.data import IterableDataset
+from tqdm import tqdm
 from transformers import Trainer, set_seed
 
 from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel
 from hf_hierarchical_sae.training import last_checkpoint, training_arguments
+from hf_hierarchical_sae.whole_files import whole_file
 
 
 PRESETS = {
@@ -170,10 +173,13 @@ def keep_batches(truth, settings, folder):
     sizes = settings["steps"], settings["batch_size"], settings["d_in"]
     if 4 * sizes[0] * sizes[1] * sizes[2] > KEPT_BYTES:
         return None
+    folder.mkdir(exist_ok=True)
     path = folder / "batches.pt"
     if not path.exists():
         made = Batches(truth, settings)
-        torch.save(torch.stack([made.batch(number).cpu() for number in range(sizes[0])]), path)
+        batches = [made.batch(number).cpu() for number in tqdm(range(sizes[0]), desc="sample", unit="batch")]
+        with whole_file(path) as unfinished:
+            torch.save(torch.stack(batches), unfinished)
     return torch.load(path, mmap=True)
 
 
@@ -242,9 +248,13 @@ def judge(sae, truth, settings, budgets):
     return found
 
 
+def folder_name(name):
+    return name.replace(", ", "_").replace(" ", "_")
+
+
 def run(name, options, settings, truth, kept, seed, output):
     """Train and judge, or read what an earlier run found: numbers by budget."""
-    folder = output / name.replace(", ", "_").replace(" ", "_") / f"seed{seed}"
+    folder = output / folder_name(name) / f"seed{seed}"
     result = folder / "result.json"
     if not result.exists():
         if not (folder / "model.safetensors").exists():
@@ -265,19 +275,101 @@ def run(name, options, settings, truth, kept, seed, output):
     return {int(budget): numbers for budget, numbers in json.loads(result.read_text()).items()}
 
 
+def interval(values):
+    """Mean, and how far another seed's value is from it at most, 19 times of 20, if values are normal (None of one)."""
+    values = torch.tensor(values, dtype=torch.float64)
+    if len(values) == 1:
+        return values.item(), None
+    spread = stats.t.ppf(0.975, len(values) - 1) * (1 + 1 / len(values)) ** 0.5
+    return values.mean().item(), (spread * values.std()).item()
+
+
+def family(name):
+    """A kind of dictionary, of which there is one for each budget or one for all."""
+    kind, _, k = name.rpartition("-")
+    return kind if k.isdigit() else name
+
+
+def curves(results, measure):
+    """(budget, mean, half width) of each kind, from the dictionary of that budget or the one of all."""
+    found = {}
+    for name, runs in results.items():
+        kind = family(name)
+        budgets = runs[0] if kind == name else [int(name.rpartition("-")[2])]
+        for budget in budgets:
+            found.setdefault(kind, []).append((budget, *interval([one[budget][measure] for one in runs])))
+    return found
+
+
+def table(results, budgets, measure):
+    lines = [
+        f"| {MEASURES[measure]} | dictionaries | " + " | ".join(f"at {budget}" for budget in budgets) + " |",
+        "|---" * (len(budgets) + 2) + "|",
+    ]
+    for kind, points in curves(results, measure).items():
+        count = sum(family(name) == kind for name in results)
+        cells = {
+            budget: f"{mean:.3f}" + ("" if width is None else f" ± {width:.3f}") for budget, mean, width in points
+        }
+        lines.append(f"| {kind} | {count} | " + " | ".join(cells.get(budget, "–") for budget in budgets) + " |")
+    return "\n".join(lines)
+
+
+def plot(results, path):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 4.5), layout="constrained")
+    axes = dict(zip(["f1", "mcc", "explained_variance"], figure.subplots(1, 3)))
+    for measure, part in axes.items():
+        for place, (kind, points) in enumerate(curves(results, measure).items()):
+            budgets, means, widths = zip(*points)
+            widths = None if widths[0] is None else widths
+            # Beside one another: intervals of the same budget would hide each other.
+            shifted = [budget * 1.012**place for budget in budgets]
+            style = "o-" if kind.startswith("Hierarchical") else "s--"
+            part.errorbar(shifted, means, widths, fmt=style, label=kind, markersize=4, capsize=2, linewidth=1.2)
+        part.set(xlabel="latents per input", ylabel=MEASURES[measure])
+        part.set_xscale("log", base=2)
+        part.set_xticks(budgets, [str(budget) for budget in budgets])
+        part.grid(alpha=0.3)
+    axes["f1"].legend(fontsize="x-small")
+    figure.savefig(path, dpi=150)
+
+
 def main():
     arguments = parse_arguments()
     settings, output = arguments.settings, arguments.output_dir
     device = "cuda" if torch.cuda.is_available() else "cpu"
     output.mkdir(parents=True, exist_ok=True)
+    record = output / "settings.json"
+    if record.exists() and json.loads(record.read_text()) != settings:
+        raise SystemExit(f"{output} holds results of other settings: give another --output_dir, or delete it")
+    record.write_text(json.dumps(settings, indent=2) + "\n")
     results = {}
     for seed in arguments.seeds:
-        truth = make_truth(settings, seed, device)
-        folder = output / f"data{seed}"
-        folder.mkdir(exist_ok=True)
-        kept = keep_batches(truth, settings, folder)
+        folders = [output / place / f"seed{seed}" / "result.json" for place in map(folder_name, arguments.chosen)]
+        truth = kept = None
+        if not all(folder.exists() for folder in folders):
+            truth = make_truth(settings, seed, device)
+            kept = keep_batches(truth, settings, output / f"data{seed}")
         for name, options in arguments.chosen.items():
             results.setdefault(name, []).append(run(name, options, settings, truth, kept, seed, output))
+        # Made again from their seeds if they are needed.
+        shutil.rmtree(output / f"data{seed}", ignore_errors=True)
+    first = next(iter(results.values()))[0]
+    latents = next(iter(first.values()))["true_latents"]
+    summary = [
+        f"{settings['features']} features in {settings['d_in']} dimensions, {latents:.1f} of them at a time; "
+        f"{settings['d_sae']} latents, {settings['steps'] * settings['batch_size']:,} samples, learning rate "
+        f"{settings['learning_rate']:g}, {len(arguments.seeds)} seeds. ± holds another seed's value 19 times of 20.",
+    ]
+    for measure in MEASURES:
+        summary += ["", table(results, settings["budgets"], measure)]
+    (output / "summary.md").write_text("\n".join(summary) + "\n")
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    plot(results, output / "curves.png")
+    print("\n" + "\n".join(summary))
+    print(f"\n{output}/summary.md  {output}/results.json  {output}/curves.png")
 
 
 if __name__ == "__main__":

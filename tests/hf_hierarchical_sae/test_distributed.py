@@ -17,6 +17,7 @@ from hf_hierarchical_sae import HierarchicalSaeCallback, HierarchicalSaeConfig, 
 
 
 STEPS = 6
+TRANSCODER = {"d_out": 10, "hook_point": "mlp.input", "target_hook_point": "mlp.output", "skip_connection": True}
 
 
 def make_sae_and_data(config):
@@ -25,10 +26,16 @@ def make_sae_and_data(config):
     sae = HierarchicalSaeModel(
         HierarchicalSaeConfig(**{"d_in": 16, "d_sae": 64, "k": 8, "dead_after_tokens": 100, **config})
     )
-    sae.initialize_from_activations(x)
+    sae.initialize_from_activations(*columns(sae, x).values())
     with torch.no_grad():
         sae.b_enc[:5] = -100
     return sae.train(), x
+
+
+def columns(sae, x):
+    """What it reads and, for a transcoder, what it is to compute from it."""
+    targets = {"targets": torch.relu(x)[:, :10]} if sae.config.is_transcoder else {}
+    return {"hidden_states": x, **targets}
 
 
 def train_with_trainer(folder, config, **arguments):
@@ -40,7 +47,7 @@ def train_with_trainer(folder, config, **arguments):
         folder, max_steps=STEPS, learning_rate=1e-2, logging_steps=3, save_strategy="no", report_to="none",
         use_cpu=True, **arguments,
     )  # fmt: skip
-    data = torch.utils.data.StackDataset(hidden_states=x)
+    data = torch.utils.data.StackDataset(**columns(sae, x))
     trainer = Trainer(model=sae, args=training, train_dataset=data, callbacks=[HierarchicalSaeCallback()])
     trainer.train()
     write_result(folder, sae.state_dict(), [log for log in trainer.state.log_history if "loss" in log])
@@ -58,7 +65,8 @@ def train_with_loop(folder, sae, x, rank=0, processes=1):
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
     for step in range(STEPS):
         optimizer.zero_grad()
-        sae(x[32 * step : 32 * (step + 1)].chunk(processes)[rank]).loss.backward()
+        batch = x[32 * step : 32 * (step + 1)].chunk(processes)[rank]
+        sae(**columns(sae, batch)).loss.backward()
         optimizer.step()
     state = get_model_state_dict(sae, options=StateDictOptions(full_state_dict=True))
     write_result(folder, state, [sae.pop_training_metrics()])
@@ -98,8 +106,8 @@ def assert_same_training(found, expected, *, same_counters=True):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
-    [{}, {"budgets": [8], "matryoshka_prefixes": [16, 64]}, {"aux_loss_coefficient": 0.1}],
-    ids=["hierarchical", "matryoshka", "auxiliary"],
+    [{}, {"budgets": [8], "matryoshka_prefixes": [16, 64]}, {"aux_loss_coefficient": 0.1}, TRANSCODER],
+    ids=["hierarchical", "matryoshka", "auxiliary", "transcoder"],
 )
 def test_ddp_with_two_processes_equals_one_process(tmp_path, config):
     one = result_of(train_with_trainer, tmp_path / "one", config, per_device_train_batch_size=64)
@@ -144,10 +152,11 @@ def test_bf16_training_keeps_float32_weights_and_stays_close(tmp_path):
 # Pinned: torch before 2.10 sums FSDP2's gradients over gloo, of a plain linear layer too.
 @pytest.mark.pinned
 @pytest.mark.slow
-def test_fsdp2_with_two_processes_equals_one_process(tmp_path):
-    two = result_of(train_with_fsdp2, tmp_path / "two", {}, processes=2)
+@pytest.mark.parametrize("config", [{}, TRANSCODER], ids=["autoencoder", "transcoder"])
+def test_fsdp2_with_two_processes_equals_one_process(tmp_path, config):
+    two = result_of(train_with_fsdp2, tmp_path / "two", config, processes=2)
     (tmp_path / "one").mkdir()
-    train_with_loop(tmp_path / "one", *make_sae_and_data({}))
+    train_with_loop(tmp_path / "one", *make_sae_and_data(config))
     one = load_file(tmp_path / "one" / "state.safetensors"), json.loads((tmp_path / "one" / "logs.json").read_text())
 
     assert_same_training(two, one)

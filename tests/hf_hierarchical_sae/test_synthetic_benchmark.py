@@ -1,0 +1,107 @@
+"""The study on data whose features are known: what it judges, resumes and prints."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_hierarchical_sae import HierarchicalSaeModel
+
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "studies" / "synthetic_benchmark.py"
+TINY = {
+    "features": 64,
+    "roots": 2,
+    "d_in": 24,
+    "d_sae": 32,
+    "batch_size": 64,
+    "steps": 30,
+    "save_steps": 10,
+    "learning_rate": 1e-2,
+    "eval_samples": 640,
+    "budgets": [2, 4],
+}
+
+
+@pytest.fixture
+def study(monkeypatch):
+    spec = importlib.util.spec_from_file_location("synthetic_benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.PRESETS["tiny"] = TINY
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--preset", "tiny", *map(str, arguments)])
+        module.main()
+
+    module.run_with = run
+    return module
+
+
+@pytest.mark.slow
+def test_it_judges_every_dictionary_at_its_budgets_and_goes_on_with_more_seeds(study, tmp_path, capsys):
+    study.run_with("--seeds", 0, "--output_dir", tmp_path)
+    first = json.loads((tmp_path / "results.json").read_text())
+    study.run_with("--seeds", 0, 1, "--output_dir", tmp_path)
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results) == 3 + 4 * 2
+    assert {name: runs[:1] for name, runs in results.items()} == first
+    assert all(len(runs) == 2 and runs[0] != runs[1] for runs in results.values())
+    for name, runs in results.items():
+        budgets = [name.rpartition("-")[2]] if "BatchTopK" in name else ["2", "4"]
+        assert list(runs[0]) == budgets
+        assert all(0 <= run[budget]["f1"] <= 1 and 0 < run[budget]["mcc"] <= 1 for run in runs for budget in budgets)
+    topk = results["TopK-4"][0]
+    assert topk["4"]["latents"] == pytest.approx(4, abs=0.5) and topk["2"]["latents"] <= 2
+    out = capsys.readouterr().out
+    assert "| HierarchicalTopK | 1 |" in out and "| BatchTopK | 2 |" in out and "±" in out
+    assert (tmp_path / "curves.png").stat().st_size > 10_000 and not list(tmp_path.glob("data*"))
+    with pytest.raises(SystemExit, match="holds results of other settings"):
+        study.run_with("--output_dir", tmp_path, "--steps", 31)
+
+
+@pytest.mark.slow
+def test_an_interrupted_training_ends_with_the_same_weights(study, tmp_path, monkeypatch):
+    options = ["--objectives", "TopK-4", "--seeds", 0, "--output_dir"]
+    study.run_with(*options, tmp_path / "whole")
+    batch = study.Batches.batch
+
+    def stopping(self, number):
+        if number == 25:
+            raise KeyboardInterrupt
+        return batch(self, number)
+
+    monkeypatch.setattr(study, "keep_batches", lambda *given: None)
+    monkeypatch.setattr(study.Batches, "batch", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        study.run_with(*options, tmp_path / "stopped")
+    monkeypatch.setattr(study.Batches, "batch", batch)
+
+    study.run_with(*options, tmp_path / "stopped")
+
+    whole, stopped = (
+        HierarchicalSaeModel.from_pretrained(tmp_path / name / "TopK-4" / "seed0") for name in ("whole", "stopped")
+    )
+    assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), stopped.parameters()))
+
+
+def test_intervals_hold_another_seed(study):
+    torch.manual_seed(0)
+    inside = 0
+    for _ in range(2000):
+        *seen, new = torch.randn(4).tolist()
+        mean, width = study.interval(seen)
+        inside += abs(new - mean) <= width
+
+    assert inside / 2000 == pytest.approx(0.95, abs=0.02)
+    assert study.interval([0.3]) == (pytest.approx(0.3), None)
+
+
+def test_unknown_objectives_are_named(study, capsys):
+    with pytest.raises(SystemExit):
+        study.run_with("--objectives", "Gated")
+    assert "--objectives must begin one of HierarchicalTopK, " in capsys.readouterr().err
