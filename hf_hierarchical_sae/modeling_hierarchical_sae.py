@@ -9,15 +9,16 @@ from typing import Any
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists
+from huggingface_hub import ModelCard, create_repo, file_exists
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .configuration_hierarchical_sae import HierarchicalSaeConfig, place_name
+from .configuration_hierarchical_sae import HierarchicalSaeConfig
 from .hierarchical_topk import choose_form, normalized_weights
+from .model_card_hierarchical_sae import sae_card
 from .sparse_latents import (
     SparseEncoder,
     TangentGradient,
@@ -441,40 +442,7 @@ class HierarchicalSaeModel(PreTrainedModel):
             `ModelCard`: the facts of the config, which budgets it was trained for among them, and a usage snippet
                 that runs as it stands.
         """
-        config = self.config
-        data = ModelCardData(library_name="transformers", tags=list(self.model_tags or []))
-        named = f"`{config.model_name}`" if config.model_name else "a model"
-        what = f"for activations of size {config.d_in} from " + (
-            f"layer {config.layer} ({config.hook_point}) of {named}" if config.model_name else named
-        )
-        if config.is_transcoder:
-            computed = place_name(config.layer, config.target_hook_point)
-            what = (
-                f"that computes {computed} from {place_name(config.layer, config.hook_point or 'output')} of {named}"
-            )
-        also = ", activations" if config.skip_connection else ""
-        several = config.has_budgets and len(config.trained_budgets) > 1
-        chosen = f", k={config.trained_budgets[len(config.trained_budgets) // 2]}" if several else ""
-        plot = f"\n![Explained variance at every number of latents]({picture})\n" if picture else ""
-        return ModelCard(f"""---
-{data.to_yaml()}
----
-
-# {repo_id.rpartition("/")[2]}
-
-Sparse {config.kind} with {config.d_sae} latents {what}, trained on
-{config.dataset_name or "unnamed text"}. {_objective(config)}
-{plot}
-```python
-import torch
-from transformers import AutoModel
-
-sae = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)
-activations = torch.randn(4, sae.config.d_in)
-top_indices, top_values = sae.encode(activations{chosen})
-reconstruction = sae.decode(top_indices, top_values{also})
-```
-""")
+        return sae_card(self.config, repo_id, tags=list(self.model_tags or []), picture=picture)
 
     def _check_trainable(self) -> None:
         if not self.config.is_trainable:
@@ -676,37 +644,6 @@ reconstruction = sae.decode(top_indices, top_values{also})
             is_first = self.threshold == 0
             # A mean over the last ten batches or so: over a hundred, it lags behind the weights of a short run.
             self.threshold.lerp_(threshold / processes, torch.where(is_first, 1.0, 0.1))
-
-
-def _objective(config: Any) -> str:
-    """What an autoencoder was trained for, as its model card says it."""
-    prefixes = config.matryoshka_prefixes
-    if prefixes is not None:
-        nested = (
-            f"Its first {', '.join(map(str, prefixes))} latents are dictionaries of their own (Matryoshka, {{}}). "
-        )
-        nested = nested.format("[arXiv 2503.17547](https://arxiv.org/abs/2503.17547)")
-    else:
-        nested = ""
-    if not config.is_trainable:
-        kept = "every latent that is active (ReLU)"
-        if config.selection == "jumprelu":
-            kept = (
-                "every latent above its own threshold (JumpReLU, [arXiv 2407.14435](https://arxiv.org/abs/2407.14435))"
-            )
-        return nested + f"It keeps {kept},\nany number per input: it has no budget."
-    if not config.has_budgets:
-        return nested + (
-            f"A threshold selects its latents, {config.k} per input on average (BatchTopK,\n"
-            "[arXiv 2412.06410](https://arxiv.org/abs/2412.06410)): it has no other budget."
-        )
-    if len(config.trained_budgets) == 1:
-        return nested + f"It is a TopK autoencoder for one budget, the {config.k} strongest latents of each input."
-    budgets = f"budgets {list(config.budgets)}" if config.budgets else f"every number of latents from 1 to {config.k}"
-    return nested + (
-        f"One dictionary was trained for {budgets} at once, with the HierarchicalTopK\n"
-        "loss ([arXiv 2505.24473](https://arxiv.org/abs/2505.24473))."
-    )
 
 
 def _sum_over_processes(tensor: torch.Tensor) -> None:

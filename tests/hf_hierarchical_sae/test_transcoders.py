@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 
 import pytest
 import torch
@@ -216,17 +215,6 @@ pair = torch.load({str(tmp_path / "pair.pt")!r})
 model = AutoModel.from_pretrained({str(tmp_path / "transcoder")!r}, trust_remote_code=True)
 assert torch.equal(model(pair["x"]).reconstruction, pair["expected"])
 """)
-
-
-@kinds
-def test_its_card_says_what_it_computes_and_its_snippet_runs(skip, tmp_path):
-    transcoder = make_transcoder(skip_connection=skip, model_name="some/model", layer=3)
-    transcoder.save_pretrained(tmp_path)
-
-    card = transcoder.model_card(str(tmp_path)).content
-
-    assert "mlp.output of layer 3" in card and "mlp.input of layer 3" in card and "transcoder" in card.lower()
-    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], {})
 
 
 def test_latents_that_are_dead_model_what_is_left_of_the_targets():

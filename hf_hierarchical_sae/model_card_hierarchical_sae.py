@@ -1,0 +1,82 @@
+"""The model card that an autoencoder is uploaded with."""
+
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .configuration_hierarchical_sae import place_name
+
+
+def sae_card(config: Any, repo_id: str, *, tags: list[str], picture: str | None) -> ModelCard:
+    """
+    The facts of an autoencoder's config, which budgets it was trained for among them, and a usage snippet that runs as it
+    stands.
+
+    Args:
+        config ([`HierarchicalSaeConfig`]): its config.
+        repo_id (`str`): where the model will be found, used in the snippet.
+        tags (`list[str]`): of the model.
+        picture (`str`, *optional*): file name, in the repository, of a plot of quality against budget.
+    """
+    data = ModelCardData(library_name="transformers", tags=tags)
+    named = f"`{config.model_name}`" if config.model_name else "a model"
+    what = f"for activations of size {config.d_in} from " + (
+        f"layer {config.layer} ({config.hook_point}) of {named}" if config.model_name else named
+    )
+    if config.is_transcoder:
+        computed = place_name(config.layer, config.target_hook_point)
+        what = f"that computes {computed} from {place_name(config.layer, config.hook_point or 'output')} of {named}"
+    also = ", activations" if config.skip_connection else ""
+    several = config.has_budgets and len(config.trained_budgets) > 1
+    chosen = f", k={config.trained_budgets[len(config.trained_budgets) // 2]}" if several else ""
+    plot = f"\n![Explained variance at every number of latents]({picture})\n" if picture else ""
+    return ModelCard(f"""---
+{data.to_yaml()}
+---
+
+# {repo_id.rpartition("/")[2]}
+
+Sparse {config.kind} with {config.d_sae} latents {what}, trained on
+{config.dataset_name or "unnamed text"}. {_objective(config)}
+{plot}
+```python
+import torch
+from transformers import AutoModel
+
+sae = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)
+activations = torch.randn(4, sae.config.d_in)
+top_indices, top_values = sae.encode(activations{chosen})
+reconstruction = sae.decode(top_indices, top_values{also})
+```
+""")
+
+
+def _objective(config: Any) -> str:
+    """What an autoencoder was trained for, as its model card says it."""
+    prefixes = config.matryoshka_prefixes
+    if prefixes is not None:
+        nested = (
+            f"Its first {', '.join(map(str, prefixes))} latents are dictionaries of their own (Matryoshka, {{}}). "
+        )
+        nested = nested.format("[arXiv 2503.17547](https://arxiv.org/abs/2503.17547)")
+    else:
+        nested = ""
+    if not config.is_trainable:
+        kept = "every latent that is active (ReLU)"
+        if config.selection == "jumprelu":
+            kept = (
+                "every latent above its own threshold (JumpReLU, [arXiv 2407.14435](https://arxiv.org/abs/2407.14435))"
+            )
+        return nested + f"It keeps {kept},\nany number per input: it has no budget."
+    if not config.has_budgets:
+        return nested + (
+            f"A threshold selects its latents, {config.k} per input on average (BatchTopK,\n"
+            "[arXiv 2412.06410](https://arxiv.org/abs/2412.06410)): it has no other budget."
+        )
+    if len(config.trained_budgets) == 1:
+        return nested + f"It is a TopK autoencoder for one budget, the {config.k} strongest latents of each input."
+    budgets = f"budgets {list(config.budgets)}" if config.budgets else f"every number of latents from 1 to {config.k}"
+    return nested + (
+        f"One dictionary was trained for {budgets} at once, with the HierarchicalTopK\n"
+        "loss ([arXiv 2505.24473](https://arxiv.org/abs/2505.24473))."
+    )
