@@ -91,9 +91,7 @@ def save_shards(
     batches, most = stream.inputs(), 0
     with writer.progress:
         while shard := _next_shard(stream, batches, shard_tokens, limit, given=most):
-            if writer.shards % num_processes == process_index:
-                writer.write(shard)
-            writer.shards += 1
+            writer.take(shard, is_own=writer.shards % num_processes == process_index)
             most += sum(map(stream.most_kept, shard))
         if writer.shards == 0:
             raise ValueError("the dataset gave no tokens: expected texts, got none")
@@ -102,8 +100,7 @@ def save_shards(
             return None
         # Which tokens have an outlying norm is known only now.
         while shard := _next_shard(stream, batches, shard_tokens, limit, given=tokens):
-            tokens += writer.write(shard)["tokens"]
-            writer.shards += 1
+            tokens += writer.take(shard)
     tokens = tokens if limit is None else min(tokens, limit)
     for path in folder.glob("shard-*.safetensors"):
         # Of a shorter harvest that grew, whose last shards were smaller.
@@ -116,18 +113,28 @@ def save_shards(
 
 
 class _Writer:
-    """Shards of one harvest, as many as `shards` so far."""
+    """Shards of one harvest, whose texts so far have the checksums `texts`."""
 
     def __init__(self, stream: ActivationStream, folder: Path, dtype: torch.dtype, grows: bool):
-        self.stream, self.folder, self.dtype, self.grows, self.shards = stream, folder, dtype, grows, 0
+        self.stream, self.folder, self.dtype, self.grows = stream, folder, dtype, grows
+        self.texts: list[str] = []
         form: dict[str, Any] = {"unit": "token", "unit_scale": True, "desc": "harvest"}
         settings = stream.settings
         self.progress = logging.tqdm(total=settings.max_tokens, disable=not settings.show_progress, **form)
 
-    def write(self, batches: list[Inputs]) -> dict[str, int]:
-        """Counts of the next shard, which is left alone if it is there and whole."""
-        path, stream = self.folder / _shard_name(self.shards), self.stream
+    @property
+    def shards(self) -> int:
+        return len(self.texts)
+
+    def take(self, batches: list[Inputs], is_own: bool = True) -> int:
+        """Tokens of the next shard, which is written if it is this process's own, and left alone if it is there."""
         texts = _prefix_checksums(batches)
+        tokens = self._written(batches, texts)["tokens"] if is_own else 0
+        self.texts.append(texts[-1])
+        return tokens
+
+    def _written(self, batches: list[Inputs], texts: list[str]) -> dict[str, int]:
+        path, stream = self.folder / _shard_name(self.shards), self.stream
         found = _counts_on_disk(path, texts if self.grows else texts[-1:], self.grows and self.shards > 0)
         if found is not None:
             stream.counts.update(found)
@@ -156,10 +163,15 @@ class _Writer:
         return stored
 
     def tokens_on_disk(self) -> int | None:
-        """Of all shards so far, or None if other processes have not written theirs."""
+        """Of all shards so far, or None if other processes have not written theirs, or replaced those that grow."""
         try:
             records = [_read_shard(self.folder / _shard_name(number))[1] for number in range(self.shards)]
         except ValueError:
+            return None
+        differing = [number for number, record in enumerate(records) if record["text_sha256"] != self.texts[number]]
+        if differing and not self.grows:
+            raise _other_text(self.folder / _shard_name(differing[0]))
+        if differing:
             return None
         return sum(record["counts"]["tokens"] for record in records)
 
@@ -399,7 +411,11 @@ def _counts_on_disk(path: Path, texts: list[str], is_replaced: bool) -> dict[str
     # A harvest that grew: the last shard of the shorter one held less text, and those behind it other text.
     if is_replaced or record["text_sha256"] in texts:
         return None
-    raise ValueError(
+    raise _other_text(path)
+
+
+def _other_text(path: Path) -> ValueError:
+    return ValueError(
         f"{path} was harvested from another text: expected the dataset and order of that harvest; "
         "give these, or another folder"
     )

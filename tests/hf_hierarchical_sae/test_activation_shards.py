@@ -542,6 +542,28 @@ def test_a_growing_harvest_is_unfinished_until_all_processes_are_done(tiny_langu
     assert contents(tmp_path / "grown") == contents(tmp_path / "once")
 
 
+def test_a_shard_that_another_process_has_still_to_replace_does_not_count(tiny_language_model, tmp_path):
+    harvest(tiny_language_model, tmp_path / "grown", max_tokens=500)
+    assert len(list((tmp_path / "grown").glob("shard-*"))) == 2
+
+    for process in (0, 1):
+        harvest(tiny_language_model, tmp_path / "grown", max_tokens=700, processes=(process, 2))
+        assert (tmp_path / "grown" / "complete.json").exists() == (process == 1)
+
+    harvest(tiny_language_model, tmp_path / "once", max_tokens=700)
+    assert contents(tmp_path / "grown") == contents(tmp_path / "once")
+
+
+def test_processes_that_read_other_texts_do_not_make_one_harvest(tmp_path, model, tokenizer):
+    for process, text in enumerate(("to be or not to be", "whether 'tis nobler")):
+        stream = iterate_activations(model, tokenizer, [text] * 99, 0, batch_tokens=64, show_progress=False)
+        options = {"shard_tokens": 400, "process_index": process, "num_processes": 2}
+        if process == 0:
+            assert save_shards(stream, tmp_path, **options) is None
+    with pytest.raises(ValueError, match="shard-00000.safetensors was harvested from another text"):
+        save_shards(stream, tmp_path, **options)
+
+
 def test_a_harvest_does_not_shrink_and_grows_with_its_own_text_alone(tiny_language_model, tmp_path, model, tokenizer):
     harvest(tiny_language_model, tmp_path, max_tokens=900)
     before = contents(tmp_path)
