@@ -470,6 +470,11 @@ class ActivationDataset(torch.utils.data.IterableDataset):
         self._rest: list[torch.Tensor] = []
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        if torch.utils.data.get_worker_info() is not None:
+            raise ValueError(
+                "a stream is read in the process that trains, workers would each read all of it: give "
+                "dataloader_num_workers=0"
+            )
         names = ["hidden_states", "targets"]
         while True:
             if not self._rest or not len(self._rest[0]):
@@ -487,7 +492,8 @@ class ActivationDataset(torch.utils.data.IterableDataset):
                     f"the text ended after {self.stream.counts['tokens']} tokens, and a generator is read only once: give a "
                     "list or a dataset, or fewer steps"
                 )
-            logger.info(f"all {self.stream.counts['tokens']} tokens of the text were read: it starts again")
+            # Once: behind the first round there are as many tokens in each.
+            logger.warning_once(f"all {self.stream.counts['tokens']} tokens of the text were read: it starts again")
             self.stream.restart()
             batch = next(self.stream)
         return batch

@@ -193,30 +193,39 @@ def _activations_to_train_on(args: argparse.Namespace, arguments: TrainingArgume
 
 def _sae_to_train(args: argparse.Namespace, source: dict) -> HierarchicalSaeModel:
     """A new autoencoder for what is read at `source`, or a trained one to go on with."""
-    dataset_name = args.dataset_name or args.dataset
     given: dict[str, Any] = {name: value for name in OBJECTIVE if (value := getattr(args, name)) is not None}
     given |= {"normalize_decoder": False} if args.no_normalize_decoder else {}
     given |= {"skip_connection": True} if args.skip_connection else {}
-    if given.get("selection") == "batch_topk":
-        given = {"budgets": [given.get("k", HierarchicalSaeConfig.k)], **given}
+    dataset_name = args.dataset_name or args.dataset
     if args.init_from is not None:
-        with expecting(f"an autoencoder in {args.init_from}"):
-            sae = HierarchicalSaeModel.from_pretrained(args.init_from, dtype=torch.float32, **given)
-        sae.config.validate_architecture()
-        differing = [name for name, value in source.items() if getattr(sae.config, name) not in (None, value)]
-        if differing and differing != ["model_name"]:
-            name = next(name for name in differing if name != "model_name")
-            raise ValueError(
-                f"{args.init_from} has {name}={getattr(sae.config, name)!r}, the activations to train on have "
-                f"{name}={source[name]!r}: give those that it was trained on"
-            )
-        for name, value in {**source, "dataset_name": dataset_name or sae.config.dataset_name}.items():
-            setattr(sae.config, name, value)
-        return sae
-    settings: dict[str, Any] = {"d_sae": 8 * source["d_in"], **given, **source}
+        return _saved_sae(args.init_from, given, source, dataset_name)
+    settings: dict[str, Any] = {"d_sae": 8 * source["d_in"], **_with_one_budget(given), **source}
     config = HierarchicalSaeConfig(**settings, dataset_name=dataset_name)
     with expecting(f"memory for {config.d_sae} latents of size {config.d_in}"):
         return HierarchicalSaeModel(config)
+
+
+def _saved_sae(name: str, given: dict, source: dict, dataset_name: str | None) -> HierarchicalSaeModel:
+    """The autoencoder in a folder or a repository, with the settings that are given, for what is read at `source`."""
+    with expecting(f"an autoencoder in {name}"):
+        k = HierarchicalSaeConfig.from_pretrained(name).k
+        sae = HierarchicalSaeModel.from_pretrained(name, dtype=torch.float32, **_with_one_budget(given, k))
+    sae.config.validate_architecture()
+    for key, value in source.items():
+        trained = getattr(sae.config, key)
+        if key != "model_name" and trained not in (None, value):
+            raise ValueError(
+                f"{name} has {key}={trained!r}, the activations to train on have {key}={value!r}: give those that it "
+                "was trained on"
+            )
+    for key, value in {**source, "dataset_name": dataset_name or sae.config.dataset_name}.items():
+        setattr(sae.config, key, value)
+    return sae
+
+
+def _with_one_budget(given: dict, k: int = HierarchicalSaeConfig.k) -> dict:
+    """These settings, with the one budget of batch_topk, which by default is `k`."""
+    return {"budgets": [given.get("k", k)], **given} if given.get("selection") == "batch_topk" else given
 
 
 class ProgressLine(TrainerCallback):

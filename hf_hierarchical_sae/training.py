@@ -243,8 +243,10 @@ def _record(sae: HierarchicalSaeModel, dataset: Any, sample: Any, arguments: Tra
     for part in sample if sae.config.is_transcoder else [sample]:
         probes = part[:: max(1, len(part) // PROBES)][:PROBES]
         norms += torch.linalg.vector_norm(probes.float(), dim=1).tolist()
-    is_stream = isinstance(dataset, ActivationDataset)
-    data = dataset.stream.description() if is_stream else {"tokens": len(dataset)}
+    if isinstance(dataset, ActivationDataset):
+        data = {**dataset.stream.description(), "num_processes": arguments.world_size}
+    else:
+        data = {"tokens": len(dataset)}
     return json.loads(json.dumps({**config, **settings, **data, "norms": norms}))
 
 

@@ -497,6 +497,9 @@ def test_training_goes_on_with_a_saved_dictionary(tmp_path, states, sae, capsys)
     main(["train", states, str(tmp_path / "b"), *options, "--init_from", sae, "--budgets", "2", "8", "--aux_k", "3"])
     config = HierarchicalSaeModel.from_pretrained(tmp_path / "b").config
     assert (list(config.budgets), config.aux_k, config.k) == ([2, 8], 3, 8)
+    main(["train", states, str(tmp_path / "d"), *options, "--init_from", sae, "--selection", "batch_topk"])
+    config = HierarchicalSaeModel.from_pretrained(tmp_path / "d").config
+    assert (config.selection, list(config.budgets), config.k) == ("batch_topk", [8], 8)
     for wrong, message in {
         ("--budgets", "2", "9"): r"budgets must be strictly increasing integers in \[1, 8\], got \[2, 9\]",
         ("--d_sae", "32"): r"another shape of .*encoder_weight \(64, 32\)",

@@ -1,6 +1,7 @@
 """Two processes train what one process trains: parameters, counters and logged numbers."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,20 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from hf_hierarchical_sae import HierarchicalSaeCallback, HierarchicalSaeConfig, HierarchicalSaeModel
+from hf_hierarchical_sae import (
+    ActivationDataset,
+    HierarchicalSaeCallback,
+    HierarchicalSaeConfig,
+    HierarchicalSaeModel,
+    iterate_activations,
+)
+from hf_hierarchical_sae.training import train_sae, training_arguments
 
 
 STEPS = 6
+TEXTS = [f"To be, or not to be, that is question {number}: whether 'tis nobler to suffer." for number in range(30)]
 TRANSCODER = {"d_out": 10, "hook_point": "mlp.input", "target_hook_point": "mlp.output", "skip_connection": True}
 
 
@@ -160,3 +169,41 @@ def test_fsdp2_with_two_processes_equals_one_process(tmp_path, config):
     one = load_file(tmp_path / "one" / "state.safetensors"), json.loads((tmp_path / "one" / "logs.json").read_text())
 
     assert_same_training(two, one)
+
+
+def stream_of(model, texts):
+    language_model = AutoModelForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
+    return iterate_activations(
+        *language_model, texts, 1, batch_tokens=64, shuffle_tokens=300, max_norm_ratio=None, show_progress=False
+    )
+
+
+def train_on_text(folder, model, resume=False):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    options = {"save_steps": 3, "save_total_limit": None, "disable_tqdm": True}
+    arguments = training_arguments(folder, max_steps=STEPS, batch_size=40, learning_rate=1e-2, **options)
+    stream = stream_of(model, TEXTS)
+    stream.take_part(arguments.process_index, arguments.world_size)
+    torch.manual_seed(0)
+    sae = HierarchicalSaeModel(HierarchicalSaeConfig(d_in=32, d_sae=64, k=4))
+    sample = stream.sample(200)
+    sae.initialize_from_activations(sample)
+    train_sae(sae, ActivationDataset(stream), sample, arguments, resume=resume)
+
+
+@pytest.mark.slow
+def test_two_processes_train_each_on_its_own_text_and_go_on_exactly(tmp_path, tiny_language_model):
+    debug_launcher(train_on_text, (str(tmp_path), tiny_language_model), num_processes=2)
+    expected = load_file(tmp_path / "model.safetensors")
+    for index in (0, 1):
+        own = torch.cat(list(stream_of(tiny_language_model, TEXTS[index::2])))
+        state = torch.load(tmp_path / "checkpoint-3" / f"stream_{index}.pt")
+        left = torch.cat([*state["rest"], *state["stream"]["buffer"]])
+        assert len(left) > 100 and set(map(tuple, left.tolist())) < set(map(tuple, own.tolist()))
+
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    (tmp_path / "model.safetensors").unlink()
+    debug_launcher(train_on_text, (str(tmp_path), tiny_language_model, True), num_processes=2)
+
+    found = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
 
@@ -351,6 +352,35 @@ def test_a_training_on_other_text_settings_is_not_gone_on_with(language_model, t
     arguments = training_arguments(tmp_path, max_steps=8, batch_size=48, learning_rate=1e-2)
     with pytest.raises(ValueError, match="holds a training with context_length=256, got context_length=32"):
         train_sae(sae, ActivationDataset(stream), sample, arguments, resume=True)
+
+
+def test_a_training_on_text_of_other_processes_is_not_gone_on_with(language_model, tmp_path):
+    train_on_text(language_model, tmp_path)
+    record = json.loads((tmp_path / "training.json").read_text())
+    (tmp_path / "training.json").write_text(json.dumps({**record, "num_processes": 2}))
+
+    with pytest.raises(ValueError, match="holds a training with num_processes=2, got num_processes=1"):
+        train_on_text(language_model, tmp_path, resume=True)
+
+
+def test_workers_that_would_each_read_the_whole_text_are_refused(language_model):
+    stream = iterate_activations(*language_model, TEXTS, 1, show_progress=False)
+    loader = torch.utils.data.DataLoader(ActivationDataset(stream), batch_size=4, num_workers=1)
+
+    with pytest.raises(ValueError, match="give dataloader_num_workers=0"):
+        next(iter(loader))
+
+
+def test_text_that_is_read_again_is_told(language_model, caplog):
+    stream = iterate_activations(*language_model, TEXTS, 1, max_tokens=97, show_progress=False)
+    items = iter(ActivationDataset(stream))
+
+    transformers.logging.enable_propagation()
+    first, second = ([next(items)["hidden_states"] for _ in range(97)] for _ in range(2))
+    transformers.logging.disable_propagation()
+
+    assert torch.equal(torch.stack(first), torch.stack(second))
+    assert "WARNING" in caplog.text and "all 97 tokens of the text were read: it starts again" in caplog.text
 
 
 def test_a_stream_trains_under_a_plain_trainer(language_model, tmp_path):
