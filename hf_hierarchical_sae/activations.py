@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .configuration_hierarchical_sae import integer, positive_number
+from .configuration_hierarchical_sae import integer, is_integer, positive_number
 from .language_model import check_length, check_vocabulary, layer_indices, vocabulary_size
 from .modeling_hierarchical_sae import HierarchicalSaeModel, check_finite
 from .sites import HOOK_POINTS, check_fits, find_site, read_sites, target_site
@@ -32,7 +32,8 @@ class ActivationSettings:
 
     Args:
         text_column (`str`, defaults to `"text"`): where a row holds its text, messages of a chat, or token ids. Rows without
-            a `"text"` are read by `"messages"`, `"prompt"` and `"completion"`, or `"input_ids"`.
+            a `"text"` are read by `"messages"`, `"prompt"` and `"completion"`, or `"input_ids"`. Padding of token ids is
+            what `"attention_mask"` says.
         context_length (`int`, defaults to 256): longest piece of text in tokens; longer texts are cut into several.
         batch_tokens (`int`, defaults to 2048): tokens per batch, and positions per forward pass.
         max_tokens (`int`, *optional*): stop once exactly this many tokens were read, those left out not counted.
@@ -42,7 +43,8 @@ class ActivationSettings:
         skip_first_position (`bool`, defaults to `True`): leave out the first token of each context.
         skip_special_tokens (`bool`, defaults to `False`): leave out the tokenizer's special tokens, such as those that a chat
             template puts around messages; they are read, and not given.
-        skip_tokens (`Sequence[int]` or `Sequence[str]`, *optional*): leave out these tokens likewise.
+        skip_tokens (`Sequence[int]` or `Sequence[str]`, *optional*): leave out these tokens likewise: ids, entries of the
+            vocabulary, or texts of one token each.
         max_norm_ratio (`float`, *optional*, defaults to 5.0): leave out tokens with a norm above this many times the
             median of their forward pass, at any of the layers, so that every layer gives the same tokens.
         show_progress (`bool`, defaults to `True`): progress bar with tokens per second.
@@ -77,6 +79,19 @@ class ActivationSettings:
             object.__setattr__(self, "max_norm_ratio", positive_number("max_norm_ratio", self.max_norm_ratio))
         if not isinstance(self.text_column, str):
             raise ValueError(f"text_column must be the name of a column, got {self.text_column!r}")
+        tokens = [] if self.skip_tokens is None else self.skip_tokens
+        if (
+            not isinstance(self.skip_special_tokens, bool)
+            or isinstance(tokens, str)
+            or not isinstance(tokens, Iterable)
+        ):
+            raise ValueError(
+                "skip_special_tokens must be True or False and skip_tokens a list of tokens or None, got "
+                f"{self.skip_special_tokens!r} and {tokens!r}"
+            )
+        # As JSON gives them back.
+        tokens = [int(token) if is_integer(token) else token for token in tokens]
+        object.__setattr__(self, "skip_tokens", tokens or None)
 
 
 class Inputs(NamedTuple):

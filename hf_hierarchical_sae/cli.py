@@ -50,6 +50,10 @@ examples:
   # a dataset of the Hub as a stream; two machines that each write half of it
   hierarchical-sae harvest states --model MODEL --layer 15 --dataset HuggingFaceFW/fineweb --tokens 100000000 \\
       --num_processes 2 --process_index 0
+  # chats, through the chat template and without what it puts around messages; files of your own
+  hierarchical-sae harvest states --model MODEL --layer 15 --dataset HuggingFaceTB/smoltalk --dataset_config all \\
+      --skip_special_tokens
+  hierarchical-sae harvest states --model MODEL --layer 15 --text chats.jsonl more.jsonl.gz --text_column conversation
   # what the MLPs of two layers add to the residual stream, and one of them
   hierarchical-sae harvest states --model MODEL --layer 8 15 --hook_point mlp.output --text book.txt
   hierarchical-sae train states sae --layer 15
@@ -102,12 +106,8 @@ def harvest(args: argparse.Namespace) -> None:
         read_texts(args),
         args.layer,
         hook_point=args.hook_point,
-        text_column=args.text_column,
-        context_length=args.context_length,
-        max_tokens=args.tokens,
+        **text_settings(args),
         max_norm_ratio=args.max_norm_ratio,
-        skip_special_tokens=args.skip_special_tokens,
-        skip_tokens=args.skip_tokens,
         batch_tokens=args.batch_tokens,
     )
     process_index, num_processes = _share(args)
@@ -173,12 +173,8 @@ def _activations_to_train_on(args: argparse.Namespace, arguments: TrainingArgume
         args.layer,
         hook_point=args.hook_point or "output",
         target_hook_point=args.target_hook_point,
-        text_column=args.text_column,
-        context_length=args.context_length,
-        max_tokens=args.tokens,
+        **text_settings(args),
         max_norm_ratio=args.max_norm_ratio,
-        skip_special_tokens=args.skip_special_tokens,
-        skip_tokens=args.skip_tokens,
         batch_tokens=args.batch_tokens,
         shuffle_tokens=max(args.shuffle_tokens, args.batch_tokens),
         seed=args.seed,
@@ -257,9 +253,7 @@ def evaluate(args: argparse.Namespace) -> None:
             trained_layer(args, sae),
             hook_point=sae.config.hook_point or "output",
             target_hook_point=sae.config.target_hook_point,
-            text_column=args.text_column,
-            context_length=args.context_length,
-            max_tokens=args.tokens,
+            **text_settings(args),
         )
         evaluation = evaluate_in_model(sae, stream, args.budgets)
     if args.plot:
@@ -277,9 +271,7 @@ def dashboard(args: argparse.Namespace) -> None:
         read_texts(args),
         path=args.output,
         layer=trained_layer(args, sae),
-        text_column=args.text_column,
-        context_length=args.context_length,
-        max_tokens=args.tokens,
+        **text_settings(args),
         latents=args.latents,
         max_megabytes=args.max_megabytes,
     )
@@ -359,6 +351,12 @@ def read_texts(args: argparse.Namespace) -> Any:
     return read_dataset(args.dataset, args.dataset_config, args.split)
 
 
+def text_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the options of the text say of [`ActivationSettings`]."""
+    names = ("text_column", "context_length", "skip_special_tokens", "skip_tokens")
+    return {"max_tokens": args.tokens, **{name: getattr(args, name) for name in names}}
+
+
 def trained_layer(args: argparse.Namespace, sae: HierarchicalSaeModel) -> int | None:
     """`--layer`, by default the one in the autoencoder's config, which a module's path within the model does without."""
     layer = sae.config.layer if args.layer is None else args.layer
@@ -418,10 +416,6 @@ def _stream_options(part: argparse.ArgumentParser) -> None:
         default=5.0,
         help="leave out tokens above so many median norms (default: 5)",
     )
-    _option(
-        part, "skip_special_tokens", action="store_true", help="leave out special tokens, as around messages of chats"
-    )
-    _option(part, "skip_tokens", nargs="+", metavar="TOKEN", help="leave out these tokens")
     _option(part, "batch_tokens", type=_integer(1), default=2048, help="positions per forward pass (default: 2048)")
 
 
@@ -596,17 +590,17 @@ def _text_options(
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="text files, or files of rows: jsonl, json, parquet, csv",
+        help="files of plain text, or of rows: jsonl, json, parquet, csv, packed with gzip too",
     )
     _option(parser, "dataset", help="Hub id or folder of a dataset, read as a stream, instead of --text")
     _option(parser, "dataset_config", metavar="NAME", help="which configuration of the dataset, if it has several")
-    _option(parser, "split", default="train", help="which part of the dataset (default: train)")
+    _option(parser, "split", default="train", help="which split of the dataset (default: train)")
     _option(
         parser,
         "text_column",
         default="text",
-        help="column of the dataset with texts, messages of chats or token ids (default: text, messages, prompt with "
-        "completion, or input_ids, whichever comes first)",
+        help="column of rows with texts, messages of chats or token ids (default: text, messages, prompt with "
+        "completion, or input_ids, the first that a row has)",
     )
     _option(
         parser,
@@ -621,6 +615,19 @@ def _text_options(
         type=_integer(2),
         default=context_length,
         help=f"longest piece of text in tokens (default: {context_length})",
+    )
+    _option(
+        parser,
+        "skip_special_tokens",
+        action="store_true",
+        help="read special tokens, as around messages of chats, and leave their positions out",
+    )
+    _option(
+        parser,
+        "skip_tokens",
+        nargs="+",
+        metavar="TOKEN",
+        help="likewise, entries of the vocabulary or texts of one token each",
     )
     _option(parser, "dtype", choices=DTYPES, default="float32", help="of the language model (default: float32)")
 

@@ -287,6 +287,9 @@ def integers(name: str, numbers: Any) -> list[int]:
     """
     found = numbers.tolist() if isinstance(numbers, torch.Tensor | numpy.ndarray) else numbers
     found = list(found) if isinstance(found, Iterable) else [None]
+    if set(map(type, found)) <= {int}:
+        # Ids of a long text: to look at each takes longer than to tokenise it.
+        return found
     if not all(map(is_integer, found)):
         raise ValueError(f"{name} must be integers, got {numbers}")
     return [int(number) for number in found]

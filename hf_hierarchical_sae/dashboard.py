@@ -45,7 +45,6 @@ def write_dashboard(
     path: str | Path,
     layer: int | None = None,
     hook_point: str | None = None,
-    text_column: str = "text",
     max_tokens: int | None = 100_000,
     context_length: int = 128,
     contexts_per_latent: int = 10,
@@ -53,6 +52,7 @@ def write_dashboard(
     max_megabytes: float = 32.0,
     seed: int = 0,
     show_progress: bool = True,
+    **settings: Any,
 ) -> dict[str, int]:
     """
     Write one HTML file that needs no network: a list of latents to search and sort and, for each, its strongest
@@ -67,13 +67,12 @@ def write_dashboard(
         sae ([`HierarchicalSaeModel`]): the autoencoder.
         model (`PreTrainedModel`): the causal language model that it was trained on.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
-        texts (`Iterable`): texts, or rows with a text in `text_column`; any language, HTML too: nothing is executed.
+        texts (`Iterable`): texts, or rows, as in [`iterate_activations`]; any language, HTML too: nothing is executed.
         path (`str` or `Path`): file to write; its folder is made if it is not there. An older page stays whole until the
             new one is on disk, and after an error.
         layer (`int`, *optional*): decoder layer, counted from 0; by default the one in the autoencoder's config.
         hook_point (`str`, *optional*): where in the layer, as in [`iterate_activations`]; by default the one in the
             autoencoder's config, or else its output.
-        text_column (`str`, defaults to `"text"`): where a row holds its text.
         max_tokens (`int`, *optional*, defaults to 100000): stop once exactly this many tokens were read. Activations take
             about `40 * k * max_tokens` bytes of memory.
         context_length (`int`, defaults to 128): longest context in tokens.
@@ -83,6 +82,7 @@ def write_dashboard(
             2 kB.
         seed (`int`, defaults to 0): which latents are drawn if not all fit.
         show_progress (`bool`, defaults to `True`): progress bars.
+        settings (*optional*): others of [`ActivationSettings`], such as `text_column` and `skip_special_tokens`.
 
     Returns:
         `dict[str, int]`: `tokens` read, `live_latents` that fire on them, `latents` on the page, and its size in `bytes`.
@@ -105,10 +105,10 @@ def write_dashboard(
             texts,
             layer=layer,
             hook_point=hook_point,
-            text_column=text_column,
             context_length=context_length,
             max_tokens=max_tokens,
             show_progress=show_progress,
+            **settings,
         )
         live = activations.live_latents
         wanted = live if latents is None else live[torch.isin(live, torch.tensor(latents))]

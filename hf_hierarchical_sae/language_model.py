@@ -81,7 +81,7 @@ def check_vocabulary(model: PreTrainedModel, ids: torch.Tensor) -> None:
     if ids.numel() and int(ids.max()) >= vocabulary:
         raise ValueError(
             f"the tokenizer gave the token {int(ids.max())}, the language model has a vocabulary of {vocabulary}: "
-            "give the tokenizer that belongs to it"
+            "give the tokenizer that belongs to it, or ids that come from that"
         )
 
 

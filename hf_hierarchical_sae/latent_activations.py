@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -107,11 +108,10 @@ def read_latents(
     *,
     layer: int | None = None,
     hook_point: str | None = None,
-    text_column: str = "text",
     context_length: int = 128,
-    batch_tokens: int = 2048,
     max_tokens: int | None = None,
     show_progress: bool = True,
+    **settings: Any,
 ) -> LatentActivations:
     """
     Run a text through the language model and the autoencoder and keep every activation, 10 bytes each: `sae.config.k`
@@ -121,15 +121,14 @@ def read_latents(
         sae ([`HierarchicalSaeModel`]): left in the mode it came in.
         model (`PreTrainedModel`): the language model that it was trained on.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
-        texts (`Iterable`): texts, or rows with a text in `text_column`; or a mapping whose keys label its texts.
+        texts (`Iterable`): texts, or rows, as in [`iterate_activations`]; or a mapping whose keys label its texts.
         layer (`int`, *optional*): decoder layer, counted from 0; by default the one in the autoencoder's config.
         hook_point (`str`, *optional*): where in the layer, as in [`iterate_activations`]; by default the one in the
             autoencoder's config, or else its output.
-        text_column (`str`, defaults to `"text"`): where a row holds its text.
         context_length (`int`, defaults to 128): longest piece of text in tokens; longer texts are cut into several.
-        batch_tokens (`int`, defaults to 2048): positions per forward pass.
         max_tokens (`int`, *optional*): stop once exactly this many tokens were read; of each label.
         show_progress (`bool`, defaults to `True`): progress bar.
+        settings (*optional*): others of [`ActivationSettings`], such as `text_column` and `skip_special_tokens`.
 
     Returns:
         [`LatentActivations`]
@@ -147,16 +146,11 @@ def read_latents(
     k, end = (sae.config.k if sae.config.has_budgets else 1), 0
     total = None if max_tokens is None else max_tokens * len(labelled)
     progress = logging.tqdm(total=total, unit="token", unit_scale=True, desc="read", disable=not show_progress)
-    settings = ActivationSettings(
-        text_column=text_column,
-        context_length=context_length,
-        batch_tokens=batch_tokens,
-        max_tokens=max_tokens,
-        show_progress=False,
-    )
+    settings |= {"context_length": context_length, "max_tokens": max_tokens, "show_progress": False}
+    reading = ActivationSettings(**settings)
     with progress, evaluation_mode(sae):
         for label, rows in enumerate(labelled.values()):
-            stream = ActivationStream(model, tokenizer, rows, layer, hook_point=hook_point, settings=settings)
+            stream = ActivationStream(model, tokenizer, rows, layer, hook_point=hook_point, settings=reading)
             stream.check_reads(sae)
             for read in stream.passes():
                 indices, values = sae.encode(read.states[0][read.kept].to(sae.W_dec.device))

@@ -1,9 +1,11 @@
 """Text as people have it: files, rows of text, chats, token ids; cut into contexts."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -14,10 +16,18 @@ from .configuration_hierarchical_sae import integers, is_integer
 LONGEST_TEXT = 100_000
 # Characters of a file that are read at a time; as many again until the line ends.
 PASSAGE = 10_000
-# What a row is read by if it has no text, in this order.
-COLUMNS = ("messages", "prompt", "input_ids")
-# Files that hold rows, by the name that `datasets` has for their format.
-ROW_FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+# What a row is read by unless a column is named: the first of these that is not empty.
+COLUMNS = ("text", "messages", "prompt", "input_ids")
+# Files that hold rows, by the name that `datasets` has for their format; and how they may be packed.
+ROW_FILES = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".arrow": "arrow",
+}
+PACKED = (".gz", ".bz2", ".xz", ".zst")
 
 
 class Passages(Iterable[str]):
@@ -33,14 +43,37 @@ class Passages(Iterable[str]):
 
     def __iter__(self) -> Iterator[str]:
         for file in self.files:
-            with open(file, encoding="utf-8") as lines:
+            with open(file, encoding="utf-8-sig") as lines:
                 try:
                     while piece := lines.read(PASSAGE):
                         yield piece + lines.readline(PASSAGE)
                 except UnicodeDecodeError as error:
                     raise ValueError(
-                        f"expected UTF-8 text in {file}, got {error}: convert it, as iconv does"
+                        f"expected UTF-8 text in {file}, got {error}: convert it, as iconv does, or unpack it"
                     ) from error
+
+
+class Rows(Iterable[dict]):
+    """
+    Rows of files, one file after the other, as streams.
+
+    Args:
+        files (`Sequence[Path]`): of one format.
+        kind (`str`): the name that `datasets` has for it.
+    """
+
+    def __init__(self, files: Sequence[Path], kind: str):
+        self.files, self.kind, self._load = files, kind, _datasets().load_dataset
+
+    def __iter__(self) -> Iterator[dict]:
+        for file in self.files:
+            try:
+                yield from self._load(self.kind, data_files=str(file), split="train", streaming=True)
+            except Exception as error:
+                # Of any type: each format raises its own, an empty file StopIteration.
+                raise ValueError(
+                    f"expected rows of {self.kind}, in UTF-8, in {file}, got: {str(error) or 'none'}"
+                ) from error
 
 
 def read_files(files: Sequence[Path]) -> Any:
@@ -56,16 +89,22 @@ def read_files(files: Sequence[Path]) -> Any:
     """
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
-        raise ValueError(f"expected files with text, got {', '.join(missing)}, which are none")
-    kinds = {ROW_FILES.get(file.suffix) for file in files}
-    if kinds == {None}:
-        return Passages(files)
+        raise ValueError(
+            f"expected files with text, got {', '.join(missing)}, which are none: a folder of files is a dataset"
+        )
+    kinds = {_kind(file) for file in files}
     if len(kinds) > 1:
         found = ", ".join(str(file) for file in files)
         raise ValueError(f"expected files of one kind, of text or of rows of one format, got {found}")
-    return _datasets().load_dataset(
-        kinds.pop(), data_files=[str(file) for file in files], split="train", streaming=True
-    )
+    kind = kinds.pop()
+    return Passages(files) if kind is None else Rows(files, kind)
+
+
+def _kind(file: Path) -> str | None:
+    """The format of a file of rows, packed or not, None for plain text."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    is_packed = suffixes[-1:] != [] and suffixes[-1] in PACKED
+    return ROW_FILES.get("".join(suffixes[:-1][-1:] if is_packed else suffixes[-1:]))
 
 
 def read_dataset(name: str, config: str | None = None, split: str = "train") -> Any:
@@ -79,11 +118,17 @@ def read_dataset(name: str, config: str | None = None, split: str = "train") -> 
 
     Raises:
         `ImportError`: If `datasets` is not installed.
-        `ValueError`: If it has no such split.
+        `ValueError`: If it has no such configuration or split.
     """
     datasets = _datasets()
     if not any((Path(name) / file).exists() for file in ("state.json", "dataset_dict.json")):
-        return datasets.load_dataset(name, config, split=split, streaming=True)
+        try:
+            return datasets.load_dataset(name, config, split=split, streaming=True)
+        except ValueError as error:
+            reason = " ".join(str(error).partition("Example of usage")[0].split())
+            raise ValueError(
+                f"{name} has no part with dataset_config={config!r} and split={split!r}: {reason}"
+            ) from error
     found = datasets.load_from_disk(name)
     if not isinstance(found, Mapping):
         return found
@@ -134,28 +179,47 @@ def content_of(row: Any, text_column: str, number: int) -> Any:
         raise ValueError(
             f"row {number} of the dataset must be a text, or hold one in {text_column!r}, got a {type(row).__name__}"
         )
-    if text_column == "text" and text_column not in row:
-        text_column = next((name for name in COLUMNS if name in row), text_column)
+    if text_column == "text":
+        # Where rows differ in their columns, `datasets` gives each row all of them.
+        found = [name for name in COLUMNS if name in row]
+        text_column = next((name for name in found if row[name] is not None), (found or COLUMNS)[0])
     if text_column not in row:
         raise ValueError(
             f"text_column must name a column of the dataset {list(row)}, got {text_column!r} (row {number})"
         )
-    content = row[text_column]
+    content = row[text_column].tolist() if isinstance(row[text_column], numpy.ndarray) else row[text_column]
     if text_column == "prompt" and content is not None and row.get("completion") is not None:
-        content = content + row["completion"]
-    if text_column == "input_ids" and content is not None:
-        return _unmasked_ids(content, row.get("attention_mask"), number)
+        content = _with_completion(content, row["completion"], number)
     if content is None or isinstance(content, str) or _is_chat(content):
         return content
+    if text_column == "input_ids" or isinstance(content, torch.Tensor) or _are_all(content, Integral):
+        return _unmasked_ids(content, row.get("attention_mask"), number)
     raise ValueError(
         f"row {number} of the dataset must hold a text in {text_column!r}, got {content!r:.80}; messages of a chat have a "
-        "role and a content each"
+        "role and a content each, and ids of tokens are integers"
     )
 
 
+def _with_completion(prompt: Any, completion: Any, number: int) -> Any:
+    """Both as one text, or as the messages of one chat."""
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return prompt + completion
+    if isinstance(prompt, list) and isinstance(completion, list | numpy.ndarray):
+        return [*prompt, *completion]
+    raise ValueError(
+        f"row {number} of the dataset must hold two texts, or two lists of messages, in 'prompt' and 'completion', got a "
+        f"{type(prompt).__name__} and a {type(completion).__name__}"
+    )
+
+
+def _are_all(content: Any, kind: type) -> bool:
+    """Whether it is a list of these."""
+    return isinstance(content, list | tuple) and all(issubclass(found, kind) for found in set(map(type, content)))
+
+
 def _is_chat(content: Any) -> bool:
-    is_list = isinstance(content, list | tuple)
-    return is_list and all(isinstance(message, Mapping) and {"role", "content"} <= set(message) for message in content)
+    is_list = _are_all(content, Mapping)
+    return is_list and all("role" in message and {"content", "tool_calls"} & set(message) for message in content)
 
 
 def _unmasked_ids(ids: Any, mask: Any, number: int) -> torch.Tensor:
@@ -178,27 +242,33 @@ def skipped_ids(tokenizer: PreTrainedTokenizerBase, special: bool, tokens: Seque
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the language model's.
-        special (`bool`): whether its special tokens are among them.
-        tokens (`Sequence[int]` or `Sequence[str]`, *optional*): others.
+        special (`bool`): whether its special tokens are among them, those that were added too.
+        tokens (`Sequence[int]` or `Sequence[str]`, *optional*): others: ids, entries of the vocabulary, or texts of one token.
 
     Raises:
         `ValueError`: If one is no token of the tokenizer.
     """
-    if not isinstance(special, bool) or isinstance(tokens, str):
-        raise ValueError(
-            "skip_special_tokens must be True or False and skip_tokens a list of tokens or None, got "
-            f"{special!r} and {tokens!r}"
-        )
     vocabulary = tokenizer.get_vocab() if tokens else {}
-    ids = set(tokenizer.all_special_ids) if special else set()
-    for token in tokens or []:
-        known = token in vocabulary if isinstance(token, str) else is_integer(token) and token in vocabulary.values()
-        if not known:
-            raise ValueError(
-                f"skip_tokens must be tokens of the tokenizer, or their ids, got {token!r}, which is none"
-            )
-        ids.add(vocabulary[token] if isinstance(token, str) else int(token))
+    ids = {_id_of(token, vocabulary, tokenizer) for token in tokens or []}
+    if special:
+        # Not all of them have a name, as that of the BOS token.
+        added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        ids |= added | set(tokenizer.all_special_ids)
     return torch.tensor(sorted(ids), dtype=torch.int64)
+
+
+def _id_of(token: Any, vocabulary: Mapping[str, int], tokenizer: PreTrainedTokenizerBase) -> int:
+    if isinstance(token, str):
+        found = tokenizer(token, add_special_tokens=False)["input_ids"]
+        found = [vocabulary[token]] if token in vocabulary else found
+    else:
+        found = [int(token)] if is_integer(token) and token in vocabulary.values() else []
+    if len(found) != 1:
+        raise ValueError(
+            f"skip_tokens must be tokens of the tokenizer, texts of one token each, or ids, got {token!r}, which is "
+            f"{len(found) or 'none'}"
+        )
+    return found[0]
 
 
 def token_contexts(
@@ -229,14 +299,34 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, content: Any, row: int) -> It
             # The piece is cut later, so the tokenizer's warning about its length does not apply.
             yield tokenizer(piece, verbose=False)["input_ids"]
     else:
-        try:
-            found: Any = tokenizer.apply_chat_template(content, tokenize=True, return_dict=True)
-        except Exception as error:
-            # Of any type: templates raise what they like.
-            raise ValueError(
-                f"row {row} of the dataset holds messages that the tokenizer's chat template does not take: {error}"
-            ) from error
-        yield found["input_ids"]
+        pieces = _pieces(_chat_text(tokenizer, content, row))
+        found = (tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"] for piece in pieces)
+        yield [token for ids in found for token in ids]
+
+
+def _chat_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping], row: int) -> str:
+    """A chat as the tokenizer's template writes it."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"row {row} of the dataset holds messages, and the tokenizer has no chat template: set "
+            "tokenizer.chat_template, take the tokenizer of an instruction-tuned model, or give text_column a column of text"
+        )
+    try:
+        return str(tokenizer.apply_chat_template([_message(message) for message in messages], tokenize=False))
+    except Exception as error:
+        # Of any type: templates raise what they like.
+        raise ValueError(
+            f"row {row} of the dataset holds messages that the tokenizer's chat template does not take: {error}"
+        ) from error
+
+
+def _message(message: Mapping) -> dict:
+    """A message without the keys that `datasets` adds because others have them, parts of text alone as one text."""
+    message = {key: value for key, value in message.items() if key == "content" or value is not None}
+    parts = message.get("content")
+    if _are_all(parts, Mapping) and parts and all(part.get("type") == "text" for part in parts):
+        message["content"] = "".join(part["text"] for part in parts)
+    return message
 
 
 def _pieces(text: str) -> Iterator[str]:

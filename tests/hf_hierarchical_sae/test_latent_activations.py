@@ -209,3 +209,16 @@ def test_ranks_beyond_sixteen_bits_are_numbers(model, tokenizer):
     ranks = _entries(indices, torch.ones(indices.shape), torch.zeros(1, dtype=torch.int64))[3]
 
     assert ranks.tolist() == list(range(1, 40_001))
+
+
+def test_tokens_that_are_left_out_stand_in_their_contexts_and_no_latent_fires_on_them(model, tokenizer):
+    chats = [{"chat": [{"role": "user", "content": text}]} for text in TEXTS]
+    settings = {"text_column": "chat", "skip_special_tokens": True, "skip_tokens": [" "]}
+
+    whole = read(make_sae(), model, tokenizer, chats, text_column="chat")
+    found = read(make_sae(), model, tokenizer, chats, **settings)
+
+    left_out = torch.isin(found.token_ids, torch.tensor([0, 1, 2, *tokenizer(" ")["input_ids"]]))
+    assert torch.equal(found.token_ids, whole.token_ids) and left_out.any()
+    assert torch.equal(found.is_read, whole.is_read & ~left_out)
+    assert not left_out[found.positions.long()].any()

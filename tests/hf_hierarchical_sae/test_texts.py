@@ -1,15 +1,17 @@
 """Text as people have it: chats, token ids, files of every kind, and what is left out of them."""
 
+import gzip
 import json
-import subprocess
-import sys
+import tracemalloc
 
 import datasets
+import numpy
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import processors
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
-from hf_hierarchical_sae import ActivationDataset, iterate_activations, save_shards
+from hf_hierarchical_sae import ActivationDataset, iterate_activations, save_shards, texts
 from hf_hierarchical_sae.texts import (
     LONGEST_TEXT,
     PASSAGE,
@@ -17,6 +19,7 @@ from hf_hierarchical_sae.texts import (
     content_of,
     read_dataset,
     read_files,
+    skipped_ids,
     token_contexts,
 )
 
@@ -55,6 +58,53 @@ def test_messages_go_through_the_chat_template(tokenizer):
     assert ids_of(tokenizer, [{"text": "a", "messages": CHAT}]) == ids_of(tokenizer, ["a"])
 
 
+def test_chats_of_numpy_and_of_parts_are_chats(tokenizer):
+    expected = ids_of(tokenizer, [{"messages": CHAT}])
+    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in CHAT]
+
+    assert ids_of(tokenizer, [{"messages": numpy.array(CHAT, dtype=object)}]) == expected
+    assert ids_of(tokenizer, [{"messages": tuple(CHAT)}]) == expected
+    assert ids_of(tokenizer, [{"messages": parts}]) == expected
+
+
+def test_what_datasets_filled_up_is_as_if_it_were_not_there(tiny_language_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_language_model)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.tool_calls is defined }} {% endfor %}"
+    calls = [{**CHAT[0], "tool_calls": [{"name": "add"}]}]
+    rows = datasets.Dataset.from_list([{"messages": CHAT, "text": None}, {"messages": calls}, {"text": "a"}])
+
+    assert rows[0]["messages"][0]["tool_calls"] is None and "messages" in rows[2]
+    assert [tokenizer.decode(ids) for _, ids in ids_of(tokenizer, rows)] == ["False False ", "True ", "a"]
+
+
+def test_a_long_chat_is_tokenised_in_pieces(tokenizer, monkeypatch):
+    expected = tokenizer.apply_chat_template(CHAT * 4, tokenize=True, return_dict=True)["input_ids"]
+    longest, tokenise = [], type(tokenizer).__call__
+
+    def recorded(self, text, **settings):
+        longest.append(len(text))
+        return tokenise(self, text, **settings)
+
+    monkeypatch.setattr(texts, "LONGEST_TEXT", 40)
+    monkeypatch.setattr(type(tokenizer), "__call__", recorded)
+
+    assert ids_of(tokenizer, [{"messages": CHAT * 4}], context_length=1000) == [(0, expected)]
+    assert max(longest) <= 40 and len(longest) > 4
+
+
+def test_a_template_that_starts_with_a_bos_token_does_not_get_another(tiny_language_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_language_model)
+    tokenizer.chat_template = "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
+    )
+
+    contexts = [ids for _, ids in ids_of(tokenizer, [{"messages": CHAT}, "To be?Or not to be."], context_length=10)]
+
+    assert len(contexts) == 6 and contexts[:3] == contexts[3:]
+    assert [ids.count(tokenizer.bos_token_id) for ids in contexts] == [1] * 6
+
+
 def test_a_long_chat_is_cut_into_contexts_that_each_start_as_a_text_does(tokenizer):
     ids = ids_of(tokenizer, [{"messages": CHAT * 4}])[0][1]
 
@@ -78,6 +128,15 @@ def test_token_ids_are_taken_as_they_are_without_what_is_masked(tokenizer):
     assert ids_of(tokenizer, [padded]) == [(0, ids)]
     contexts = [context for _, context in ids_of(tokenizer, [{"input_ids": ids}], context_length=6)]
     assert max(map(len, contexts)) == 6 and [token for context in contexts for token in context] == ids
+
+
+@pytest.mark.parametrize("kind", [list, tuple, numpy.array, torch.tensor])
+@pytest.mark.parametrize("column", ["input_ids", "tokens"])
+def test_token_ids_are_taken_from_any_column_and_of_any_kind(tokenizer, kind, column):
+    row = {column: kind([5, 6, 7]), "attention_mask": kind([1, 1, 0])}
+
+    assert ids_of(tokenizer, [row], column) == [(0, [5, 6])]
+    assert ids_of(tokenizer, [{column: kind([5, 6, 7])}], column) == [(0, [5, 6, 7])]
 
 
 def test_a_tokenised_dataset_gives_what_its_text_gives(model, tokenizer):
@@ -156,6 +215,13 @@ def test_a_harvest_of_exactly_max_tokens_leaves_out_special_ones(model, tokenize
             "text",
             "must hold ids of tokens and a mask of the same length",
         ),
+        ({"prompt": CHAT, "completion": "a"}, "text", "two texts, or two lists of messages, .*, got a list and a str"),
+        ({"prompt": 7, "completion": 8}, "text", "two texts, or two lists of messages, .*, got a int and a int"),
+        ({"messages": [{"from": "human", "value": "a"}]}, "text", "must hold a text in 'messages', got .*'human'"),
+        ({"messages": [CHAT]}, "text", "must hold a text in 'messages', got"),
+        ({"tokens": [0.5]}, "tokens", r"must hold a text in 'tokens', got \[0.5\].* ids of tokens are integers"),
+        ({"input_ids": [[5], [6]]}, "text", "row 0 of the dataset: input_ids must be integers"),
+        ({"input_ids": 5}, "text", "row 0 of the dataset: input_ids must be integers"),
         ({"body": "a"}, "text", r"text_column must name a column of the dataset \['body'\], got 'text'"),
     ],
 )
@@ -168,8 +234,43 @@ def test_a_tokenizer_without_a_chat_template_is_named(tokenizer, tiny_language_m
     plain = AutoTokenizer.from_pretrained(tiny_language_model)
     plain.chat_template = None
 
-    with pytest.raises(ValueError, match="row 0 of the dataset holds messages that the tokenizer's chat template"):
+    with pytest.raises(
+        ValueError, match="row 0 of the dataset holds messages, and the tokenizer has no chat template: set"
+    ):
         ids_of(plain, [{"messages": CHAT}])
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('No system role') }}", "{{ messages.of.nothing }}"])
+def test_a_chat_that_the_template_does_not_take_is_named(tiny_language_model, template):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_language_model)
+    tokenizer.chat_template = template
+
+    with pytest.raises(
+        ValueError, match="row 0 .* chat template does not take: (No system role|.* no attribute 'of')"
+    ):
+        ids_of(tokenizer, [{"messages": CHAT}])
+
+
+def test_special_tokens_without_a_name_are_special_and_texts_of_one_token_are_tokens(tiny_language_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_language_model)
+    tokenizer.add_tokens([AddedToken("<|header|>", special=True), AddedToken("plain", special=False)])
+    space, header = tokenizer(" ")["input_ids"][0], tokenizer.convert_tokens_to_ids("<|header|>")
+
+    assert header not in tokenizer.all_special_ids
+    assert skipped_ids(tokenizer, True, None).tolist() == [0, 1, 2, header]
+    assert (
+        skipped_ids(tokenizer, False, [" "]).tolist() == skipped_ids(tokenizer, False, ["\u0120"]).tolist() == [space]
+    )
+    with pytest.raises(ValueError, match="texts of one token each, or ids, got 'user', which is 4"):
+        skipped_ids(tokenizer, False, ["user"])
+
+
+def test_tokens_of_a_tuple_or_an_array_go_on_with_a_harvest(model, tokenizer, tmp_path):
+    for tokens in ([5, 6], (5, 6), numpy.array([5, 6])):
+        assert save_shards(reader(model, tokenizer, ["To be, or not"], skip_tokens=tokens), tmp_path) == 12
+    for tokens in (7, "be"):
+        with pytest.raises(ValueError, match="skip_tokens a list of tokens or None, got"):
+            reader(model, tokenizer, ROWS, skip_tokens=tokens)
 
 
 @pytest.mark.parametrize("wrong", [["no such token"], [10**6], "<|im_end|>", [True]])
@@ -197,6 +298,61 @@ def test_files_of_rows_are_read_again_and_again(tmp_path, suffix):
     assert [row["text"] for row in found] == [row["text"] for row in found] == [row["text"] for row in ROWS]
 
 
+def test_packed_files_and_rows_that_differ_in_their_columns_are_read(tmp_path):
+    with gzip.open(tmp_path / "a.JSONL.gz", "wt") as file:
+        file.write(json.dumps({"text": "a"}))
+    (tmp_path / "b.ndjson").write_text(f"{json.dumps({'messages': CHAT})}\n{json.dumps({'text': 'b'})}\n")
+
+    found = read_files([tmp_path / "a.JSONL.gz", tmp_path / "b.ndjson"])
+
+    assert [content_of(row, "text", 0) for row in found] == ["a", CHAT, "b"]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        (
+            "a.jsonl",
+            b'{"text": "a"\nno json\n',
+            "expected rows of json, in UTF-8, in .*a.jsonl, got: JSON parse error",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "Größe"}'.encode("latin-1"),
+            "expected rows of json, in UTF-8, in .*, got: 'utf-8' codec",
+        ),
+        ("a.jsonl", b"", "expected rows of json, in UTF-8, in .*, got: none"),
+        ("a.csv", "text\nGröße\n".encode("latin-1"), "expected rows of csv, in UTF-8, in .*, got: 'utf-8' codec"),
+        ("a.parquet", b"text", "expected rows of parquet, .*, got: Parquet file size is 4 bytes"),
+        ("a.json.gz", b"text", "expected rows of json, .*a.json.gz, got: "),
+    ],
+)
+def test_files_that_hold_no_rows_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+
+    with pytest.raises(ValueError, match=message):
+        list(read_files([tmp_path / name]))
+
+
+def test_the_mark_at_the_start_of_a_file_is_no_text(tmp_path):
+    (tmp_path / "notepad.txt").write_bytes("\ufeffTo be".encode())
+
+    assert list(read_files([tmp_path / "notepad.txt"])) == ["To be"]
+
+
+def test_configurations_and_splits_that_are_not_there_are_listed(tmp_path):
+    files = {"one": "a.jsonl", "two": "b.jsonl"}
+    configs = [{"config_name": name, "data_files": file} for name, file in files.items()]
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    for name, file in files.items():
+        (tmp_path / file).write_text(json.dumps({"text": name}))
+
+    assert [row["text"] for row in read_dataset(str(tmp_path), "two")] == ["two"]
+    for config in (None, "three"):
+        with pytest.raises(ValueError, match=rf"no part with dataset_config={config!r} .*\['one', 'two'\]$"):
+            read_dataset(str(tmp_path), config)
+
+
 @pytest.mark.parametrize("text", ["x" * 100_000, "word " * 20_000, "line\n" * 20_000])
 def test_files_of_text_are_read_in_pieces_with_and_without_lines(tmp_path, text):
     (tmp_path / "text").write_text(text)
@@ -209,19 +365,14 @@ def test_files_of_text_are_read_in_pieces_with_and_without_lines(tmp_path, text)
 
 
 def test_memory_does_not_grow_with_a_file_of_one_line(tmp_path):
-    (tmp_path / "large.txt").write_bytes(b"To be, or not to be, " * 3_000_000)
-    program = f"""
-import resource
-from pathlib import Path
-from hf_hierarchical_sae.texts import Passages
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-count = sum(map(len, Passages([Path({str(tmp_path / "large.txt")!r})])))
-print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    (tmp_path / "large.txt").write_bytes(b"To be, or not to be, " * 1_000_000)
 
-    count, kibibytes = map(int, done.stdout.split())
-    assert count == 63_000_000 and kibibytes < 8 * 1024
+    tracemalloc.start()
+    characters = sum(map(len, read_files([tmp_path / "large.txt"])))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert characters == 21_000_000 and peak < 2**20
 
 
 def test_a_text_longer_than_the_tokenizer_takes_at_once_is_cut_before_a_space(tokenizer):
