@@ -99,11 +99,12 @@ SAVERS = {"saelens": save_saelens, "sparsify": save_sparsify}
 
 
 def harvest(args: argparse.Namespace) -> None:
+    texts = read_texts(args)
     model, tokenizer = load_language_model(args)
     stream = iterate_activations(
         model,
         tokenizer,
-        read_texts(args),
+        texts,
         args.layer,
         hook_point=args.hook_point,
         **text_settings(args),
@@ -165,11 +166,12 @@ def _activations_to_train_on(args: argparse.Namespace, arguments: TrainingArgume
         source = {"model_name": shards.description["model_name"], "layer": shards.layer}
         sites = {"hook_point": shards.hook_point, "target_hook_point": shards.target_hook_point}
         return shards, sample, {**source, **sites, "d_in": shards.widths[0], "d_out": shards.widths[1]}
+    texts = read_texts(args)
     model, tokenizer = load_language_model(args)
     stream = iterate_activations(
         model,
         tokenizer,
-        read_texts(args),
+        texts,
         args.layer,
         hook_point=args.hook_point or "output",
         target_hook_point=args.target_hook_point,
@@ -244,12 +246,13 @@ def evaluate(args: argparse.Namespace) -> None:
         shards = ActivationShards(args.harvest, config.layer, config.hook_point, config.target_hook_point)
         evaluation = evaluate_budgets(sae, shards, args.budgets)
     else:
+        texts = read_texts(args)
         model, tokenizer = load_language_model(args)
         sae.to(model.device)
         stream = iterate_activations(
             model,
             tokenizer,
-            read_texts(args),
+            texts,
             trained_layer(args, sae),
             hook_point=sae.config.hook_point or "output",
             target_hook_point=sae.config.target_hook_point,
@@ -263,12 +266,13 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def dashboard(args: argparse.Namespace) -> None:
     sae = load_autoencoder(args)
+    texts = read_texts(args)
     model, tokenizer = load_language_model(args)
     found = write_dashboard(
         sae.to(model.device),
         model,
         tokenizer,
-        read_texts(args),
+        texts,
         path=args.output,
         layer=trained_layer(args, sae),
         **text_settings(args),

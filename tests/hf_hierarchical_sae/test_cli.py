@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_hierarchical_sae import (
     ActivationShards,
@@ -22,6 +23,8 @@ from hf_hierarchical_sae import (
     HierarchicalSaeModel,
     cli,
     evaluate_budgets,
+    evaluate_in_model,
+    iterate_activations,
 )
 from hf_hierarchical_sae.cli import main
 
@@ -211,6 +214,38 @@ def test_a_dataset_of_the_hub_is_read_as_a_stream(tiny_language_model, tmp_path,
     assert len(ActivationShards(tmp_path / "states")) > 400
 
 
+def test_chats_go_from_harvest_to_dashboard_without_their_special_tokens(tmp_path, tiny_language_model, capsys):
+    (tmp_path / "data").mkdir()
+    rows = [{"chat": [{"role": "user", "content": line}]} for line in LINES]
+    (tmp_path / "data" / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    configs = [{"config_name": name, "data_files": f"{name}.jsonl"} for name in ("chats", "other")]
+    (tmp_path / "data" / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    states, sae, page = (str(tmp_path / name) for name in ("states", "sae", "page.html"))
+    dataset = ["--dataset", str(tmp_path / "data"), "--dataset_config", "chats"]
+    files = ["--text", str(tmp_path / "data" / "chats.jsonl")]
+    model = ["--model", tiny_language_model, "--text_column", "chat", "--skip_special_tokens", "--skip-tokens", " "]
+    model += ["--tokens", "400"]
+
+    main(["harvest", states, *model, *dataset, "--layer", "0"])
+    with pytest.raises(SystemExit, match=r"holds a harvest with skip_tokens=\[' '\], got skip_tokens=None"):
+        main(["harvest", states, *model[:5], "--tokens", "400", *files, "--layer", "0"])
+    main(["train", states, sae, *SMALL])
+    capsys.readouterr()
+    main(["evaluate", sae, *model, *files, "--json"])
+    evaluation = json.loads(capsys.readouterr().out)
+    main(["dashboard", sae, *model, *files, "--output", page])
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_language_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_language_model)
+    settings = {"text_column": "chat", "skip_special_tokens": True, "skip_tokens": [" "], "max_tokens": 400}
+    stream = iterate_activations(model, tokenizer, rows, 0, show_progress=False, **settings)
+    expected = evaluate_in_model(HierarchicalSaeModel.from_pretrained(sae), stream)
+    assert evaluation["tokens"] == 400 == len(ActivationShards(states))
+    assert evaluation["cross_entropy"] == pytest.approx(expected.cross_entropy)
+    assert evaluation["clean_cross_entropy"] == pytest.approx(expected.clean_cross_entropy)
+    assert "latents that fire on 400 tokens" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -218,6 +253,10 @@ def test_a_dataset_of_the_hub_is_read_as_a_stream(tiny_language_model, tmp_path,
         (
             "harvest {out} --model {model} --layer 0 --text missing.txt",
             "expected files with text, got missing.txt, which are none",
+        ),
+        (
+            "harvest {out} --model {model} --layer 0 --text {text} --skip_tokens several",
+            "skip_tokens must be tokens of the tokenizer, .* got 'several', which is 7",
         ),
         ("harvest {out} --model {model} --layer 5 --text {text}", r"layer must be in \[0, 1\], got \[5\]"),
         ("harvest {out} --model {out}/nothing --layer 0 --text {text}", "nothing"),

@@ -51,6 +51,8 @@ def test_the_guide_runs_from_top_to_bottom(tiny_language_model, tmp_path, monkey
     assert names["attribution"].abs().sum() > 0
     assert (names["from_saelens"].config.k, names["from_sparsify"].config.k) == (4, 8)
     assert not torch.equal(names["transcoded"], clean) and names["computed"].shape == names["given"].shape
+    # The end of each message; its start is the first position.
+    assert names["left_out"] == 20 and names["of_chats"].isfinite().all()
     torch.testing.assert_close(names["middle"] + names["added"], names["after"])
 
 
@@ -72,6 +74,18 @@ def test_the_commands_lead_from_nothing_to_a_dashboard_and_a_transcoder(
             path_or_fileobj="\n".join(rows).encode(),
             path_in_repo=f"{split}.jsonl",
         )
+    chats = [json.dumps({"messages": [{"role": "user", "content": f"How many cats? {n}"}]}) for n in range(200)]
+    configs = [{"config_name": name, "data_files": f"{name}.jsonl"} for name in ("all", "everyday")]
+    HfApi().create_repo("HuggingFaceTB/smoltalk", repo_type="dataset", exist_ok=True)
+    files = {"all.jsonl": "\n".join(chats), "everyday.jsonl": chats[0]}
+    files["README.md"] = f"---\nconfigs: {json.dumps(configs)}\n---\n"
+    for name, content in files.items():
+        HfApi().upload_file(
+            repo_id="HuggingFaceTB/smoltalk",
+            repo_type="dataset",
+            path_or_fileobj=content.encode(),
+            path_in_repo=name,
+        )
     install, *commands = [
         line for block in re.findall(r"```bash\n(.*?)```", GUIDE, flags=re.DOTALL) for line in block.splitlines()
     ]
@@ -82,7 +96,8 @@ def test_the_commands_lead_from_nothing_to_a_dashboard_and_a_transcoder(
         assert program == "hierarchical-sae"
         main([part, *arguments, *shlex.split(small.get(part, "--tokens 1000"))])
 
-    assert install.startswith("pip install") and len(commands) == 7
+    assert install.startswith("pip install") and len(commands) == 8
+    assert json.loads((tmp_path / "chats" / "harvest.json").read_text())["skip_special_tokens"]
     assert (tmp_path / "sae.html").stat().st_size > 10_000 and (tmp_path / "quality.png").exists()
     assert capsys.readouterr().out.count("recovered") == 2
     assert json.loads((tmp_path / "transcoder" / "config.json").read_text())["target_hook_point"] == "mlp.output"
