@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, evaluate_budgets, interop
+from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, evaluate_budgets, interop, splice
 from hf_hierarchical_sae.interop import load_gemma_scope, load_saelens, load_sparsify, save_saelens, save_sparsify
+from hf_hierarchical_sae.sites import find_site, site_hook
 
 
 pytestmark = pytest.mark.pinned
@@ -392,14 +393,17 @@ def test_what_is_no_dictionary_of_gemma_scope_is_refused(tmp_path, changes, mess
         load_gemma_scope(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["gemma-scope-2b-pt-transcoders/layer_5", "gemma-scope-2b-pt-res/embedding/width_4k"])
-def test_what_gemma_scope_trained_for_something_else_is_refused(tmp_path, name):
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("gemma-scope-2b-pt-res/embedding/width_4k", "attention outputs, or a transcoder, got embeddings"),
+        ("gemma-scope-2b-pt-transcoders/width_16k", "expected the layer of a transcoder in the path, such as layer_5"),
+    ],
+)
+def test_what_gemma_scope_trained_for_something_else_is_refused(tmp_path, name, message):
     gemma_scope(tmp_path / name)
 
-    with pytest.raises(
-        ValueError,
-        match="expected a dictionary of residual stream, MLP or attention outputs, got (transcoder|embedding)s",
-    ):
+    with pytest.raises(ValueError, match=message):
         load_gemma_scope(tmp_path / name)
 
 
@@ -488,9 +492,13 @@ TRANSPOSED = {"W_dec": torch.zeros(D_IN, D_SAE)}
         ({"weights": {"log_scale": torch.zeros(2)}}, r"the weights must have .* got the unknown \['log_scale'\]"),
         ({"weights": TRANSPOSED}, r"W_dec must have shape \(40, 12\), got \(12, 40\), which is transposed"),
         ({"weights": {"b_dec": torch.zeros(D_IN + 1)}}, r"b_dec must have shape \(12,\), got \(13,\)$"),
-        ({"architecture": "gated"}, r"expected a standard \(ReLU\), TopK or JumpReLU SAE, got architecture 'gated'"),
-        ({"architecture": "transcoder"}, "or JumpReLU SAE, got architecture 'transcoder'"),
-        ({"architecture": ["topk"]}, r"or JumpReLU SAE, got architecture \['topk'\]"),
+        (
+            {"architecture": "gated"},
+            r"expected a standard \(ReLU\), TopK or JumpReLU SAE or a transcoder, got architecture 'gated'",
+        ),
+        ({"architecture": ["topk"]}, r"or JumpReLU SAE or a transcoder, got architecture \['topk'\]"),
+        ({"architecture": "transcoder"}, "metadata.hook_name_out in cfg.json must be the name of a place, got None"),
+        ({"d_out": 12}, r"cfg.json must have .* got the unknown \['d_out'\]"),
         ({"architecture": "standard"}, r"cfg.json must have .* got the unknown \['k', 'rescale_acts"),
         ({"architecture": "jumprelu"}, r"cfg.json must have .* got the unknown \['k', 'rescale_acts"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations='none', got 'layer_norm'"),
@@ -548,7 +556,8 @@ def test_a_batch_topk_sae_has_one_budget(tmp_path):
         ({"drop": ["k"]}, r"cfg.json must have the keys .* got none for \['k'\]"),
         ({"foo": 1}, r"got the unknown \['foo'\]"),
         ({"activation": "groupmax"}, "expected a TopK autoencoder with activation='topk', got activation='groupmax'"),
-        ({"transcode": True}, "got transcode=True"),
+        ({"transcode": True}, "expected a transcoder in a folder called after the layer, attention or MLP"),
+        ({"transcode": 1}, "transcode in cfg.json must be true or false, got 1"),
         ({"skip_connection": True}, "got skip_connection=True"),
         ({"signed": True}, "got signed=True"),
         ({"k": False}, "k in cfg.json must be an integer, got False"),
@@ -704,6 +713,310 @@ def test_a_budget_out_of_range_is_refused(tmp_path, k):
     for save in (save_saelens, save_sparsify):
         with pytest.raises(ValueError, match=rf"k must be in \[1, 6\], the trained budget, got {k}"):
             save(make_sae(), tmp_path, k)
+
+
+D_OUT = 9
+MLP = {"hook_point": "mlp.input", "target_hook_point": "mlp.output"}
+
+
+def make_transcoder(**options):
+    """One that has units of its own for inputs and targets, and thresholds, of which some are negative."""
+    transcoder = make_sae(**{"d_out": D_IN, **MLP, **options})
+    with torch.no_grad():
+        transcoder.encoder_weight.normal_(std=0.3)
+        transcoder.input_center.normal_()
+        transcoder.target_scale.fill_(8.0)
+        if transcoder.config.skip_connection:
+            transcoder.W_skip.normal_()
+        if transcoder.config.selection == "jumprelu":
+            transcoder.threshold.copy_(torch.linspace(-1, 2, D_SAE))
+        elif transcoder.config.selection == "relu":
+            transcoder.threshold.fill_(0.0)
+    return transcoder
+
+
+def assert_same_function(found, expected, x):
+    """Latents and outputs; what is of size 30 has five digits behind the point in float32."""
+    with torch.no_grad():
+        torch.testing.assert_close(dense(found, x), dense(expected, x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found(x).reconstruction, expected(x).reconstruction, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("skip_connection", [False, True])
+@pytest.mark.parametrize("k", [1, 3, K])
+def test_sparsify_runs_our_transcoders_at_the_chosen_budget(sparsify, x, tmp_path, k, skip_connection):
+    transcoder, folder = make_transcoder(skip_connection=skip_connection), tmp_path / "layers.3.mlp"
+    before = {name: tensor.clone() for name, tensor in transcoder.state_dict().items()}
+    expected = transcoder(x, k=k)
+
+    save_sparsify(transcoder, folder, k)
+    theirs, ours = sparsify.SparseCoder.load_from_disk(folder), load_sparsify(folder)
+
+    assert (theirs.cfg.transcode, theirs.cfg.skip_connection, theirs.cfg.k) == (True, skip_connection, k)
+    with torch.no_grad():
+        found = theirs(x)
+        torch.testing.assert_close(found.sae_out, expected.reconstruction, atol=1e-4, rtol=1e-5)
+        latents = torch.zeros(50, D_SAE).scatter(1, found.latent_indices, found.latent_acts)
+        close(latents, torch.zeros(50, D_SAE).scatter(1, expected.top_indices, expected.top_values.detach()))
+        torch.testing.assert_close(ours(x).reconstruction, expected.reconstruction, atol=1e-4, rtol=1e-5)
+    assert (ours.config.layer, ours.config.hook_point, ours.config.target_hook_point) == (3, "mlp.input", "mlp")
+    assert (ours.config.k, ours.config.skip_connection) == (k, skip_connection)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in transcoder.state_dict().items())
+
+
+@pytest.mark.parametrize("skip_connection", [False, True])
+@pytest.mark.parametrize(
+    "name, place",
+    [
+        ("layers.7.mlp", (7, "mlp.input", "mlp")),
+        ("gpt_neox.layers.7.attention", (7, "attention.input", "attention")),
+        ("transformer.h.7", (7, "input", "output")),
+    ],
+)
+def test_ours_loads_a_transcoder_of_sparsify_and_gives_it_back(sparsify, x, tmp_path, name, place, skip_connection):
+    config = sparsify.SparseCoderConfig(k=K, num_latents=D_SAE, transcode=True, skip_connection=skip_connection)
+    theirs = sparsify.SparseCoder(D_IN, config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.5)
+    theirs.save_to_disk(tmp_path / name)
+
+    ours = load_sparsify(tmp_path / name)
+    save_sparsify(ours, tmp_path / "again" / name)
+
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x).reconstruction, theirs(x).sae_out, atol=1e-4, rtol=1e-5)
+    assert (ours.config.layer, ours.config.hook_point, ours.config.target_hook_point) == place
+    again = load_file(tmp_path / "again" / name / "sae.safetensors")
+    assert all(torch.equal(tensor, again[key]) for key, tensor in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("skip_connection", [False, True])
+@pytest.mark.parametrize("selection", ["relu", "jumprelu", "batch_topk"])
+def test_saelens_runs_our_transcoders(saelens, x, tmp_path, selection, skip_connection):
+    sizes = {"budgets": [K]} if selection == "batch_topk" else FOR_USE
+    options = {**sizes, "selection": selection, "skip_connection": skip_connection, "d_out": D_OUT}
+    transcoder = make_transcoder(**options)
+
+    save_saelens(transcoder, tmp_path)
+    theirs, ours = saelens.SAE.load_from_disk(tmp_path), load_saelens(tmp_path)
+
+    kind = ("" if selection == "relu" else "JumpReLU") + ("Skip" if skip_connection else "") + "Transcoder"
+    assert type(theirs) is getattr(saelens.saes.transcoder, kind)
+    latents = dense(transcoder, x)
+    assert 0 < (latents > 0).sum(dim=1).float().mean() < D_SAE
+    with torch.no_grad():
+        close(theirs.encode(x), latents)
+        torch.testing.assert_close(theirs(x), transcoder(x).reconstruction, atol=1e-4, rtol=1e-5)
+    assert_same_function(ours, transcoder, x)
+    names = theirs.cfg.metadata.hook_name, theirs.cfg.metadata.hook_name_out
+    assert names == ("blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out")
+    for name in ("selection", "k", "d_out", "layer", "hook_point", "target_hook_point", "model_name"):
+        assert getattr(ours.config, name) == getattr(transcoder.config, name)
+
+
+@pytest.mark.parametrize("architecture", interop.TRANSCODERS)
+def test_ours_loads_each_transcoder_of_saelens_and_gives_it_back(saelens, x, tmp_path, architecture):
+    kind, settings = saelens.registry.SAE_CLASS_REGISTRY[architecture]
+    metadata = saelens.saes.sae.SAEMetadata(
+        hook_name="blocks.2.ln2.hook_normalized", hook_name_out="blocks.2.hook_mlp_out", model_name="gpt2"
+    )
+    theirs = kind(settings(d_in=D_IN, d_sae=D_SAE, d_out=D_OUT, apply_b_dec_to_input=False, metadata=metadata))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.5)
+    theirs.save_model(tmp_path / "theirs")
+
+    ours = load_saelens(tmp_path / "theirs")
+    save_saelens(ours, tmp_path / "again")
+    back = saelens.SAE.load_from_disk(tmp_path / "again")
+
+    assert type(back) is kind and not ours.training
+    with torch.no_grad():
+        close(dense(ours, x), theirs.encode(x))
+        torch.testing.assert_close(ours(x).reconstruction, theirs(x), atol=1e-4, rtol=1e-5)
+    assert all(torch.equal(tensor, back.state_dict()[name]) for name, tensor in theirs.state_dict().items())
+    assert (ours.config.layer, ours.config.hook_point, ours.config.target_hook_point) == (
+        2,
+        "blocks.2.ln2.hook_normalized",
+        "mlp.output",
+    )
+    assert back.cfg.metadata.hook_name == metadata.hook_name
+    assert back.cfg.metadata.hook_name_out == metadata.hook_name_out
+
+
+@pytest.mark.parametrize(
+    "names, place",
+    [
+        (("blocks.3.hook_resid_mid", "blocks.3.hook_mlp_out"), (3, "middle", "mlp.output")),
+        (("layers.3.norm", "layers.3.mlp"), (3, "norm", "mlp")),
+        (
+            ("blocks.3.hook_resid_pre", "blocks.4.hook_mlp_out"),
+            (None, "blocks.3.hook_resid_pre", "blocks.4.hook_mlp_out"),
+        ),
+        (
+            ("vision.layers.3.norm", "vision.layers.3.mlp"),
+            (None, "vision.layers.3.norm", "vision.layers.3.mlp"),
+        ),
+        (("embed", "lm_head"), (None, "embed", "lm_head")),
+    ],
+)
+def test_both_places_of_a_transcoder_survive_the_way_through_saelens(tmp_path, names, place):
+    save_saelens(make_transcoder(**FOR_USE), tmp_path)
+    metadata = {"sae_lens_version": "6.54.0", "hook_name": names[0], "hook_name_out": names[1]}
+    edit(tmp_path, metadata=metadata)
+
+    config = load_saelens(tmp_path).config
+    save_saelens(load_saelens(tmp_path), tmp_path / "again")
+
+    assert (config.layer, config.hook_point, config.target_hook_point) == place
+    again = json.loads((tmp_path / "again" / "cfg.json").read_text())["metadata"]
+    assert (again["hook_name"], again["hook_name_out"]) == names
+
+
+def test_gemma_scope_transcoders_are_read_from_their_own_format(saelens, x, hub, tmp_path):
+    from huggingface_hub import HfApi
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    name, folder = "tester/gemma-scope-2b-pt-transcoders", "layer_5/width_16k/average_l0_30"
+    arrays = {key: torch.from_numpy(value) for key, value in gemma_scope(tmp_path / folder).items()}
+    HfApi().create_repo(name, exist_ok=True)
+    HfApi().upload_folder(repo_id=name, folder_path=tmp_path)
+    sizes = {"d_in": D_IN, "d_out": D_IN, "d_sae": D_SAE}
+    settings, weights, _ = loaders.gemma_2_transcoder_huggingface_loader(name, folder, cfg_overrides=sizes)
+    theirs = saelens.JumpReLUTranscoder(
+        saelens.JumpReLUTranscoderConfig.from_dict(loaders.handle_config_defaulting(settings))
+    )
+    theirs.load_state_dict(weights)
+
+    ours = load_gemma_scope(name, folder)
+    save_saelens(ours, tmp_path / "saelens")
+
+    pre = x @ arrays["W_enc"] + arrays["b_enc"]
+    latents = pre.relu() * (pre > arrays["threshold"])
+    assert 2 < (latents > 0).sum(dim=1).float().mean() < D_SAE / 2
+    with torch.no_grad():
+        close(dense(ours, x), latents)
+        torch.testing.assert_close(ours(x).reconstruction, latents @ arrays["W_dec"] + arrays["b_dec"])
+        torch.testing.assert_close(ours(x).reconstruction, theirs(x))
+    back = saelens.SAE.load_from_disk(tmp_path / "saelens")
+    assert all(torch.equal(tensor, back.state_dict()[key]) for key, tensor in theirs.state_dict().items())
+    assert ours.config.model_name == "google/gemma-2-2b" and ours.config.is_transcoder
+    assert back.cfg.metadata.hook_name == settings["hook_name"] == "blocks.5.ln2.hook_normalized"
+    assert back.cfg.metadata.hook_name_out == settings["hook_name_out"] == "blocks.5.hook_mlp_out"
+
+
+def test_gemma_scope_transcoders_stand_in_for_an_mlp_once_the_weights_of_the_norm_are_divided_out(tmp_path):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    sizes = {"hidden_size": D_IN, "intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": 50}
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads)).eval()
+    norm = model.model.layers[1].pre_feedforward_layernorm
+    torch.nn.init.normal_(norm.weight, std=0.3)
+    folder = tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_1"
+    gemma_scope(folder)
+    ids, taken = torch.randint(50, (2, 7)), []
+    norm.register_forward_pre_hook(lambda module, args: taken.append(args[0]))
+    transcoder = load_gemma_scope(folder)
+    message = "hook_point must be one of .* got 'blocks.1.ln2.hook_normalized'"
+    with pytest.raises(ValueError, match=message), splice(model, transcoder):
+        pass
+
+    with torch.no_grad():
+        transcoder.encoder_weight.data /= 1 + norm.weight
+        transcoder.config.hook_point = "mlp.input"
+        found = []
+        site = find_site(model, 1, "mlp.output")
+        with splice(model, transcoder), site_hook(site, found.append):
+            model(ids)
+        original = load_gemma_scope(folder)
+        normed = taken[-1] / (taken[-1].pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
+
+        torch.testing.assert_close(found[-1], original(normed).reconstruction, atol=1e-4, rtol=1e-5)
+    assert (original.encode(normed)[1] > 0).any()
+
+
+def test_a_transcoder_of_the_k_strongest_is_none_of_saelens(tmp_path):
+    with pytest.raises(
+        ValueError, match="SAELens has no transcoder that selects the k strongest latents: use save_sparsify"
+    ):
+        save_saelens(make_transcoder(), tmp_path / "set")
+
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize(
+    "options, name, message",
+    [
+        ({"hook_point": "middle"}, "layers.3.mlp", r"got one from middle \(12\) to mlp.output \(12\)"),
+        ({"hook_point": "attention.input"}, "layers.3.mlp", "sparsify's transcoders go from what a layer"),
+        ({"d_out": D_OUT}, "layers.3.mlp", r"of one size, got one from mlp.input \(12\) to mlp.output \(9\)"),
+        ({"hook_point": "norm", "target_hook_point": "router"}, "layers.3.router", "got one from norm"),
+        ({}, "layers.3", "which is blocks.3.hook_mlp_out, got layers.3: give the folder that name"),
+        (FOR_USE, "layers.3.mlp", "this transcoder selects by a threshold"),
+    ],
+)
+def test_a_transcoder_that_sparsify_cannot_hold_is_refused(tmp_path, options, name, message):
+    with pytest.raises(ValueError, match=message):
+        save_sparsify(make_transcoder(**options), tmp_path / name)
+
+    assert not (tmp_path / name).exists()
+
+
+SKIP = {"W_skip": torch.zeros(D_IN, D_IN)}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"weights": SKIP}, r"the weights must have the keys .* got the unknown \['W_skip'\]"),
+        ({"skip_connection": True}, r"the weights must have the keys .* got none for \['W_skip'\]"),
+        ({"skip_connection": None}, "skip_connection in cfg.json must be true or false, got None"),
+        (
+            {"skip_connection": True, "weights": {"W_skip": torch.zeros(D_IN, 1)}},
+            r"W_skip must have shape \(12, 12\), got \(12, 1\)",
+        ),
+        ({"transcode": False, "skip_connection": True}, "got skip_connection=True"),
+    ],
+)
+def test_what_a_transcoder_of_sparsify_cannot_hold_is_refused(tmp_path, changes, message):
+    save_sparsify(make_transcoder(), tmp_path / "layers.3.mlp")
+    edit(tmp_path / "layers.3.mlp", **changes)
+
+    with pytest.raises(ValueError, match=message):
+        load_sparsify(tmp_path / "layers.3.mlp")
+
+
+PLACES = {"sae_lens_version": "6.54.0", "hook_name": "blocks.3.mlp.hook_in"}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"weights": SKIP}, r"the weights must have the keys .* got the unknown \['W_skip'\]"),
+        ({"architecture": "jumprelu_skip_transcoder"}, r"the weights must have .* got none for \['W_skip'\]"),
+        ({"architecture": "transcoder"}, r"the weights must have .* got the unknown \['threshold'\]"),
+        ({"architecture": "jumprelu"}, r"cfg.json must have the keys .* got the unknown \['d_out'\]"),
+        ({"drop": ["d_out"]}, r"cfg.json must have the keys .* got none for \['d_out'\]"),
+        ({"d_out": 1.5}, "d_out in cfg.json must be an integer, got 1.5"),
+        ({"d_out": 9}, r"W_dec must have shape \(40, 9\), got \(40, 12\)"),
+        ({"foo": 1}, r"cfg.json must have the keys .* got the unknown \['foo'\]"),
+        ({"apply_b_dec_to_input": True}, "a transcoder with apply_b_dec_to_input=False, got True"),
+        ({"reshape_activations": "hook_z"}, "reshape_activations='none', got 'hook_z'"),
+        ({"metadata": PLACES}, "metadata.hook_name_out in cfg.json must be the name of a place, got None"),
+        (
+            {"metadata": {**PLACES, "hook_name_out": "blocks.3.mlp.hook_in"}},
+            "does not describe an autoencoder: a transcoder computes another site than it reads",
+        ),
+    ],
+)
+def test_what_a_transcoder_of_saelens_cannot_hold_is_refused(tmp_path, changes, message):
+    save_saelens(make_transcoder(**FOR_USE), tmp_path)
+    edit(tmp_path, **changes)
+
+    with pytest.raises(ValueError, match=message):
+        load_saelens(tmp_path)
 
 
 @pytest.mark.slow
