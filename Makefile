@@ -13,7 +13,7 @@ export GOMP_SPINCOUNT := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help gpu gpu-tests gpu-rebased gpu-sae gpu-steer gpu-train demo demo-steer demo-sae demo-rebased model browser test test-lowest test-serving test-peft quality style bench clean
+.PHONY: help gpu gpu-tests gpu-rebased gpu-sae gpu-steer gpu-train demo demo-steer demo-sae demo-rebased model browser test test-lowest test-serving test-circuits test-peft quality style bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -77,6 +77,19 @@ $(OUT)/steer/adapter/adapter_config.json: | model
 test-serving: $(VENV_VLLM)/.installed $(VENV_LLAMA_CPP)/.installed $(OUT)/steer/adapter/adapter_config.json  ## Run vLLM and llama.cpp on this CPU and compare them with the steered model
 	$(VENV_VLLM)/bin/python -m pytest -q --durations 5 $(SERVING)
 	$(VENV_LLAMA_CPP)/bin/python -m pytest -q --durations 5 $(SERVING)
+
+CIRCUITS := tests/hf_hierarchical_sae/circuits
+VENV_CIRCUITS ?= .venv-circuits
+
+$(VENV_CIRCUITS)/.installed: $(CIRCUITS)/requirements.txt
+	$(PYTHON) -m venv $(VENV_CIRCUITS)
+	$(VENV_CIRCUITS)/bin/python -m pip install -q -r $<
+	touch $@
+
+# Transcoders are trained in the development environment; circuit-tracer, in its own, reads their files.
+test-circuits: $(VENV_CIRCUITS)/.installed $(VENV)/.installed-dev model  ## Train transcoders of every layer and draw attribution graphs of them with circuit-tracer (ten minutes)
+	$(BIN)/python -m tests.hf_hierarchical_sae.circuits.train_transcoders $(MODEL) $(OUT)/circuits
+	$(VENV_CIRCUITS)/bin/python -m pytest -q -s --durations 5 --confcutdir $(CIRCUITS) $(CIRCUITS)
 
 VENV_LOWEST ?= .venv-lowest
 

@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel
 
 from .activation_shards import ActivationShards, save_shards
 from .activations import ActivationDataset, ActivationSettings, ActivationStream, iterate_activations
+from .circuits import export_circuit_tracer
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
 from .dashboard import write_dashboard
 from .evaluation import (
@@ -49,6 +50,7 @@ __all__ = [
     "evaluate_in_model",
     "explain_latents",
     "explained_variance",
+    "export_circuit_tracer",
     "fuzzing_scores",
     "hierarchical_topk_loss",
     "iterate_activations",

@@ -29,6 +29,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from .activation_shards import ActivationShards, save_shards
 from .activations import ActivationDataset, iterate_activations
+from .circuits import export_circuit_tracer
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
 from .dashboard import write_dashboard
 from .evaluation import evaluate_budgets, evaluate_in_model, plot_evaluations
@@ -71,6 +72,8 @@ examples:
   hierarchical-sae convert sae sae_lens/32 --to saelens --k 32
   hierarchical-sae convert EleutherAI/sae-pythia-410m-65k sae --from sparsify --subfolder layers.12
   hierarchical-sae convert google/gemma-scope-2b-pt-res sae --from gemma_scope --subfolder layer_20/width_16k/average_l0_71
+  # transcoders of all layers for circuit-tracer, with one budget
+  hierarchical-sae circuits transcoders/* --output circuits_k32 --k 32
 """
 
 # Tokens that typical activations and the starting point of training are measured on.
@@ -304,6 +307,11 @@ def convert(args: argparse.Namespace) -> None:
         print(f"uploaded: {upload_folder(repo_id=repo_id, folder_path=args.output)}")
 
 
+def circuits(args: argparse.Namespace) -> None:
+    export_circuit_tracer(args.transcoders, args.output, args.k)
+    print(f"{args.output}: {len(args.transcoders)} layers for circuit-tracer")
+
+
 def load_language_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """The language model that `--model` names, in evaluation mode and on the GPU if there is one, and its tokenizer."""
     with expecting(f"a language model with its tokenizer in {args.model}"):
@@ -372,7 +380,9 @@ def trained_layer(args: argparse.Namespace, sae: HierarchicalSaeModel) -> int | 
 def _parser() -> argparse.ArgumentParser:
     form: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXAMPLES}
     parser = argparse.ArgumentParser(prog="hierarchical-sae", description=__doc__, **form)
-    commands = parser.add_subparsers(required=True, metavar="harvest | train | evaluate | dashboard | convert")
+    commands = parser.add_subparsers(
+        required=True, metavar="harvest | train | evaluate | dashboard | convert | circuits"
+    )
 
     def command(function: FunctionType, summary: str) -> argparse.ArgumentParser:
         subparser = commands.add_parser(function.__name__, help=summary, description=summary, **form)
@@ -386,6 +396,7 @@ def _parser() -> argparse.ArgumentParser:
     _evaluate_options(command(evaluate, "quality at each budget; with --model, inside the language model as well"))
     _dashboard_options(command(dashboard, "one self-contained HTML page of the latents, with a slider for the budget"))
     _convert_options(command(convert, "from and to the formats of SAELens and sparsify"))
+    _circuits_options(command(circuits, "transcoders of all layers as one set for circuit-tracer"))
     return parser
 
 
@@ -538,6 +549,12 @@ def _convert_options(part: argparse.ArgumentParser) -> None:
     _option(part, "subfolder", default="", help="where in the source it is")
     _option(part, "k", type=_integer(1), help="budget that saelens or sparsify get (default: the trained one)")
     _option(part, "push_to_hub", metavar="REPO_ID", help="upload the result to this repository")
+
+
+def _circuits_options(part: argparse.ArgumentParser) -> None:
+    part.add_argument("transcoders", nargs="+", help="folders or Hub ids of one transcoder of each layer")
+    _option(part, "output", required=True, help="folder to write")
+    _option(part, "k", type=_integer(1), help="latents per token (default: the trained number)")
 
 
 def _integer(least: int | None = None, most: int | None = None) -> Callable[[str], int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import HfApi
 
 from hf_hierarchical_sae.cli import main
@@ -89,15 +90,22 @@ def test_the_commands_lead_from_nothing_to_a_dashboard_and_a_transcoder(
     install, *commands = [
         line for block in re.findall(r"```bash\n(.*?)```", GUIDE, flags=re.DOTALL) for line in block.splitlines()
     ]
-    small = {"harvest": "--tokens 3000", "train": "--d_sae 64 --k 8 --steps 30 --batch_size 64"}
+    small = {"harvest": "--tokens 3000", "train": "--d_sae 64 --k 32 --steps 30 --batch_size 64", "circuits": ""}
 
     for command in commands:
-        program, part, *arguments = shlex.split(command.replace("--layer 15", "--layer 1"))
-        assert program == "hierarchical-sae"
-        main([part, *arguments, *shlex.split(small.get(part, "--tokens 1000"))])
+        # As a shell does with the two layers that the model here has.
+        loop = re.fullmatch(r"for layer in \{0\.\.29\}; do (.*); done", command)
+        for line in [loop[1].replace("$layer", layer) for layer in "01"] if loop else [command]:
+            line = line.replace("--layer 15", "--layer 1").replace("{0..29}", "0 1")
+            program, part, *arguments = shlex.split(line.replace("transcoders/*", "transcoders/0 transcoders/1"))
+            assert program == "hierarchical-sae"
+            main([part, *arguments, *shlex.split(small.get(part, "--tokens 1000"))])
 
-    assert install.startswith("pip install") and len(commands) == 8
+    assert install.startswith("pip install") and len(commands) == 12
     assert json.loads((tmp_path / "chats" / "harvest.json").read_text())["skip_special_tokens"]
+    for k in (8, 32):
+        settings = yaml.safe_load((tmp_path / f"circuits_k{k}" / "config.yaml").read_text())
+        assert settings["k"] == k and (tmp_path / f"circuits_k{k}" / "layer_1.safetensors").exists()
     assert (tmp_path / "sae.html").stat().st_size > 10_000 and (tmp_path / "quality.png").exists()
     assert capsys.readouterr().out.count("recovered") == 2
     assert json.loads((tmp_path / "transcoder" / "config.json").read_text())["target_hook_point"] == "mlp.output"
