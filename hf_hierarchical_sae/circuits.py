@@ -1,12 +1,12 @@
 """Transcoder sets for circuit-tracer, which draws how latents of all layers lead to a prediction."""
 
+import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import save_file
 
 from .configuration_hierarchical_sae import HierarchicalSaeConfig, place_name
@@ -47,7 +47,8 @@ def export_circuit_tracer(folders: Iterable[str | Path], output: str | Path, k: 
     with whole_folder(output) as unfinished:
         for folder, config in zip(folders, configs):
             save_file(_tensors(folder, settings), unfinished / f"layer_{config.layer}.safetensors")
-        (unfinished / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in settings.items()]
+        (unfinished / "config.yaml").write_text("".join(lines), encoding="utf-8")
     # Those of an older and deeper set would be taken for layers of this one.
     for path in Path(output).glob("layer_*.safetensors"):
         if path.stem not in {f"layer_{config.layer}" for config in configs}:
