@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -80,6 +81,7 @@ class ActivationSettings:
         if not isinstance(self.text_column, str):
             raise ValueError(f"text_column must be the name of a column, got {self.text_column!r}")
         tokens = [] if self.skip_tokens is None else self.skip_tokens
+        tokens = tokens.tolist() if isinstance(tokens, torch.Tensor | numpy.ndarray) else tokens
         if (
             not isinstance(self.skip_special_tokens, bool)
             or isinstance(tokens, str)

@@ -263,6 +263,8 @@ READ = {
     "shuffle_tokens": 0,
     "seed": 0,
     "skip_first_position": True,
+    "skip_special_tokens": False,
+    "skip_tokens": [1],
     "max_norm_ratio": 5.0,
     "show_progress": False,
 }
@@ -275,6 +277,7 @@ def test_settings_of_reading_that_are_taken_are_plain(values):
     if taken is not REFUSED:
         for name in ("context_length", "batch_tokens", "shuffle_tokens", "seed"):
             assert type(getattr(taken, name)) is int and getattr(taken, name) == values[name]
+        assert taken.skip_tokens is None or type(taken.skip_tokens) is list
 
 
 EDIT = {"layer": 1, "k": 2, "max_norm": 3.0, "keep_error": False}
