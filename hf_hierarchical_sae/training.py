@@ -1,5 +1,6 @@
 """Training with stock `Trainer`: the settings that suit an autoencoder, going on after a stop, and what comes at the end."""
 
+import fnmatch
 import json
 import math
 import re
@@ -227,7 +228,10 @@ def _is_whole(checkpoint: Path) -> bool:
                 pass
     except (OSError, ValueError, LookupError, TypeError, SafetensorError):
         return False
-    has_parts = all(any(checkpoint.glob(part)) for part in ("*model[._-]*", "optimizer*", "scheduler*", "rng_state*"))
+    # The model's code lies there as well.
+    names = [path.name for path in checkpoint.iterdir() if path.suffix != ".py"]
+    parts = ("*model[._-]*", "optimizer*", "scheduler*", "rng_state*")
+    has_parts = all(fnmatch.filter(names, part) for part in parts)
     return has_parts and all(
         zipfile.is_zipfile(path) for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth")
     )
