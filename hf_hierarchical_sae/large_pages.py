@@ -1,15 +1,61 @@
-"""Memory that the operating system hands out in large pages."""
+"""Memory in large pages that a training step finds again in the next one."""
+
+import math
+import weakref
+from collections import defaultdict, deque
+from typing import Any
 
 import numpy
 import torch
 
 
+# Smaller ones are left to the allocator, which neither maps them afresh nor asks for huge pages.
+LEAST_BYTES = 2**22
+
+# What is lent to nobody, by its size in bytes.
+_idle: defaultdict[int, deque] = defaultdict(deque)
+# For whom it is kept.
+_users: weakref.WeakSet = weakref.WeakSet()
+
+
+def keep_pages_for(user: Any) -> None:
+    """From now on, memory of [`empty_in_large_pages`] that nothing refers to is used again, until `user` is gone."""
+    if user not in _users:
+        # The latest is called first, so the set has forgotten the user by then.
+        weakref.finalize(user, _drop_unless_used).atexit = False
+        _users.add(user)
+
+
 def empty_in_large_pages(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """
     `torch.empty`, on CPU in memory of numpy's: it asks Linux for huge pages, torch does not, and a training step that
-    gets small ones spends more of its time on page faults.
+    gets small ones spends more of its time on page faults. While a model is there, see [`keep_pages_for`], the memory
+    comes back for another tensor once nothing holds this one's storage, be it a view, a gradient or an array.
     """
     kind = {torch.float32: numpy.float32, torch.float64: numpy.float64}.get(dtype)
     if kind is None or device.type != "cpu" or torch.compiler.is_compiling():
         return torch.empty(shape, dtype=dtype, device=device)
-    return torch.from_numpy(numpy.empty(shape, kind))
+    size = math.prod(shape) * dtype.itemsize
+    if size < LEAST_BYTES or not _users:
+        return torch.from_numpy(numpy.empty(shape, kind))
+    # Batches of other lengths find it as well; what is not touched takes no memory.
+    capacity = 1 << (size - 1).bit_length()
+    try:
+        # One call, so that of two threads only one gets it.
+        memory = _idle[capacity].pop()
+    except IndexError:
+        memory = numpy.empty(capacity, numpy.uint8)
+    lent = memory[:size].view(kind).reshape(shape)
+    # The tensor's storage is all that refers to this array: views of it, in torch and numpy, refer to the storage.
+    weakref.finalize(lent, _take_back, memory).atexit = False
+    return torch.from_numpy(lent)
+
+
+def _take_back(memory: numpy.ndarray) -> None:
+    if _users:
+        _idle[memory.size].append(memory)
+
+
+def _drop_unless_used() -> None:
+    if not _users:
+        _idle.clear()

@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
 from .hierarchical_topk import choose_form, normalized_weights
+from .large_pages import keep_pages_for
 from .model_card_hierarchical_sae import sae_card
 from .sparse_latents import (
     SparseEncoder,
@@ -35,6 +36,8 @@ from .whole_files import whole_folder
 RIDGE = 0.01
 # How many are held at a time outside training: in float32 64 MiB, less than a training batch of a large dictionary needs.
 PRE_ACTIVATIONS = 2**24
+# In training on CPU: fewer at a time would make the encoder's product slower, all of a large batch would take memory.
+TRAINING_TOKENS = 1024
 
 
 @dataclass
@@ -113,6 +116,7 @@ class HierarchicalSaeModel(PreTrainedModel):
             self.register_buffer("target_scale", torch.ones(()))
             self.register_buffer("median_target_norm", torch.zeros(()))
         self._training_sums: torch.Tensor | None = None
+        keep_pages_for(self)
         self.add_model_tags(["sparse-autoencoder", "hf_hierarchical_sae"])
         self.post_init()
 
@@ -522,15 +526,21 @@ class HierarchicalSaeModel(PreTrainedModel):
 
     @torch.no_grad()
     def _select(self, scaled: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pre-activations and indices of the latents to keep; outside training, of some inputs at a time."""
-        chunk_size = self.config.encoder_chunk_size or self.config.d_sae
-        tokens = len(scaled) if self.training else PRE_ACTIVATIONS // chunk_size
-        parts = [self._select_part(part, k) for part in scaled.split(max(1, tokens))]
+        """Pre-activations and indices of the latents to keep, of some inputs at a time."""
+        parts = [self._select_part(part, k) for part in scaled.split(max(1, self._tokens_at_a_time(scaled)))]
         width = max(values.shape[1] for values, _ in parts)
         values, indices = (torch.cat([F.pad(p, (0, width - p.shape[1])) for p in part]) for part in zip(*parts))
         if not self.config.has_budgets and not self.training:
             indices = distinct_latents(indices, values)
         return values, indices
+
+    def _tokens_at_a_time(self, scaled: torch.Tensor) -> int:
+        tokens = PRE_ACTIVATIONS // (self.config.encoder_chunk_size or self.config.d_sae)
+        if not self.training:
+            return tokens
+        # A batch_topk SAE selects among the whole batch.
+        is_whole = self.config.selection == "batch_topk" or scaled.device.type != "cpu"
+        return len(scaled) if is_whole else max(TRAINING_TOKENS, tokens)
 
     def _select_part(self, scaled: torch.Tensor, k: int) -> Sequence[torch.Tensor]:
         if self.config.selection == "topk":
