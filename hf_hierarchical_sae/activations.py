@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from .configuration_hierarchical_sae import integer, is_integer, positive_number
 from .language_model import check_length, check_vocabulary, layer_indices, vocabulary_size
+from .large_pages import keep_freed_memory
 from .modeling_hierarchical_sae import HierarchicalSaeModel, check_finite
 from .sites import HOOK_POINTS, check_fits, find_site, read_sites, target_site
 from .texts import check_dataset, content_of, skipped_ids, token_contexts
@@ -199,6 +200,7 @@ class ActivationStream(Iterator[Any]):
         target_hook_point: str | None = None,
         settings: ActivationSettings,
     ):
+        keep_freed_memory()
         check_dataset(dataset)
         check_length(model, "context_length", settings.context_length)
         self.model, self.tokenizer, self.dataset, self.settings = model, tokenizer, dataset, settings

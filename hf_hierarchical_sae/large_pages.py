@@ -12,6 +12,9 @@ import torch
 # Smaller ones are left to the allocator, which neither maps them afresh nor asks for huge pages.
 LEAST_BYTES = 2**22
 
+# Just below the most that glibc goes by, 32 MiB.
+FREED_BYTES = 2**25 - 2**16
+
 # What is lent to nobody, by its size in bytes.
 _idle: defaultdict[int, deque] = defaultdict(deque)
 # For whom it is kept.
@@ -20,10 +23,19 @@ _users: weakref.WeakSet = weakref.WeakSet()
 
 def keep_pages_for(user: Any) -> None:
     """From now on, memory of [`empty_in_large_pages`] that nothing refers to is used again, until `user` is gone."""
+    keep_freed_memory()
     if user not in _users:
         # The latest is called first, so the set has forgotten the user by then.
         weakref.finalize(user, _drop_unless_used).atexit = False
         _users.add(user)
+
+
+def keep_freed_memory() -> None:
+    """
+    Have glibc keep what a forward pass frees for the next one, where it would hand large blocks back to the system: once
+    one of this size was freed, it keeps blocks of any smaller size (`M_MMAP_THRESHOLD` in mallopt(3)).
+    """
+    torch.empty(FREED_BYTES, dtype=torch.uint8)
 
 
 def empty_in_large_pages(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

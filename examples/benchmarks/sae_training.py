@@ -1,12 +1,13 @@
 # /// script
 # dependencies = ["hf_hierarchical_sae[cpu]", "sae-lens==6.54.0", "dictionary-learning==0.1.0", "eai-sparsify==1.3.3"]
 # ///
-"""Time and memory of the loss and of a whole training step on CPU, beside other libraries, one thread.
+"""Time, page faults and memory of the loss and of a whole training step on CPU, beside other libraries, one thread.
 
-    accelerate launch --cpu examples/benchmarks/sae_training.py --output_dir outputs/sae_benchmark
+    python examples/benchmarks/sae_training.py --output_dir outputs/sae_benchmark
 
-Contestants take turns within each round; a number is the median CPU time over rounds. Memory is the growth of the
-peak resident set of a fresh process in which only that contestant runs. A library that is not installed is left out.
+Each contestant has a process of its own, in which nothing else runs. They warm up, and then take turns, one at a time: a
+number is the median over rounds, of CPU time and of pages that had to be mapped. Memory is the growth of the peak
+resident set of that process. A library that is not installed is left out.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import importlib.util
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,8 +28,14 @@ from hf_hierarchical_sae.hierarchical_topk import hierarchical_topk_loss_referen
 from hf_hierarchical_sae.sparse_latents import topk_of_rows
 
 
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
+from turns import machine, medians_in_turns, take_turns
+
+
 SIZES = {"A": (512, 64, 16384, 576), "B": (2048, 32, 32768, 576)}
 LEARNING_RATE = 1e-3
+OURS = "ours, HierarchicalTopK (all budgets)"
+OUR_LOSS = "HierarchicalTopK, compiled (numba)"
 
 
 def parse_arguments():
@@ -37,9 +43,10 @@ def parse_arguments():
     parser.add_argument("--sizes", nargs="+", default=["A", "B"], help="A, B, or batch,k,d_sae,d_in (default: A B)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that the medians are taken over (default: 5)")
     parser.add_argument("--compile", action="store_true", help="also torch.compile the reference (minutes)")
-    parser.add_argument("--hardware", default="not stated", help="what the machine is, for the head of the tables")
     parser.add_argument("--output_dir", default="outputs/sae_benchmark", help="where the tables are written")
-    parser.add_argument("--measure_memory", help="used by the script itself: run this one contestant once")
+    parser.add_argument(
+        "--contestant", help="used by the script itself: take turns as this one, loss:NAME or step:NAME"
+    )
     return parser.parse_args()
 
 
@@ -70,7 +77,7 @@ def loss_contestants(batch, k, d_sae, d_in, with_compile):
         return F.mse_loss(latents @ W_dec + b_dec, target)
 
     contestants = {
-        "HierarchicalTopK, compiled (numba)": run(hierarchical_topk_loss, backend="numba"),
+        OUR_LOSS: run(hierarchical_topk_loss, backend="numba"),
         "HierarchicalTopK, torch": run(hierarchical_topk_loss, backend="torch"),
         "HierarchicalTopK, reference": run(hierarchical_topk_loss_reference),
         "plain TopK, embedding_bag": run(embedding_bag),
@@ -82,14 +89,15 @@ def loss_contestants(batch, k, d_sae, d_in, with_compile):
     return contestants
 
 
-def our_step(batch, k, d_sae, d_in, x, budgets):
-    sae = HierarchicalSaeModel(HierarchicalSaeConfig(d_in=d_in, d_sae=d_sae, k=k, budgets=budgets)).train()
-    sae.initialize_from_activations(x)
+def our_step(batch, k, d_sae, d_in, x, budgets=None, targets=None):
+    sites = {} if targets is None else {"hook_point": "mlp.input", "target_hook_point": "mlp.output"}
+    sae = HierarchicalSaeModel(HierarchicalSaeConfig(d_in=d_in, d_sae=d_sae, k=k, budgets=budgets, **sites)).train()
+    sae.initialize_from_activations(x, targets)
     # What stock Trainer does in a step: its default optimizer is the fused one.
     optimizer = torch.optim.AdamW(sae.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
     def step():
-        sae(x).loss.backward()
+        sae(x, targets=targets).loss.backward()
         torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -138,28 +146,28 @@ def sparsify_step(batch, k, d_sae, d_in, x):
     return step
 
 
-def step_contestants(batch, k, d_sae, d_in, only=None):
-    """Name → a call that runs one training step: encode, select, loss, backward, optimizer."""
-    x = torch.randn(batch, d_in) @ torch.randn(d_in, d_in) * d_in**-0.5
-    size = (batch, k, d_sae, d_in, x)
+def step_contestants():
+    """Name → what makes a call that runs one training step: encode, select, loss, backward, optimizer."""
     makers = {
-        "ours, HierarchicalTopK (all budgets)": lambda: our_step(*size, budgets=None),
-        "ours, plain TopK": lambda: our_step(*size, budgets=[k]),
+        OURS: our_step,
+        "ours, plain TopK": lambda *size: our_step(*size, budgets=[size[1]]),
+        "our transcoder (all budgets)": lambda *size: our_step(*size, targets=activations(*size[:4])),
     }
     peers = {
         "sae_lens": ("SAELens 6.54, TopK", sae_lens_step),
         "dictionary_learning": ("dictionary_learning 0.1, TopK", dictionary_learning_step),
         "sparsify": ("sparsify 1.3, TopK", sparsify_step),
     }
-    for module, (name, maker) in peers.items():
-        if importlib.util.find_spec(module):
-            makers[name] = lambda maker=maker: maker(*size)
-    return {name: maker() for name, maker in makers.items() if only in (None, name)}
+    return makers | {name: maker for module, (name, maker) in peers.items() if importlib.util.find_spec(module)}
+
+
+def activations(batch, k, d_sae, d_in):
+    return torch.randn(batch, d_in) @ torch.randn(d_in, d_in) * d_in**-0.5
 
 
 def stages(batch, k, d_sae, d_in, rounds):
     """Stage of our step → CPU milliseconds, floating point operations, and bytes that it cannot do without."""
-    x = torch.randn(batch, d_in) @ torch.randn(d_in, d_in) * d_in**-0.5
+    x = activations(batch, k, d_sae, d_in)
     sae = HierarchicalSaeModel(HierarchicalSaeConfig(d_in=d_in, d_sae=d_sae, k=k)).train()
     sae.initialize_from_activations(x)
     optimizer = torch.optim.AdamW(sae.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
@@ -205,40 +213,29 @@ def medians(contestants, rounds):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def peak_memory(kind, size, name):
-    """MiB by which a fresh process grows when it runs this contestant twice."""
-    command = [sys.executable, __file__, "--sizes", ",".join(map(str, size)), "--measure_memory", f"{kind}:{name}"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(done.stdout.splitlines()[-1])
+def contest(kind, names, size, rounds):
+    """Name → medians of the contestants, each in a process of its own."""
+    command = [sys.executable, __file__, "--sizes", ",".join(map(str, size)), "--contestant"]
+    return medians_in_turns({name: [*command, f"{kind}:{name}"] for name in names}, rounds)
 
 
-def measure_memory(kind, name, size):
-    def resident(line):
-        status = Path("/proc/self/status").read_text()
-        fields = dict(entry.split(":", 1) for entry in status.splitlines())
-        return int(fields[line].split()[0]) / 1024
-
+def take_part(kind, name, size):
     if kind == "loss":
-        call = loss_contestants(*size, with_compile="torch.compile" in name)[name]
         # Machine code is compiled at the first call: on a small problem, so that only the problem's own memory counts.
         loss_contestants(4, 2, 8, 16, with_compile=False).get(name, lambda: None)()
-        before = resident("VmRSS")
+        inputs = loss_contestants(*size, with_compile="torch.compile" in name)
+        take_turns(lambda: inputs[name], warm_up=2)
     else:
-        step_contestants(4, 2, 64, 16, only=name)[name]()
-        before = resident("VmRSS")
-        call = step_contestants(*size, only=name)[name]
-    # Importing has left a peak of its own: start a new one.
-    Path("/proc/self/clear_refs").write_text("5")
-    call()
-    call()
-    print(resident("VmHWM") - before)
+        make, x = step_contestants()[name], activations(4, 2, 64, 16)
+        make(4, 2, 64, 16, x)()
+        take_turns(lambda: make(*size, activations(*size)), warm_up=3)
 
 
-def table(title, times, memory, baseline):
-    lines = [f"| {title} | CPU ms | ratio | peak MiB |", "|---|---:|---:|---:|"]
-    for name, milliseconds in sorted(times.items(), key=lambda item: item[1]):
-        ratio = milliseconds / times[baseline]
-        lines.append(f"| {name} | {milliseconds:.0f} | {ratio:.2f} | {memory[name]:.0f} |")
+def table(title, measured, baseline):
+    lines = [f"| {title} | CPU ms | ratio | page faults | peak MiB |", "|---|---:|---:|---:|---:|"]
+    for name, row in sorted(measured.items(), key=lambda item: item[1]["cpu_ms"]):
+        ratio = row["cpu_ms"] / measured[baseline]["cpu_ms"]
+        lines.append(f"| {name} | {row['cpu_ms']:.0f} | {ratio:.2f} | {row['faults']:,.0f} | {row['peak_mib']:.0f} |")
     return "\n".join(lines)
 
 
@@ -261,31 +258,28 @@ def main():
     arguments = parse_arguments()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    if arguments.measure_memory:
-        kind, _, name = arguments.measure_memory.partition(":")
-        measure_memory(kind, name, size_of(arguments.sizes[0]))
+    if arguments.contestant:
+        kind, _, name = arguments.contestant.partition(":")
+        take_part(kind, name, size_of(arguments.sizes[0]))
         return
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    text, numbers = [f"Hardware: {arguments.hardware}. One thread, float32, torch {torch.__version__}."], {}
+    text, numbers = [f"Hardware: {machine()}. One thread, float32, torch {torch.__version__}."], {}
     for label in arguments.sizes:
         size = size_of(label)
-        losses = medians(loss_contestants(*size, arguments.compile), arguments.rounds)
-        steps = medians(step_contestants(*size), arguments.rounds)
-        memory = {name: peak_memory("loss", size, name) for name in losses}
-        memory |= {name: peak_memory("step", size, name) for name in steps}
-        ours = "ours, HierarchicalTopK (all budgets)"
+        losses = contest("loss", loss_contestants(4, 2, 8, 16, arguments.compile), size, arguments.rounds)
+        steps = contest("step", step_contestants(), size, arguments.rounds)
         shares = stages(*size, arguments.rounds)
         text += [
             f"### batch {size[0]}, k {size[1]}, d_sae {size[2]}, d_in {size[3]}",
-            table("loss, forward and backward", losses, memory, "HierarchicalTopK, compiled (numba)"),
-            table("whole training step", steps, memory, ours),
-            stage_table(shares, steps[ours]),
+            table("loss, forward and backward", losses, OUR_LOSS),
+            table("whole training step", steps, OURS),
+            stage_table(shares, steps[OURS]["cpu_ms"]),
         ]
-        numbers[label] = {"size": size, "losses": losses, "steps": steps, "memory": memory, "stages": shares}
+        numbers[label] = {"size": size, "losses": losses, "steps": steps, "stages": shares}
         print("\n\n".join(text[-4:]), flush=True)
     (output / "sae_training.md").write_text("\n\n".join(text) + "\n")
-    (output / "sae_training.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    (output / "sae_training.json").write_text(json.dumps({"machine": machine(), **numbers}, indent=2) + "\n")
     print(f"\nTables and numbers: {output}/sae_training.md, .json")
 
 

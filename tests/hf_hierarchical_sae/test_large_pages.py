@@ -1,6 +1,7 @@
 """Memory in large pages: a tensor like any other."""
 
-import weakref
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy
@@ -188,3 +189,24 @@ def test_a_batch_is_encoded_in_parts_with_the_gradients_of_the_whole(monkeypatch
 
     for tensors, expected_tensors in zip(found, expected):
         torch.testing.assert_close(tensors, expected_tensors)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is glibc's")
+def test_what_a_pass_frees_is_there_for_the_next():
+    program = """
+import resource, torch
+from hf_hierarchical_sae.large_pages import keep_freed_memory
+
+keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    parts = [torch.ones(2**21) for _ in range(4)]
+    del parts
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(), faults(), faults())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    first, *later = map(int, done.stdout.split())
+
+    # 32 MiB are 8,192 small pages.
+    assert first > 1000 and max(later) < 100

@@ -1,0 +1,64 @@
+"""The benchmark of training on CPU: contestants in processes of their own, which run one round at a time."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+
+SCRIPT = REPOSITORY / "examples" / "benchmarks" / "sae_training.py"
+SHARED = REPOSITORY / "examples" / "shared"
+
+
+def load_turns():
+    specification = importlib.util.spec_from_file_location("turns", SHARED / "turns.py")
+    turns = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(turns)
+    return turns
+
+
+def contestant(name: str, log) -> list[str]:
+    """A process that writes down its name at each call."""
+    program = f"""
+        import sys
+        sys.path.append({str(SHARED)!r})
+        from turns import take_turns
+
+        def call():
+            print("something else")
+            with open({str(log)!r}, "a") as file:
+                file.write({name!r})
+
+        take_turns(lambda: call, warm_up=2)
+    """
+    return [sys.executable, "-c", textwrap.dedent(program)]
+
+
+def test_contestants_warm_up_and_then_take_turns(tmp_path):
+    log = tmp_path / "log"
+    measured = load_turns().medians_in_turns({name: contestant(name, log) for name in "ab"}, rounds=3)
+
+    assert log.read_text() == "aabb" + "ab" * 3
+    assert set(measured) == {"a", "b"}
+    assert all(row["cpu_ms"] >= 0 and row["faults"] >= 0 and row["peak_mib"] >= 0 for row in measured.values())
+
+
+def test_a_contestant_that_fails_is_named_with_its_command():
+    with pytest.raises(SystemExit, match="ended before its turn; to see why, run: .*-c"):
+        load_turns().medians_in_turns({"a": [sys.executable, "-c", "raise ValueError"]}, rounds=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["step:our transcoder (all budgets)", "loss:HierarchicalTopK, compiled (numba)"])
+def test_a_contestant_of_training_answers_once_for_each_turn(name):
+    command = [sys.executable, str(SCRIPT), "--sizes", "16,4,64,8", "--contestant", name]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, input="\n\n")
+    answers = [line.removeprefix("turn: ") for line in done.stdout.splitlines() if line.startswith("turn: ")]
+
+    assert answers[0] == "ready" and len(answers) == 3
+    assert json.loads(answers[1])["cpu_ms"] > 0
