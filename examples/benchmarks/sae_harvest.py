@@ -19,6 +19,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -44,7 +45,7 @@ def parse_arguments():
     parser.add_argument("--model", default=model, help=f"hub id or folder of the language model (default: {model})")
     parser.add_argument("--layer", type=int, default=15, help="decoder layer, counted from 0 (default: 15)")
     parser.add_argument("--passes", type=int, default=4, help=f"passes of {PASS} tokens in a round (default: 4)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds that rates are taken over (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds that the medians are taken over (default: 3)")
     parser.add_argument("--output_dir", default="outputs/sae_harvest", help="where the table is written")
     parser.add_argument("--contestant", help="used by the script itself: take turns as this one")
     return parser.parse_args()
@@ -57,8 +58,8 @@ def passages():
 
 def ours(arguments):
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    sizes = {"context_length": CONTEXT, "batch_tokens": PASS, "show_progress": False}
+    tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model)
+    sizes: dict[str, Any] = {"context_length": CONTEXT, "batch_tokens": PASS, "show_progress": False}
     stream = iterate_activations(model, tokenizer, passages(), arguments.layer, shuffle_tokens=2 * PASS, **sizes)
     return lambda: sum(len(next(stream)) for _ in range(arguments.passes))
 
@@ -68,7 +69,7 @@ def sae_lens(arguments):
     store = importlib.import_module("sae_lens.training.activations_store").ActivationsStore
     name = f"model.layers.{arguments.layer}"
     # Its wrapper of transformers models stops behind the layer as well.
-    model = loading.load_model("AutoModelForCausalLM", arguments.model, "cpu", {"dtype": torch.float32}, [name])
+    model: Any = loading.load_model("AutoModelForCausalLM", arguments.model, "cpu", {"dtype": torch.float32}, [name])
     stored = store(
         model, datasets.Dataset.from_list(passages()), streaming=False, hook_name=name, hook_head_index=None,
         context_size=CONTEXT, d_in=model.model.config.hidden_size, n_batches_in_buffer=2 * CONTEXTS,
@@ -81,9 +82,11 @@ def sae_lens(arguments):
 def sparsify(arguments):
     datasets, data = importlib.import_module("datasets"), importlib.import_module("sparsify.data")
     model = AutoModel.from_pretrained(arguments.model, dtype=torch.float32).eval().requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    texts = datasets.Dataset.from_list(passages())
-    chunks = data.chunk_and_tokenize(texts, tokenizer, num_proc=1, max_seq_len=CONTEXT, load_from_cache_file=False)
+    tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model)
+    texts: Any = datasets.Dataset.from_list(passages())
+    chunks: Any = data.chunk_and_tokenize(
+        texts, tokenizer, num_proc=1, max_seq_len=CONTEXT, load_from_cache_file=False
+    )
     batches, read = iter(itertools.cycle(torch.utils.data.DataLoader(chunks, CONTEXTS))), []
 
     def take(module, inputs, outputs):

@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +91,7 @@ def loss_contestants(batch, k, d_sae, d_in, with_compile):
 
 
 def our_step(batch, k, d_sae, d_in, x, budgets=None, targets=None):
-    sites = {} if targets is None else {"hook_point": "mlp.input", "target_hook_point": "mlp.output"}
+    sites: dict[str, Any] = {} if targets is None else {"hook_point": "mlp.input", "target_hook_point": "mlp.output"}
     sae = HierarchicalSaeModel(HierarchicalSaeConfig(d_in=d_in, d_sae=d_sae, k=k, budgets=budgets, **sites)).train()
     sae.initialize_from_activations(x, targets)
     # What stock Trainer does in a step: its default optimizer is the fused one.

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,7 +59,12 @@ def medians_in_turns(commands: dict[str, list[str]], rounds: int) -> dict[str, d
     Returns:
         Name → medians over the rounds of what `take_turns` answers; of the peak, the most.
     """
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    pipes: dict[str, Any] = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.DEVNULL,
+        "text": True,
+    }
     processes = {}
     try:
         for name, command in commands.items():
@@ -77,7 +83,7 @@ def medians_in_turns(commands: dict[str, list[str]], rounds: int) -> dict[str, d
     return {name: _medians(rows) for name, rows in answers.items()}
 
 
-def _answer(process: subprocess.Popen) -> str:
+def _answer(process: Any) -> str:
     for line in process.stdout:
         if line.startswith(ANSWER):
             return line.removeprefix(ANSWER).strip()
