@@ -149,6 +149,7 @@ bench: model  ## Run every benchmark (about an hour without a GPU); tables in ou
 	$(BIN)/python examples/benchmarks/bias_steer_cpu.py --model $(MODEL) --output $(OUT)/benchmarks/overhead.md
 	$(BIN)/python examples/benchmarks/sae_training.py --output_dir $(OUT)/benchmarks/sae
 	$(BIN)/python examples/benchmarks/sae_harvest.py --output_dir $(OUT)/benchmarks/sae
+	$(BIN)/python examples/benchmarks/sae_scale.py --output $(OUT)/benchmarks/sae/sae_scale.md
 	$(BIN)/python examples/benchmarks/rebased_attention_cpu.py | tee $(OUT)/benchmarks/attention.md
 
 style: $(VENV)/.installed-dev  ## Rewrite the code in the project's format
