@@ -230,7 +230,7 @@ def judge(sae, truth, settings, budgets):
     for k in budgets:
         torch.manual_seed(truth.seed + 10**9)
         result = eval_sae_on_synthetic_data(
-            AtBudget(sae, k),
+            AtBudget(sae, k),  # ty: ignore[invalid-argument-type]
             truth.model.feature_dict,
             truth.model.activation_generator,
             num_samples=settings["eval_samples"],
