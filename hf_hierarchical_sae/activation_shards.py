@@ -105,7 +105,7 @@ def save_shards(
     for path in folder.glob("shard-*.safetensors"):
         # Of a shorter harvest that grew, whose last shards were smaller.
         if grows and path.name >= _shard_name(writer.shards):
-            path.unlink()
+            path.unlink(missing_ok=True)
     _write_json(folder / DESCRIPTION, description)
     _write_json(folder / COMPLETE, {"num_shards": writer.shards, "tokens": tokens})
     stream.log_counts()
@@ -509,7 +509,9 @@ def _write_description(folder: Path, description: dict) -> bool:
     path = folder / DESCRIPTION
     if not path.exists():
         _write_json(path, description)
-    found = _read_description(folder)
+    # An older one does not say of what type the language model was.
+    unknown = {name: description[name] for name in ("model_dtype", "quantization")}
+    found = {**unknown, **_read_description(folder)}
     differing = [name for name in description if found.get(name) != description[name]]
     limits = [math.inf if each["max_tokens"] is None else each["max_tokens"] for each in (found, description)]
     if differing == ["max_tokens"] and limits[1] > limits[0]:

@@ -55,6 +55,9 @@ def test_the_guide_runs_from_top_to_bottom(tiny_language_model, tmp_path, monkey
     # The end of each message; its start is the first position.
     assert names["left_out"] == 20 and names["of_chats"].isfinite().all()
     torch.testing.assert_close(names["middle"] + names["added"], names["after"])
+    assert (
+        names["from_text"].input_scale == 1 and (tmp_path / "sae_from_text" / "checkpoint-50" / "stream_0.pt").exists()
+    )
 
 
 @pytest.mark.slow
@@ -101,7 +104,7 @@ def test_the_commands_lead_from_nothing_to_a_dashboard_and_a_transcoder(
             assert program == "hierarchical-sae"
             main([part, *arguments, *shlex.split(small.get(part, "--tokens 1000"))])
 
-    assert install.startswith("pip install") and len(commands) == 12
+    assert install.startswith("pip install") and len(commands) == 14
     assert json.loads((tmp_path / "chats" / "harvest.json").read_text())["skip_special_tokens"]
     for k in (8, 32):
         settings = yaml.safe_load((tmp_path / f"circuits_k{k}" / "config.yaml").read_text())
