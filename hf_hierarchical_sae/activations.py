@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .configuration_hierarchical_sae import integer, is_integer, positive_number
-from .language_model import check_length, check_vocabulary, layer_indices, vocabulary_size
+from .language_model import check_length, check_vocabulary, input_device, layer_indices, vocabulary_size, weights_of
 from .large_pages import keep_freed_memory
 from .modeling_hierarchical_sae import HierarchicalSaeModel, check_finite
 from .sites import HOOK_POINTS, check_fits, find_site, read_sites, target_site
@@ -244,9 +244,11 @@ class ActivationStream(Iterator[Any]):
         self._buffer = [states[batch_tokens:] for states in self._buffer]
         if len(batch[0]) == 0:
             if self.counts["tokens"] == 0:
+                index, count = self._part
+                to_part = f" to process {index} of {count}, of which each reads its own rows" if count > 1 else ""
                 raise ValueError(
-                    "the dataset gave no tokens: expected texts longer than one token, got none or only such as are "
-                    f"left out ({dict(self.counts)})"
+                    f"the dataset gave no tokens{to_part}: expected texts longer than one token, got none or only such as "
+                    f"are left out ({dict(self.counts)})"
                 )
             raise StopIteration
         return self._together(batch)
@@ -270,7 +272,7 @@ class ActivationStream(Iterator[Any]):
         """Continue where `state` was taken. The text read until then is tokenised again, not run through the model."""
         self.counts = Counter(state["counts"])
         self._passes_read, self._passes = state["passes_read"], None
-        self._buffer = [states.to(self.model.device) for states in state["buffer"]]
+        self._buffer = [states.to(input_device(self.model)) for states in state["buffer"]]
         self._generator.set_state(state["generator"])
 
     def sample(self, tokens: int) -> Any:
@@ -300,6 +302,7 @@ class ActivationStream(Iterator[Any]):
             del settings[name]
         return {
             "model_name": self.model.config.name_or_path,
+            **weights_of(self.model),
             "layers": self.layers,
             "hook_points": self.hook_points,
             **settings,
@@ -453,7 +456,7 @@ class ActivationStream(Iterator[Any]):
         """Read forward passes until the buffer holds `size` tokens or the text ends, then shuffle it if asked."""
         if self._passes is None:
             self._passes = self._passes_after(self._passes_read, self.counts["tokens"])
-        pieces, tokens = [[states.to(self.model.device) for states in self._buffer]], len(self._buffer[0])
+        pieces, tokens = [[states.to(input_device(self.model)) for states in self._buffer]], len(self._buffer[0])
         while tokens < size and (found := next(self._passes, None)) is not None:
             self._passes_read += 1
             pieces.append([states[found.kept] for states in found.states])
@@ -524,7 +527,7 @@ class ActivationDataset(torch.utils.data.IterableDataset):
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state` was taken."""
         self.stream.load_state_dict(state["stream"])
-        self._rest = [part.to(self.stream.model.device) for part in state["rest"]]
+        self._rest = [part.to(input_device(self.stream.model)) for part in state["rest"]]
 
 
 def _batches_of_similar_length(

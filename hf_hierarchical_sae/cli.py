@@ -1,6 +1,7 @@
 """The command `hierarchical-sae`: from text to an autoencoder, its numbers, a page of its latents, and other formats."""
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -34,6 +36,7 @@ from .configuration_hierarchical_sae import HierarchicalSaeConfig
 from .dashboard import write_dashboard
 from .evaluation import evaluate_budgets, evaluate_in_model, plot_evaluations
 from .interop import load_gemma_scope, load_saelens, load_sparsify, save_saelens, save_sparsify
+from .language_model import input_device
 from .modeling_hierarchical_sae import HierarchicalSaeModel
 from .sites import HOOK_POINTS
 from .texts import read_dataset, read_files
@@ -189,7 +192,10 @@ def _activations_to_train_on(args: argparse.Namespace, arguments: TrainingArgume
     site, target = stream.sites[0], stream.sites[-1]
     source = {"model_name": model.config.name_or_path, "layer": site.layer, "hook_point": site.hook_point}
     source |= {"target_hook_point": args.target_hook_point, "d_in": site.width, "d_out": target.width}
-    return ActivationDataset(stream), stream.sample(SAMPLE_TOKENS), source
+    sample = stream.sample(SAMPLE_TOKENS)
+    # Where the autoencoder is before `Trainer` moves it, while the language model may be on a GPU.
+    sample = tuple(part.cpu() for part in sample) if isinstance(sample, tuple) else sample.cpu()
+    return ActivationDataset(stream), sample, source
 
 
 def _sae_to_train(args: argparse.Namespace, source: dict) -> HierarchicalSaeModel:
@@ -251,7 +257,7 @@ def evaluate(args: argparse.Namespace) -> None:
     else:
         texts = read_texts(args)
         model, tokenizer = load_language_model(args)
-        sae.to(model.device)
+        sae.to(input_device(model))
         stream = iterate_activations(
             model,
             tokenizer,
@@ -272,7 +278,7 @@ def dashboard(args: argparse.Namespace) -> None:
     texts = read_texts(args)
     model, tokenizer = load_language_model(args)
     found = write_dashboard(
-        sae.to(model.device),
+        sae.to(input_device(model)),
         model,
         tokenizer,
         texts,
@@ -313,11 +319,36 @@ def circuits(args: argparse.Namespace) -> None:
 
 
 def load_language_model(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The language model that `--model` names, in evaluation mode and on the GPU if there is one, and its tokenizer."""
+    """The language model that `--model` names, in evaluation mode, where `--device_map` puts it, and its tokenizer."""
+    remote = {"trust_remote_code": args.trust_remote_code}
     with expecting(f"a language model with its tokenizer in {args.model}"):
-        model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval()
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            args.model,
+            dtype=args.dtype,
+            device_map=args.device_map or _own_gpu(),
+            quantization_config=_quantization(args),
+            **remote,
+        )
+        return model.eval(), AutoTokenizer.from_pretrained(args.model, **remote)
+
+
+def _own_gpu() -> str | None:
+    """The GPU of this process among those that a launcher started, if there are GPUs."""
+    if not torch.cuda.is_available():
+        return None
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+
+
+def _quantization(args: argparse.Namespace) -> BitsAndBytesConfig | None:
+    """What transformers is to do for `--quantization`."""
+    if args.quantization is None:
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError("--quantization needs one more package: pip install bitsandbytes")
+    if args.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    computed = None if args.dtype == "auto" else args.dtype
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computed)
 
 
 def _share(args: argparse.Namespace) -> tuple[int, int]:
@@ -651,6 +682,19 @@ def _text_options(
         help="likewise, entries of the vocabulary or texts of one token each",
     )
     _option(parser, "dtype", choices=DTYPES, default="float32", help="of the language model (default: float32)")
+    _option(
+        parser,
+        "device_map",
+        help="where the language model goes: auto, over all GPUs and main memory, or a device (default: this process's "
+        "GPU, or the CPU)",
+    )
+    _option(parser, "quantization", choices=["4bit", "8bit"], help="load the language model so, with bitsandbytes")
+    _option(
+        parser,
+        "trust_remote_code",
+        action="store_true",
+        help="run code that comes with the language model: read it before",
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .configuration_hierarchical_sae import integer, integers, place_name, positive_number
-from .language_model import check_predicts, hidden_size
+from .language_model import check_predicts, hidden_size, unembedding_weight
 from .latent_activations import LatentActivations, decoded, read_latents
 from .modeling_hierarchical_sae import HierarchicalSaeModel
 from .texts import check_dataset
@@ -160,7 +160,7 @@ class _Page:
         self.context_of = activations.position_contexts.numpy()
         self.rank_counts = activations.rank_counts().numpy()
         self.decoder = F.normalize(sae.W_dec.detach().float(), dim=1)
-        self.unembedding = model.get_output_embeddings().weight.detach().float()
+        self.unembedding = unembedding_weight(model)
         self.through_final_norm = partial(_through_final_norm, model)
 
     def blobs(self, latents: torch.Tensor, size: int, show_progress: bool) -> tuple[dict[str, str], int]:
@@ -340,9 +340,9 @@ def _check_finite_weights(sae: HierarchicalSaeModel, model: PreTrainedModel) -> 
     """JSON has no NaN: no browser would read the page."""
     if not all(parameter.isfinite().all() for parameter in sae.parameters()):
         raise ValueError("expected an autoencoder of finite weights, got NaN or infinite ones")
-    unembedding: Any = model.get_output_embeddings()
-    directions = _through_final_norm(model, torch.ones(1, hidden_size(model), device=unembedding.weight.device))
-    if not (directions.isfinite().all() and unembedding.weight.isfinite().all()):
+    unembedding = unembedding_weight(model)
+    directions = _through_final_norm(model, torch.ones(1, hidden_size(model), device=unembedding.device))
+    if not (directions.isfinite().all() and unembedding.isfinite().all()):
         raise ValueError(
             "expected finite weights in the language model's final norm and unembedding, got NaN or infinite ones"
         )

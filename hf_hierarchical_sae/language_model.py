@@ -1,6 +1,7 @@
 """The language model that an autoencoder reads: its layers, hooks on its modules, and passes through the rest of it."""
 
 import copy
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -14,6 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .configuration_hierarchical_sae import integer, integers
 
@@ -69,6 +71,17 @@ def check_length(model: PreTrainedModel, name: str, length: int) -> None:
         )
 
 
+def weights_of(model: PreTrainedModel) -> dict[str, Any]:
+    """The type of a model's weights and how they are quantised, if they are: what changes its activations a little."""
+    quantization = getattr(model.config, "quantization_config", None)
+    given = (
+        json.loads(quantization.to_json_string(use_diff=False))
+        if isinstance(quantization, QuantizationConfigMixin)
+        else quantization
+    )
+    return {"model_dtype": str(model.dtype).removeprefix("torch."), "quantization": given}
+
+
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Number of tokens that have an embedding."""
     embeddings: Any = model.get_input_embeddings()
@@ -92,6 +105,17 @@ def check_predicts(model: PreTrainedModel) -> None:
             f"expected a language model with an unembedding, got a {type(model).__name__}: load it with "
             "AutoModelForCausalLM"
         )
+
+
+@torch.no_grad()
+def unembedding_weight(model: PreTrainedModel) -> torch.Tensor:
+    """(vocabulary, hidden_size) float32 weight of a model's unembedding, wherever it is kept and in whatever form."""
+    unembedding: Any = model.get_output_embeddings()
+    if unembedding.weight.device.type != "meta" and unembedding.weight.is_floating_point():
+        return unembedding.weight.detach().float()
+    # On disk, in main memory or quantised: what it makes of unit vectors.
+    units = torch.eye(unembedding.in_features, dtype=model.dtype, device=input_device(model))
+    return (unembedding(units) - unembedding(torch.zeros_like(units[:1]))).float().T
 
 
 @contextmanager
@@ -165,9 +189,14 @@ def _entered(register: Callable[[Callable[[], bool]], RemovableHandle]) -> Gener
             handle.remove()
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where inputs are given to a model; one whose first weights are on disk moves them itself."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
 def inputs_of(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
     """What a model takes of ids and mask, (contexts, positions), wherever they are: one with an encoder twice."""
-    ids, mask = ids.to(model.device), mask.to(model.device)
+    ids, mask = ids.to(input_device(model)), mask.to(input_device(model))
     inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     if not model.config.is_encoder_decoder:
         return inputs

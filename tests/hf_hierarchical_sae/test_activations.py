@@ -520,3 +520,11 @@ def test_a_shuffled_stream_of_pairs_keeps_them_together_and_goes_on_exactly(mode
 def test_a_target_of_several_sites_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match=r"target_hook_point goes with one layer and one hook_point, got \[0, 1\]"):
         iterate_activations(model, tokenizer, TEXTS, [0, 1], target_hook_point="mlp.output")
+
+
+def test_a_process_without_a_row_of_its_own_is_told_so(model, tokenizer):
+    given = iterate_activations(model, tokenizer, TEXTS[:1], 0, show_progress=False)
+    given.take_part(1, 2)
+
+    with pytest.raises(ValueError, match="gave no tokens to process 1 of 2, of which each reads its own rows"):
+        next(given)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_hierarchical_sae import (
     ActivationShards,
@@ -396,17 +396,24 @@ def test_what_cannot_be_uploaded_is_refused_before_training(states, tmp_path, hu
     assert not (tmp_path / "sae").exists()
 
 
+def launched(launcher, *arguments):
+    """What `hierarchical-sae` prints, started by `torchrun` or `accelerate launch` as two processes."""
+    start = {
+        "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29417"],
+        "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "29418"],
+    }[launcher]
+    command = [sys.executable, "-m", *start, "-m", "hf_hierarchical_sae.cli", *arguments]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_processes_of_torchrun_on_a_cpu_train_one_autoencoder(states, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29417", "-m"]
-    command = ["hf_hierarchical_sae.cli", "train", states, str(tmp_path / "two"), "--layer", "1", *SMALL]
-    done = subprocess.run(
-        [*torchrun, *command, "--batch-size", "32"], cwd=Path(__file__).parents[2], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    command = ["train", states, str(tmp_path / "two"), "--layer", "1", *SMALL, "--batch-size", "32"]
+    assert launched("torchrun", *command).count("on training data; saved in") == 1
     main(["train", states, str(tmp_path / "one"), "--layer", "1", *SMALL])
 
-    assert done.stdout.count("on training data; saved in") == 1
     # Both saw 40 batches of 64 tokens.
     fired = [
         torch.load(path / "checkpoint-40" / "optimizer.pt")["state"][0]["step"]
@@ -419,6 +426,102 @@ def test_processes_of_torchrun_on_a_cpu_train_one_autoencoder(states, tmp_path):
     quality = [evaluate_budgets(sae, x, [8]).explained_variance[0] for sae in (one, two)]
     # The same tokens in other batches.
     assert quality[0] == pytest.approx(quality[1], abs=0.03)
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_split_a_harvest_and_train_from_text_together(states, harvest_command, tmp_path):
+    out = launched("torchrun", harvest_command[0], str(tmp_path / "two"), *harvest_command[2:])
+
+    assert "tokens in" in out
+    files = [
+        {path.name: path.read_bytes() for path in Path(folder).iterdir()} for folder in (states, tmp_path / "two")
+    ]
+    assert files[0] == files[1]
+    # Rows, of which each process reads its own, are passages of some pages in a file.
+    (tmp_path / "long.txt").write_text("\n".join(LINES * 8))
+    options = ["--model", harvest_command[3], "--text", str(tmp_path / "long.txt"), "--layer", "1", *SMALL]
+    assert launched("torchrun", "train", str(tmp_path / "sae"), *options).count("saved in") == 1
+    parts = [torch.load(tmp_path / "sae" / "checkpoint-40" / f"stream_{process}.pt") for process in (0, 1)]
+    assert all(part["stream"]["passes_read"] > 0 for part in parts)
+    assert not torch.equal(parts[0]["rest"][0][0], parts[1]["rest"][0][0])
+
+
+@pytest.mark.slow
+def test_accelerate_launch_on_a_cpu_trains_one_autoencoder_in_one_process(states, tmp_path):
+    out = launched("accelerate", "train", states, str(tmp_path / "sae"), "--layer", "1", *SMALL)
+
+    assert out.count("on training data; saved in") == 1
+    main(["train", states, str(tmp_path / "alone"), "--layer", "1", *SMALL])
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("sae", "alone"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.fixture(scope="module")
+def wide_language_model(tmp_path_factory, tiny_language_model):
+    """Rows of 32 weights are shorter than what bitsandbytes packs."""
+    folder = shutil.copytree(tiny_language_model, tmp_path_factory.mktemp("wide") / "model")
+    config = LlamaConfig.from_pretrained(folder, hidden_size=64, head_dim=16)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_a_quantised_language_model_is_harvested_trained_on_and_evaluated(
+    quantization, tmp_path, text, wide_language_model, capsys
+):
+    model = ["--model", wide_language_model, "--text", text, "--layer", "1", "--tokens", "600"]
+    quantized = [*model, "--quantization", quantization]
+    main(["harvest", str(tmp_path / "states"), *quantized])
+    main(["harvest", str(tmp_path / "exact"), *model])
+
+    found, exact = (next(ActivationShards(tmp_path / name).batches()) for name in ("states", "exact"))
+    error = (found[:500] - exact[:500]).norm() / exact[:500].norm()
+    assert 1e-4 < error < {"4bit": 0.2, "8bit": 0.03}[quantization]
+    with pytest.raises(SystemExit, match="holds a harvest with quantization="):
+        main(["harvest", str(tmp_path / "states"), *model])
+    main(["train", str(tmp_path / "sae"), *quantized, *SMALL])
+    capsys.readouterr()
+    main(["evaluate", str(tmp_path / "sae"), *quantized, "--json"])
+    assert json.loads(capsys.readouterr().out)["explained_variance"][-1] > 0.3
+    main(["dashboard", str(tmp_path / "sae"), *quantized, "--output", str(tmp_path / "page.html")])
+    assert (tmp_path / "page.html").exists()
+
+
+def test_quantization_without_its_package_is_a_sentence(tmp_path, harvest_command, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+
+    with pytest.raises(SystemExit, match="needs one more package: pip install bitsandbytes"):
+        main([harvest_command[0], str(tmp_path), *harvest_command[2:], "--quantization", "4bit"])
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu"])
+def test_a_language_model_goes_where_the_device_map_says(device_map, tmp_path, states, harvest_command):
+    command = [harvest_command[0], str(tmp_path), *harvest_command[2:], "--device_map"]
+    main([*command, device_map])
+
+    for path in Path(states).iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+    with pytest.raises(SystemExit, match="expected a language model with its tokenizer in .*nowhere"):
+        main([*command, "nowhere"])
+
+
+def test_code_that_comes_with_a_language_model_runs_on_demand(tmp_path, tiny_language_model, text):
+    folder = shutil.copytree(tiny_language_model, tmp_path / "model")
+    (folder / "modeling_own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        'class OwnConfig(LlamaConfig):\n    model_type = "own"\n\n\n'
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": classes}))
+    command = ["harvest", str(tmp_path / "states"), "--model", str(folder), "--text", text, "--layer", "0"]
+
+    with pytest.raises(SystemExit, match="trust_remote_code"):
+        main(command)
+    main([*command, "--trust-remote-code"])
+    assert len(ActivationShards(tmp_path / "states")) > 1000
 
 
 @pytest.mark.parametrize("project", ["pyproject.toml", "hf_hierarchical_sae/pyproject.toml"])

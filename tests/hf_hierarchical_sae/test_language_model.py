@@ -10,9 +10,9 @@ import numpy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel
+from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, evaluate_in_model, iterate_activations
 from hf_hierarchical_sae.language_model import (
     check_length,
     check_vocabulary,
@@ -23,6 +23,7 @@ from hf_hierarchical_sae.language_model import (
     next_token_logits,
     resumed,
     resumes,
+    unembedding_weight,
 )
 from hf_hierarchical_sae.sites import find_site, read_sites, site_hook
 
@@ -345,3 +346,23 @@ def run_the_first_layer_again():
 @pytest.mark.parametrize("build", [share_keys_and_values, bind_forward, run_the_first_layer_again])
 def test_a_model_that_uses_its_first_layers_otherwise_takes_whole_passes(build):
     assert not resumes(build(), 1, IDS, torch.ones_like(IDS))
+
+
+@pytest.mark.parametrize("on_disk", [["model.layers.0"], ["model.embed_tokens", "lm_head", "model.norm"]])
+def test_a_model_with_weights_on_disk_is_read_and_evaluated_as_one_in_memory(
+    model, tiny_language_model, tmp_path, on_disk
+):
+    parts = ["embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb"]
+    places = dict.fromkeys(["lm_head", *(f"model.{part}" for part in parts)], "cpu")
+    spread = AutoModelForCausalLM.from_pretrained(
+        tiny_language_model, device_map={**places, **dict.fromkeys(on_disk, "disk")}, offload_folder=tmp_path
+    ).eval()
+    assert any(parameter.is_meta for parameter in spread.parameters())
+    tokenizer, texts = AutoTokenizer.from_pretrained(tiny_language_model), ["to be or not to be"] * 3
+    sae = make_sae(layer=0)
+    streams = [iterate_activations(each, tokenizer, texts, 0, show_progress=False) for each in (model, spread)]
+
+    assert torch.equal(*(next(stream) for stream in streams))
+    one, other = (evaluate_in_model(sae, stream, [2]).to_dict() for stream in streams)
+    assert one == other
+    assert torch.equal(*map(unembedding_weight, (model, spread)))
