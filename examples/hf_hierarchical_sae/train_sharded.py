@@ -150,12 +150,14 @@ def main():
     arguments = parse_arguments()
     started = time.time()
     shards, training, held_out = read_harvest(arguments)
+    sample = shards.rows(torch.arange(min(8192, len(training))))
+    sae = make_sae(arguments, shards, sample)
+    # Whatever is refused was refused by now, in every process and before they wait for each other.
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     if device.type != "cpu":
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     mesh = dist.init_device_mesh(device.type, (int(os.environ["WORLD_SIZE"]),))
-    sample = shards.rows(torch.arange(min(8192, len(training))))
-    sae = make_sae(arguments, shards, sample).to(device)
+    sae.to(device)
     # The model as a whole: its methods use encoder and decoder together.
     fully_shard(sae, mesh=mesh)
     train(arguments, sae, Subset(shards, training), device)

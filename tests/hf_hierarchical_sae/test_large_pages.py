@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import weakref
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy
@@ -22,6 +24,13 @@ def test_it_has_the_shape_and_dtype_asked_for_and_can_be_written(dtype):
 
 def test_another_device_gets_memory_of_its_own():
     assert empty_in_large_pages(3, 5, dtype=torch.float32, device=torch.device("meta")).is_meta
+
+
+@pytest.fixture(autouse=True)
+def models_of_other_tests_do_not_count(monkeypatch):
+    """Those in reference cycles, as a `Trainer` leaves them, live on for a while."""
+    monkeypatch.setattr(large_pages, "_users", weakref.WeakSet())
+    monkeypatch.setattr(large_pages, "_idle", defaultdict(deque))
 
 
 class Model:
