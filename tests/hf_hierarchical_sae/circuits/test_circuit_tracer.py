@@ -1,5 +1,6 @@
 """circuit-tracer itself reads our transcoders and draws attribution graphs with them. `make test-circuits` runs this."""
 
+import importlib.util
 import os
 import runpy
 import sys
@@ -9,11 +10,12 @@ from pathlib import Path
 import pytest
 
 
+if importlib.util.find_spec("circuit_tracer") is None:
+    pytest.skip("make test-circuits runs it in an environment of its own", allow_module_level=True)
+# Before the import, and in that environment alone: other tests of this process need their hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
-circuit_tracer = pytest.importorskip(
-    "circuit_tracer", reason="make test-circuits runs it in an environment of its own"
-)
 
+import circuit_tracer  # noqa: E402
 import torch  # noqa: E402
 from circuit_tracer.transcoder.activation_functions import TopK  # noqa: E402
 from circuit_tracer.utils.hf_utils import load_transcoder_from_hub  # noqa: E402
