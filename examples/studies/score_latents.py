@@ -40,7 +40,7 @@ from hf_hierarchical_sae import (
 
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
-from plays import find_plays
+from plays import find_plays, speeches
 
 
 # WordNet's lexicographer files of nouns and verbs, numbers 3 to 43, lexnames(5WN).
@@ -97,14 +97,13 @@ def short_names(paths):
     return ["/".join(part for part in path if part not in shared) for path in parts]
 
 
-def speeches(count, seed):
+def texts_by_speaker(count, seed):
     """Texts by speaker, of the `count` speakers who say most in Shakespeare's plays, in random order."""
     found = defaultdict(list)
     for path in find_plays(None):
         play = path.stem.replace("-", " ")
-        for speaker, text in re.findall(r"^\*\*(.+?)\*\*\s*\n(.+?)\n\n", path.read_text(), flags=re.M | re.S):
-            lines = [line.strip() for line in text.splitlines() if not line.startswith("_")]
-            if len(speech := "\n".join(lines)) >= 100:
+        for speaker, speech in speeches(path):
+            if len(speech) >= 100:
                 found[f"{speaker.title()} ({play})"].append(speech)
     most = sorted(found, key=lambda speaker: -sum(map(len, found[speaker])))[:count]
     return {speaker: random.Random(seed).sample(found[speaker], len(found[speaker])) for speaker in most}
@@ -197,7 +196,7 @@ def score(path, language_model, tokenizer, judge, arguments):
         print(f"\n{name}\n{scores}\n", flush=True)
         found[name] = scores.to_dict()
 
-    activations = read(speeches(arguments.speakers, arguments.seed))
+    activations = read(texts_by_speaker(arguments.speakers, arguments.seed))
     add("speakers", activations)
     if arguments.wordnet:
         add("supersenses", activations, *supersenses(arguments.wordnet, tokenizer, activations))

@@ -16,6 +16,7 @@ where it stopped if the same command is given again, which also adds seeds.
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,6 @@ from sae_lens.synthetic.synthetic_model import (
     SyntheticModel,
     SyntheticModelConfig,
 )
-from scipy import stats
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 from transformers import Trainer, set_seed
@@ -38,6 +38,10 @@ from transformers import Trainer, set_seed
 from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel
 from hf_hierarchical_sae.training import last_checkpoint, training_arguments
 from hf_hierarchical_sae.whole_files import whole_file
+
+
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
+from dictionaries import AtBudget, folder_name, interval
 
 
 PRESETS = {
@@ -183,23 +187,6 @@ def keep_batches(truth, settings, folder):
     return torch.load(path, mmap=True)
 
 
-class AtBudget:
-    """What SAELens' judge asks of an autoencoder, with the k strongest latents of each input."""
-
-    def __init__(self, sae, k):
-        self.sae, self.k, self.W_dec = sae, k, sae.W_dec.detach()
-
-    def eval(self):
-        self.sae.eval()
-
-    def encode(self, x):
-        top_indices, top_values = self.sae.encode(x, self.k)
-        return x.new_zeros(len(x), self.sae.config.d_sae).scatter_(1, top_indices, top_values)
-
-    def decode(self, latents):
-        return latents @ self.W_dec + self.sae.b_dec
-
-
 def train(options, settings, batches, seed, folder):
     set_seed(seed)
     sae = HierarchicalSaeModel(HierarchicalSaeConfig(d_in=settings["d_in"], d_sae=settings["d_sae"], **options))
@@ -248,10 +235,6 @@ def judge(sae, truth, settings, budgets):
     return found
 
 
-def folder_name(name):
-    return name.replace(", ", "_").replace(" ", "_")
-
-
 def run(name, options, settings, truth, kept, seed, output):
     """Train and judge, or read what an earlier run found: numbers by budget."""
     folder = output / folder_name(name) / f"seed{seed}"
@@ -273,15 +256,6 @@ def run(name, options, settings, truth, kept, seed, output):
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     return {int(budget): numbers for budget, numbers in json.loads(result.read_text()).items()}
-
-
-def interval(values):
-    """Mean, and how far another seed's value is from it at most, 19 times of 20, if values are normal (None of one)."""
-    values = torch.tensor(values, dtype=torch.float64)
-    if len(values) == 1:
-        return values.item(), None
-    spread = stats.t.ppf(0.975, len(values) - 1) * (1 + 1 / len(values)) ** 0.5
-    return values.mean().item(), (spread * values.std()).item()
 
 
 def family(name):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import Trainer
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "studies" / "compare_objectives.py"
@@ -97,7 +98,7 @@ def test_every_objective_is_trained_on_the_same_activations_of_a_language_model(
 
 @pytest.mark.slow
 def test_an_interrupted_comparison_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
-    evaluate, train, resumed = tiny.evaluate_budgets, tiny.Trainer.train, []
+    evaluate, train, resumed = tiny.evaluate_budgets, Trainer.train, []
 
     def fail_at_the_third(sae, *given):
         if len(resumed) == 3:
@@ -108,7 +109,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tiny, tmp_path, monk
         resumed.append(resume_from_checkpoint and Path(resume_from_checkpoint).name)
         return train(self, resume_from_checkpoint=resume_from_checkpoint)
 
-    monkeypatch.setattr(tiny.Trainer, "train", record)
+    monkeypatch.setattr(Trainer, "train", record)
     monkeypatch.setattr(tiny, "evaluate_budgets", fail_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         tiny.run_tiny()

@@ -76,12 +76,12 @@ def test_a_word_has_the_supersense_of_its_most_frequent_sense_at_its_last_token(
 
 
 def test_speakers_have_a_text_each_without_names_or_directions(example):
-    found = example.speeches(6, seed=0)
+    found = example.texts_by_speaker(6, seed=0)
 
     assert len(found) == 6 and all(len(texts) > 50 for texts in found.values())
     assert "Hamlet (hamlet)" in found
     assert not any("**" in text or "\n_" in text for texts in found.values() for text in texts)
-    assert found != example.speeches(6, seed=1)
+    assert found != example.texts_by_speaker(6, seed=1)
 
 
 @pytest.mark.slow
