@@ -170,8 +170,9 @@ def iterate_activations(
 
     Raises:
         `ValueError`: If there is no such layer, it has no such site, sites differ in width, a size is out of range or above
-            the model's positions, or the dataset is one text or several splits; while iterating, if a row has no such column or something else than a text in
-            it, a token is not in the model's vocabulary, or the dataset held no token to yield.
+            the model's positions, or the dataset is one text or several splits; while iterating, if a row has no such column
+            or something else than a text in it, a token is not in the model's vocabulary, or the dataset held no token to
+            yield.
     """
     settings: Any = ActivationSettings(**settings)
     sites: Any = {"hook_point": hook_point, "target_hook_point": target_hook_point}

@@ -36,7 +36,7 @@ def export_circuit_tracer(folders: Iterable[str | Path], output: str | Path, k: 
 
     Raises:
         `ValueError`: If one is no transcoder or is of other sites, a layer is missing or there twice, two differ in
-            model, site or size, or `k` is out of range.
+            model, site or size, none says of which model they are, or `k` is out of range.
     """
     folders = list(folders)
     configs = [HierarchicalSaeConfig.from_pretrained(folder) for folder in folders]
@@ -73,6 +73,11 @@ def _check_set(configs: list[Any]) -> None:
         raise ValueError(
             f"circuit-tracer needs one transcoder of every layer from 0 on, got {len(layers)}, of layers "
             f"{', '.join(map(str, layers)) or 'none'}"
+        )
+    if configs[0].model_name is None:
+        raise ValueError(
+            "circuit-tracer loads the language model by its name, which the transcoders do not say: set model_name in the "
+            "config of each"
         )
     for config in configs:
         for name in SHARED:

@@ -214,7 +214,7 @@ def _sae_to_train(args: argparse.Namespace, source: dict) -> HierarchicalSaeMode
 
 def _saved_sae(name: str, given: dict, source: dict, dataset_name: str | None) -> HierarchicalSaeModel:
     """The autoencoder in a folder or a repository, with the settings that are given, for what is read at `source`."""
-    with expecting(f"an autoencoder in {name}"):
+    with expecting(f"an autoencoder in {_place(name)}"):
         k = HierarchicalSaeConfig.from_pretrained(name).k
         sae = HierarchicalSaeModel.from_pretrained(name, dtype=torch.float32, **_with_one_budget(given, k))
     sae.config.validate_architecture()
@@ -298,7 +298,7 @@ def convert(args: argparse.Namespace) -> None:
     source, target = getattr(args, "from"), args.to
     if args.k is not None and target == "hierarchical":
         raise ValueError("--k is the budget that a file of saelens or sparsify is written for, --to is hierarchical")
-    with expecting(f"an autoencoder of {source} in {args.source}"):
+    with expecting(f"an autoencoder of {source} in {_place(args.source)}"):
         sae = LOADERS[source](args.source, subfolder=args.subfolder)
     if target == "hierarchical":
         sae.save_pretrained(args.output)
@@ -321,7 +321,7 @@ def circuits(args: argparse.Namespace) -> None:
 def load_language_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """The language model that `--model` names, in evaluation mode, where `--device_map` puts it, and its tokenizer."""
     remote = {"trust_remote_code": args.trust_remote_code}
-    with expecting(f"a language model with its tokenizer in {args.model}"):
+    with expecting(f"a language model with its tokenizer in {_place(args.model)}"):
         model: Any = AutoModelForCausalLM.from_pretrained(
             args.model,
             dtype=args.dtype,
@@ -361,8 +361,13 @@ def _share(args: argparse.Namespace) -> tuple[int, int]:
 
 def load_autoencoder(args: argparse.Namespace) -> HierarchicalSaeModel:
     """The autoencoder that the first argument names."""
-    with expecting(f"an autoencoder in {args.sae}"):
+    with expecting(f"an autoencoder in {_place(args.sae)}"):
         return HierarchicalSaeModel.from_pretrained(args.sae)
+
+
+def _place(name: str) -> str:
+    """Where something is looked for, for errors: a folder that is not there is taken for an id on the Hub."""
+    return name if Path(name).exists() else f"{name}, of which there is no folder here"
 
 
 @contextmanager
@@ -370,7 +375,7 @@ def expecting(expected: str) -> Generator[None, None, None]:
     """Inside, whatever a library raises is a sentence: some raise types of their own, some plain `Exception`."""
     try:
         yield
-    except (ImportError, OSError, StrictDataclassError):
+    except (ImportError, StrictDataclassError):
         raise
     except Exception as error:
         raise ValueError(f"expected {expected}, got: {error}") from error
@@ -423,7 +428,7 @@ def _parser() -> argparse.ArgumentParser:
     _harvest_options(
         command(harvest, "write a language model's hidden states to disk; the same command goes on after a stop")
     )
-    _train_options(command(train, "train an autoencoder on what harvest wrote"))
+    _train_options(command(train, "train an autoencoder or a transcoder on what harvest wrote, or with --model straight from text"))
     _evaluate_options(command(evaluate, "quality at each budget; with --model, inside the language model as well"))
     _dashboard_options(command(dashboard, "one self-contained HTML page of the latents, with a slider for the budget"))
     _convert_options(command(convert, "from and to the formats of SAELens and sparsify"))

@@ -83,9 +83,15 @@ def weights_of(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """Number of tokens that have an embedding."""
-    embeddings: Any = model.get_input_embeddings()
-    return embeddings.num_embeddings
+    """Number of tokens that have an embedding; raises a `ValueError` for a model of something else than text."""
+    try:
+        embeddings: Any = model.get_input_embeddings()
+        return embeddings.num_embeddings
+    except (AttributeError, NotImplementedError) as error:
+        raise ValueError(
+            f"expected a language model, which takes token ids, got a {type(model).__name__}, which takes "
+            f"{model.main_input_name}: of a model of several towers, give one"
+        ) from error
 
 
 def check_vocabulary(model: PreTrainedModel, ids: torch.Tensor) -> None:

@@ -454,6 +454,12 @@ class HierarchicalSaeModel(PreTrainedModel):
                 f"a {self.config.selection} SAE is for use: it is not trained here, got training mode or activations "
                 "to start from; call eval(), or train one with selection='topk' or 'batch_topk'"
             )
+        if getattr(self, "_is_replica", False):
+            raise ValueError(
+                "torch.nn.DataParallel, which Trainer takes where one process sees several GPUs, trains copies whose counts "
+                "and threshold are lost: start a process for each GPU, with accelerate launch or torchrun, or show one, "
+                "with CUDA_VISIBLE_DEVICES=0"
+            )
 
     def _check_float32(self, grad_loss: torch.Tensor | None = None) -> None:
         """Half precision is for inference; a hook of the loss as well."""

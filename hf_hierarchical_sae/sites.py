@@ -21,6 +21,7 @@ from .language_model import (
     forward_hook,
     forward_pre_hook,
     hidden_size,
+    input_device,
     inputs_of,
     layer_indices,
     no_hooks,
@@ -52,6 +53,12 @@ BLOCKS = {
 }
 # What some layers multiply by what attention and MLP give.
 FACTORS = ("residual_multiplier", "residual_scale")
+# Shapes of what models take that do not take token ids: one image, a tenth of a second of sound, a spectrogram.
+NOISE: dict[str, Callable[[Any], tuple]] = {
+    "pixel_values": lambda config: (config.num_channels, *_pair(config.image_size)),
+    "input_values": lambda config: (1600,),
+    "input_features": lambda config: (config.num_mel_bins, 2 * config.max_source_positions),
+}
 Use = Callable[[torch.Tensor], torch.Tensor | None]
 
 
@@ -354,9 +361,9 @@ class _Layer:
         return [call for call in linear if linear[-1].module in set(call.module.modules())][:1]
 
     def _normed(self, call: _Call) -> _Call:
-        """The norm of what a module returns, in layers that have one, or else the module."""
+        """The norm or the scale of what a module returns, in layers that have one, or else the module."""
         for later in self.calls[self.calls.index(call) + 1 :]:
-            is_norm = "norm" in type(later.module).__name__.lower()
+            is_norm = re.search("norm|scale", type(later.module).__name__.lower())
             if is_norm and later.taken and call.given and later.taken.key == call.given.key:
                 return later
         return call
@@ -368,6 +375,10 @@ class _Layer:
             kept = forward_hook(self.layer, lambda module, args, output: edited(output, outputs.append))
             _try(self.model, self.layer, [site_hook(site, torch.zeros_like), kept], shift)
         return torch.equal(*outputs)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -402,16 +413,27 @@ def _seen(states: Any) -> _Seen | None:
 @torch.no_grad()
 def _try(model: PreTrainedModel, last: nn.Module, hooks: Iterable[AbstractContextManager], shift: int = 0) -> None:
     """A pass over a few tokens with these hooks and no others of this module, until the last module has returned."""
-    ids = torch.arange(10).view(2, 5)
-    inputs = inputs_of(model, ids, torch.ones_like(ids))
-    own = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
-    inputs[own] = (inputs[own] + shift) % vocabulary_size(model)
+    inputs = _tried_inputs(model, shift)
 
     def stop(module: nn.Module, args: tuple, output: Any) -> None:
         raise _Reached
 
     with no_hooks():
         _run(model, inputs, [*hooks, forward_hook(last, stop)])
+
+
+def _tried_inputs(model: PreTrainedModel, shift: int) -> dict[str, Any]:
+    """A few tokens, or noise where a model takes images or sound; others for each shift, for the decoder if it has one."""
+    ids, name = torch.arange(10).view(2, 5), model.main_input_name
+    inputs = inputs_of(model, ids, torch.ones_like(ids))
+    own = "decoder_input_ids" if "decoder_input_ids" in inputs else name
+    if name in NOISE:
+        del inputs["input_ids"], inputs["attention_mask"]
+        seed = torch.Generator().manual_seed(shift if own == name else 0)
+        inputs[name] = torch.randn(2, *NOISE[name](model.config), generator=seed).to(input_device(model), model.dtype)
+    if own not in NOISE:
+        inputs[own] = (inputs[own] + shift) % vocabulary_size(model)
+    return inputs
 
 
 def _run(model: PreTrainedModel, inputs: dict[str, Any], hooks: Iterable[AbstractContextManager]) -> None:

@@ -1,6 +1,8 @@
 """Text as people have it: files, rows of text, chats, token ids; cut into contexts."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import glob
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -55,25 +57,23 @@ class Passages(Iterable[str]):
 
 class Rows(Iterable[dict]):
     """
-    Rows of files, one file after the other, as streams.
+    Rows of one stream after the other.
 
     Args:
-        files (`Sequence[Path]`): of one format.
-        kind (`str`): the name that `datasets` has for it.
+        streams (`Mapping[str, Callable]`): what gives the rows of each, by what a user calls it.
+        kind (`str`): what they are to be, for errors.
     """
 
-    def __init__(self, files: Sequence[Path], kind: str):
-        self.files, self.kind, self._load = files, kind, _datasets().load_dataset
+    def __init__(self, streams: Mapping[str, Callable[[], Iterable[dict]]], kind: str):
+        self.streams, self.kind = streams, kind
 
     def __iter__(self) -> Iterator[dict]:
-        for file in self.files:
+        for name, stream in self.streams.items():
             try:
-                yield from self._load(self.kind, data_files=str(file), split="train", streaming=True)
+                yield from stream()
             except Exception as error:
                 # Of any type: each format raises its own, an empty file StopIteration.
-                raise ValueError(
-                    f"expected rows of {self.kind}, in UTF-8, in {file}, got: {str(error) or 'none'}"
-                ) from error
+                raise ValueError(f"expected {self.kind} in {name}, got: {str(error) or 'none'}") from error
 
 
 def read_files(files: Sequence[Path]) -> Any:
@@ -97,7 +97,12 @@ def read_files(files: Sequence[Path]) -> Any:
         found = ", ".join(str(file) for file in files)
         raise ValueError(f"expected files of one kind, of text or of rows of one format, got {found}")
     kind = kinds.pop()
-    return Passages(files) if kind is None else Rows(files, kind)
+    if kind is None:
+        return Passages(files)
+    load = partial(_datasets().load_dataset, kind, split="train", streaming=True)
+    # By its own name, whatever that would stand for as a pattern.
+    streams = {str(file): partial(load, data_files=glob.escape(str(file))) for file in files}
+    return Rows(streams, f"rows of {kind}, in UTF-8,")
 
 
 def _kind(file: Path) -> str | None:
@@ -118,13 +123,17 @@ def read_dataset(name: str, config: str | None = None, split: str = "train") -> 
 
     Raises:
         `ImportError`: If `datasets` is not installed.
-        `ValueError`: If it has no such configuration or split.
+        `ValueError`: If it has no such configuration or split, or `datasets` does not read it; while iterating, if its
+            rows cannot be read.
     """
     datasets = _datasets()
     if not any((Path(name) / file).exists() for file in ("state.json", "dataset_dict.json")):
         try:
-            return datasets.load_dataset(name, config, split=split, streaming=True)
-        except ValueError as error:
+            found = datasets.load_dataset(name, config, split=split, streaming=True)
+            return Rows({name: lambda: found}, "rows")
+        except OSError:
+            raise
+        except Exception as error:
             reason = " ".join(str(error).partition("Example of usage")[0].split())
             raise ValueError(
                 f"{name} has no part with dataset_config={config!r} and split={split!r}: {reason}"

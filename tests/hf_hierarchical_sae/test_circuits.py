@@ -145,6 +145,7 @@ def test_layers_of_an_older_and_deeper_set_are_gone(tmp_path):
             [{}, {"model_name": "other/model"}],
             "one model_name, got 'some/model' for layer 0 and 'other/model' for layer 1",
         ),
+        ([{"model_name": None}] * 2, "by its name, which the transcoders do not say: set model_name"),
         ([{}, {"hook_point": "middle"}], "one hook_point"),
         ([{}, {"d_sae": 30}], "one d_sae, got 20 for layer 0 and 30"),
         ([{}, {"skip_connection": True}], "one skip_connection"),

@@ -292,6 +292,18 @@ def test_chats_go_from_harvest_to_dashboard_without_their_special_tokens(tmp_pat
         ),
         ("evaluate {torn} --harvest {states}", "expected an autoencoder in .*torn, got: .*model_type"),
         ("evaluate {listed} --harvest {states}", "expected an autoencoder in .*listed, got: "),
+        (
+            "evaluate {out}/gone --harvest {states}",
+            "expected an autoencoder in .*gone, of which there is no folder here, got: ",
+        ),
+        (
+            "harvest {out}/x --model {out}/gone/there --layer 0 --text {text}",
+            "expected a language model .*there, of which there is no folder here, got: ",
+        ),
+        (
+            "harvest {out}/x --model {model} --layer 0 --dataset {script}",
+            "script has no part with dataset_config=None and split='train': .*[Ss]cripts? (is|are) no longer supported",
+        ),
         ("evaluate {sae}", "give either --harvest, or --model with --text or --dataset"),
         ("evaluate {sae} --harvest {states} --budgets 9", r"budgets must be in \[1, 8\], the trained budget"),
         ("dashboard {sae} --model {model}", "give either --text with files, or --dataset"),
@@ -301,13 +313,16 @@ def test_chats_go_from_harvest_to_dashboard_without_their_special_tokens(tmp_pat
     ],
 )
 def test_bad_input_ends_in_one_sentence(arguments, message, text, tiny_language_model, tmp_path, request):
-    torn, binary = tmp_path / "torn", tmp_path / "binary"
+    torn, binary, script = tmp_path / "torn", tmp_path / "binary", tmp_path / "script"
     shutil.copytree(tiny_language_model, torn)
     (torn / "tokenizer.json").write_text((torn / "tokenizer.json").read_text()[:-50])
     binary.write_bytes(b"\xff" * 100)
+    script.mkdir()
+    (script / "script.py").write_text("import datasets\n")
     (tmp_path / "listed").mkdir()
     (tmp_path / "listed" / "config.json").write_text("[]")
     values = {"out": tmp_path, "model": tiny_language_model, "text": text, "torn": torn, "binary": binary}
+    values["script"] = script
     values["listed"] = tmp_path / "listed"
     for name in ("states", "sae"):
         if "{" + name + "}" in arguments:

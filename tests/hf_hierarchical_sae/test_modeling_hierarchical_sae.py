@@ -394,6 +394,19 @@ def test_what_is_saved_is_safetensors_with_unit_rows_and_a_config_that_names_its
     assert (config.model_name, config.layer, config.hook_point, config.dataset_name) == ("a/b", 3, "output", "c/d")
 
 
+def test_copies_of_data_parallel_are_not_trained():
+    sae = make_sae().train()
+    # As torch makes them for each GPU of a process.
+    replica = sae._replicate_for_data_parallel()
+    for name, parameter in sae.named_parameters():
+        setattr(replica, name, parameter)
+
+    with pytest.raises(ValueError, match="DataParallel.* with accelerate launch or torchrun"):
+        replica(make_activations(8))
+    replica.eval()
+    assert replica(make_activations(8)).loss > 0
+
+
 def test_decoder_rows_keep_unit_norm_and_their_gradient_is_tangent():
     sae, x = make_sae(), make_activations(scale=1.0)
     train(sae, x, steps=3)

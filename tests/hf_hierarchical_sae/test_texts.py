@@ -308,6 +308,15 @@ def test_packed_files_and_rows_that_differ_in_their_columns_are_read(tmp_path):
     assert [content_of(row, "text", 0) for row in found] == ["a", CHAT, "b"]
 
 
+@pytest.mark.parametrize("name", ["a[1].jsonl", "what?.jsonl", "all*.jsonl", "with space, comma.jsonl"])
+def test_the_name_of_a_file_is_no_pattern(tmp_path, name):
+    write(ROWS[:1], tmp_path / name)
+    for other in ("a1.jsonl", "whats.jsonl", "all of them.jsonl"):
+        write(ROWS[1:], tmp_path / other)
+
+    assert list(read_files([tmp_path / name])) == ROWS[:1]
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
@@ -351,6 +360,13 @@ def test_configurations_and_splits_that_are_not_there_are_listed(tmp_path):
     for config in (None, "three"):
         with pytest.raises(ValueError, match=rf"no part with dataset_config={config!r} .*\['one', 'two'\]$"):
             read_dataset(str(tmp_path), config)
+
+
+def test_rows_of_a_dataset_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "To be"}\n' + '{"text": "or"\n' * 3)
+
+    with pytest.raises(ValueError, match=f"(expected rows in|no part with).*{tmp_path.name}.*JSON parse error"):
+        list(read_dataset(str(tmp_path)))
 
 
 @pytest.mark.parametrize("text", ["x" * 100_000, "word " * 20_000, "line\n" * 20_000])
