@@ -428,7 +428,11 @@ def _parser() -> argparse.ArgumentParser:
     _harvest_options(
         command(harvest, "write a language model's hidden states to disk; the same command goes on after a stop")
     )
-    _train_options(command(train, "train an autoencoder or a transcoder on what harvest wrote, or with --model straight from text"))
+    _train_options(
+        command(
+            train, "train an autoencoder or a transcoder on what harvest wrote, or with --model straight from text"
+        )
+    )
     _evaluate_options(command(evaluate, "quality at each budget; with --model, inside the language model as well"))
     _dashboard_options(command(dashboard, "one self-contained HTML page of the latents, with a slider for the budget"))
     _convert_options(command(convert, "from and to the formats of SAELens and sparsify"))

@@ -7,11 +7,12 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_hierarchical_sae import (
     HierarchicalSaeConfig,
     HierarchicalSaeModel,
+    iterate_activations,
     load_saelens,
     load_sparsify,
     save_saelens,
@@ -366,6 +367,65 @@ def test_a_module_that_does_not_run_is_refused():
         ValueError, match="unused of layer 1 returns no hidden states in a pass over text: give another"
     ):
         find_site(model, LAYER, "unused")
+
+
+TOWER = {**SIZES, "image_size": 16, "patch_size": 4}
+WAVE = {
+    **SIZES, "conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2,
+}  # fmt: skip
+SPEECH = {
+    "d_model": 16, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_mel_bins": 8, "max_source_positions": 20, "vocab_size": 30,
+    "max_target_positions": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+}  # fmt: skip
+# Class, sizes, shape of the inputs; those that add attention and MLP to one stream, and nothing else.
+MEDIA = {
+    "vit": ("ViTModel", TOWER, (2, 3, 16, 16), True),
+    "dinov2": ("Dinov2Model", TOWER, (2, 3, 16, 16), True),
+    "siglip_vision_model": ("SiglipVisionModel", TOWER, (2, 3, 16, 16), True),
+    "clip_vision_model": ("CLIPVisionModel", TOWER, (2, 3, 16, 16), True),
+    "wav2vec2": ("Wav2Vec2Model", WAVE, (2, 400), False),
+    "whisper": ("WhisperModel", SPEECH, (2, 8, 40), False),
+}
+
+
+@pytest.mark.parametrize("name", MEDIA)
+def test_models_of_images_and_sound_have_the_same_sites(name):
+    kind, sizes, shape, is_sum = MEDIA[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(AutoConfig.for_model(name, **sizes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 if parameter.ndim == 1 else 0.0)
+    inputs = {model.main_input_name: torch.randn(shape)}
+    inputs |= {"decoder_input_ids": IDS} if name == "whisper" else {}
+    sae = HierarchicalSaeModel(HierarchicalSaeConfig(d_in=WIDTH, d_sae=32, k=2)).eval()
+    seen = {}
+
+    with torch.no_grad():
+        plain = model(**inputs).last_hidden_state
+        for site in HOOK_POINTS:
+            with site_hook(find_site(model, LAYER, site), lambda states, site=site: seen.update({site: states})):
+                assert torch.equal(model(**inputs).last_hidden_state, plain)
+            with splice(model, sae, layer=LAYER, hook_point=site):
+                assert not torch.equal(model(**inputs).last_hidden_state, plain)
+
+    assert {states.shape[-1] for states in seen.values()} == {WIDTH} and not torch.equal(
+        seen["mlp.input"], seen["attention.input"]
+    )
+    if is_sum:
+        torch.testing.assert_close(seen["middle"], seen["input"] + seen["attention.output"])
+        torch.testing.assert_close(seen["output"], seen["middle"] + seen["mlp.output"])
+
+
+def test_text_is_not_read_with_a_model_of_images(tiny_language_model):
+    tower = transformers.ViTModel(transformers.ViTConfig(**TOWER))
+
+    with pytest.raises(ValueError, match="a language model, which takes token ids, got a ViTModel, .* pixel_values"):
+        next(
+            iterate_activations(tower, AutoTokenizer.from_pretrained(tiny_language_model), ["To be, or not"], layer=1)
+        )
 
 
 def test_what_does_not_belong_to_positions_is_refused(models):
