@@ -302,7 +302,7 @@ def test_chats_go_from_harvest_to_dashboard_without_their_special_tokens(tmp_pat
         ),
         (
             "harvest {out}/x --model {model} --layer 0 --dataset {script}",
-            "script has no part with dataset_config=None and split='train': .*[Ss]cripts? (is|are) no longer supported",
+            "script has no part with dataset_config=None and split='train': .*scripts are no longer supported",
         ),
         ("evaluate {sae}", "give either --harvest, or --model with --text or --dataset"),
         ("evaluate {sae} --harvest {states} --budgets 9", r"budgets must be in \[1, 8\], the trained budget"),
