@@ -28,7 +28,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(wildcard */requirements.txt
 # Peers, servers and tools that only tests need: the demo does without.
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[examples,dev]"
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps sae-bench
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps sae-bench sae-probes xgboost-cpu zstandard
 	touch $@
 
 $(OUT)/SmolLM2-135M-Instruct/config.json: | $(VENV)/.installed

@@ -117,6 +117,7 @@ class AtBudget:
     def eval(self) -> None:
         self.sae.eval()
 
+    @torch.no_grad()
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         top_indices, top_values = self.sae.encode(x, self.k)
         return x.new_zeros(len(x), self.sae.config.d_sae).scatter_(1, top_indices, top_values)
