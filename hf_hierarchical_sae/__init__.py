@@ -21,6 +21,7 @@ from .judge_scores import JudgeScore, detection_scores, explain_latents, fuzzing
 from .label_scores import LabelScores, score_labels
 from .latent_activations import LatentActivations, read_latents
 from .modeling_hierarchical_sae import HierarchicalSaeModel, HierarchicalSaeOutput
+from .thresholds import select_by_threshold
 from .training_callback import HierarchicalSaeCallback
 
 
@@ -64,6 +65,7 @@ __all__ = [
     "save_shards",
     "save_sparsify",
     "score_labels",
+    "select_by_threshold",
     "splice",
     "steer",
     "write_dashboard",

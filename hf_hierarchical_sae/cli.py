@@ -559,7 +559,7 @@ def _objective_options(part: argparse.ArgumentParser) -> None:
 def _evaluate_options(part: argparse.ArgumentParser) -> None:
     part.add_argument("sae", help="folder or Hub id of the autoencoder")
     _option(part, "harvest", type=Path, help="folder that harvest wrote, instead of --model")
-    _text_options(part, required=False, tokens=16_384)
+    _text_options(part, required=False, tokens=8192)
     _option(part, "layer", type=_integer(), help="decoder layer, if not the one in the autoencoder's config")
     _option(
         part,

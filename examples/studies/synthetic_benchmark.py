@@ -3,7 +3,8 @@
 # ///
 """
 Dictionaries beside the truth: HierarchicalTopK against TopK, BatchTopK and Matryoshka, one of these for each budget, on
-activations whose features are known. The data are SynthSAEBench's (arXiv 2602.14687, `sae_lens.synthetic`): features with
+activations whose features are known. One dictionary for all budgets is read at each by its k strongest latents and by a
+threshold, as one for the largest budget is; BatchTopK has a threshold, as a JumpReLU. The data are SynthSAEBench's (arXiv 2602.14687, `sae_lens.synthetic`): features with
 Zipf frequencies, a hierarchy and correlations; the judge is SAELens' `eval_sae_on_synthetic_data`.
 
     python examples/studies/synthetic_benchmark.py --preset hour
@@ -35,7 +36,7 @@ from torch.utils.data import IterableDataset
 from tqdm import tqdm
 from transformers import Trainer, set_seed
 
-from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel
+from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, select_by_threshold
 from hf_hierarchical_sae.training import last_checkpoint, training_arguments
 from hf_hierarchical_sae.whole_files import whole_file
 
@@ -55,7 +56,8 @@ PRESETS = {
         "save_steps": 500,
         "learning_rate": 3e-3,
         "eval_samples": 20_480,
-        "budgets": [5, 10, 15, 20],
+        "budgets": [5, 10, 15],
+        "k": 40,
     },
     "paper": {
         "features": 16_384,
@@ -68,6 +70,7 @@ PRESETS = {
         "learning_rate": 3e-4,
         "eval_samples": 100_352,
         "budgets": [15, 20, 25, 30, 35],
+        "k": 80,
     },
 }
 # Samples are kept for the next dictionary if all of them take no more than this many bytes.
@@ -97,26 +100,26 @@ def parse_arguments():
 
 def objectives(settings):
     """Options of `HierarchicalSaeConfig` by name of the objective."""
-    budgets, d_sae = settings["budgets"], settings["d_sae"]
-    largest = budgets[-1]
-    powers = sorted({*(2**power for power in range(largest.bit_length())), largest})
-    prefixes = [d_sae // 16, d_sae // 8, d_sae // 4, d_sae // 2, d_sae]
+    k, d_sae = settings["k"], settings["d_sae"]
+    powers = sorted({*(2**power for power in range(k.bit_length())), k})
+    prefixes = {"matryoshka_prefixes": [d_sae // 16, d_sae // 8, d_sae // 4, d_sae // 2, d_sae]}
     found = {
-        "HierarchicalTopK": {"k": largest},
-        "HierarchicalTopK, powers of two": {"k": largest, "budgets": powers},
-        "HierarchicalTopK, powers of two, prefixes": {
-            "k": largest,
-            "budgets": powers,
-            "matryoshka_prefixes": prefixes,
-        },
+        "HierarchicalTopK": {"k": k},
+        "HierarchicalTopK, powers of two": {"k": k, "budgets": powers},
+        "HierarchicalTopK, prefixes": {"k": k, **prefixes},
+        "HierarchicalTopK, powers of two, prefixes": {"k": k, "budgets": powers, **prefixes},
+        f"HierarchicalTopK to {k // 2}, prefixes": {"k": k // 2, **prefixes},
     }
-    for k in budgets:
-        batch = {"k": k, "budgets": [k], "selection": "batch_topk"}
-        found[f"TopK-{k}"] = {"k": k, "budgets": [k]}
-        found[f"BatchTopK-{k}"] = batch
-        found[f"Matryoshka TopK-{k}"] = {"k": k, "budgets": [k], "matryoshka_prefixes": prefixes}
-        found[f"Matryoshka BatchTopK-{k}"] = {**batch, "matryoshka_prefixes": prefixes}
-    return found
+    # One dictionary for each budget, and one for the largest, which a threshold reads at the others.
+    for budget in (k, *settings["budgets"]):
+        batch = {"k": budget, "budgets": [budget], "selection": "batch_topk"}
+        kinds = {
+            "TopK": {"k": budget, "budgets": [budget]},
+            "BatchTopK": batch,
+            "Matryoshka BatchTopK": {**batch, **prefixes},
+        }
+        found |= {f"{kind} {'of' if budget == k else '-'} {budget}": options for kind, options in kinds.items()}
+    return {name.replace(" - ", "-"): options for name, options in found.items()}
 
 
 class Truth(NamedTuple):
@@ -211,51 +214,58 @@ def train(options, settings, batches, seed, folder):
     return sae.eval()
 
 
-def judge(sae, truth, settings, budgets):
-    """SAELens' numbers at each budget, all on the same samples, none of which were trained on."""
-    found = {}
-    for k in budgets:
-        torch.manual_seed(truth.seed + 10**9)
-        result = eval_sae_on_synthetic_data(
-            AtBudget(sae, k),  # ty: ignore[invalid-argument-type]
-            truth.model.feature_dict,
-            truth.model.activation_generator,
-            num_samples=settings["eval_samples"],
-            batch_size=settings["batch_size"],
-        )
-        found[k] = {
-            "f1": result.classification.f1_score,
-            "mcc": result.mcc,
-            "explained_variance": result.explained_variance,
-            "uniqueness": result.uniqueness,
-            "latents": result.sae_l0,
-            "dead": result.dead_latents / settings["d_sae"],
-            "true_latents": result.true_l0,
-        }
-    return found
+def judge(sae, truth, settings):
+    """SAELens' numbers with as many latents as `sae.config.k`, always on the same samples, none of which were trained on."""
+    torch.manual_seed(truth.seed + 10**9)
+    result = eval_sae_on_synthetic_data(
+        AtBudget(sae, sae.config.k),  # ty: ignore[invalid-argument-type]
+        truth.model.feature_dict,
+        truth.model.activation_generator,
+        num_samples=settings["eval_samples"],
+        batch_size=settings["batch_size"],
+    )
+    return {
+        "f1": result.classification.f1_score,
+        "mcc": result.mcc,
+        "explained_variance": result.explained_variance,
+        "uniqueness": result.uniqueness,
+        "latents": result.sae_l0,
+        "dead": result.dead_latents / settings["d_sae"],
+        "true_latents": result.true_l0,
+    }
 
 
-def run(name, options, settings, truth, kept, seed, output):
-    """Train and judge, or read what an earlier run found: numbers by budget."""
+def readings(name, folder, settings, batches):
+    """Row of the tables, budget and autoencoder: one of its own budget, or one at each with its k strongest or by a threshold."""
+    sae = HierarchicalSaeModel.from_pretrained(folder).to(batches.truth.model.device)
+    if family(name) != name:
+        yield name, sae.config.k, sae
+        return
+    sample = torch.cat([batches.batch(number) for number in range(16)])
+    for budget in settings["budgets"]:
+        yield f"{name}, by threshold", budget, select_by_threshold(sae, sample, budget)
+    for budget in settings["budgets"] if sae.config.has_budgets else []:
+        sae.config.k = budget
+        yield name, budget, sae
+
+
+def run(name, options, settings, batches, seed, output):
+    """Train and judge, or read what an earlier run found: numbers by row and budget."""
     folder = output / folder_name(name) / f"seed{seed}"
     result = folder / "result.json"
     if not result.exists():
         if not (folder / "model.safetensors").exists():
-            train(options, settings, Batches(truth, settings, kept=kept), seed, folder).save_pretrained(folder)
-        sae = HierarchicalSaeModel.from_pretrained(folder).to(truth.model.device)
-        budgets = [options["k"]]
-        if sae.config.has_budgets:
-            # One dictionary at every budget, those it was not trained for included.
-            budgets = settings["budgets"]
-            sae.config.k = budgets[-1]
-        found = judge(sae, truth, settings, budgets)
-        at = found[options["k"]]
-        numbers = ", ".join(f"{title} {at[measure]:.3f}" for measure, title in MEASURES.items())
-        print(f"{name}, seed {seed}: at {options['k']} {numbers}", flush=True)
+            train(options, settings, batches, seed, folder).save_pretrained(folder)
+        found = {}
+        for row, budget, sae in readings(name, folder, settings, batches):
+            numbers = found.setdefault(row, {})[budget] = judge(sae, batches.truth, settings)
+            shown = ", ".join(f"{title} {numbers[measure]:.3f}" for measure, title in MEASURES.items())
+            print(f"{row}, seed {seed}, at {budget}: {shown}", flush=True)
         result.write_text(json.dumps(found, indent=2) + "\n")
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-    return {int(budget): numbers for budget, numbers in json.loads(result.read_text()).items()}
+    found = json.loads(result.read_text())
+    return {row: {int(budget): numbers for budget, numbers in at.items()} for row, at in found.items()}
 
 
 def family(name):
@@ -292,21 +302,25 @@ def table(results, budgets, measure):
 def plot(results, path):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 4.5), layout="constrained")
+    separate = {family(name) for name in results if family(name) != name}
+    figure = Figure(figsize=(14, 7), layout="constrained")
     axes = dict(zip(["f1", "mcc", "explained_variance"], figure.subplots(1, 3)))
     for measure, part in axes.items():
+        colors = {}
         for place, (kind, points) in enumerate(curves(results, measure).items()):
             budgets, means, widths = zip(*points)
             widths = None if widths[0] is None else widths
             # Beside one another: intervals of the same budget would hide each other.
-            shifted = [budget * 1.012**place for budget in budgets]
-            style = "o-" if kind.startswith("Hierarchical") else "s--"
-            part.errorbar(shifted, means, widths, fmt=style, label=kind, markersize=4, capsize=2, linewidth=1.2)
+            shifted = [budget * 1.01**place for budget in budgets]
+            dictionary = kind.removesuffix(", by threshold")
+            form = {"fmt": "s:" if dictionary in separate else "o-" if dictionary == kind else "o--", "label": kind}
+            form["color"] = colors.setdefault(dictionary, f"C{len(colors) % 10}")
+            part.errorbar(shifted, means, widths, **form, markersize=4, capsize=2, linewidth=1.2)
         part.set(xlabel="latents per input", ylabel=MEASURES[measure])
         part.set_xscale("log", base=2)
         part.set_xticks(budgets, [str(budget) for budget in budgets])
         part.grid(alpha=0.3)
-    axes["f1"].legend(fontsize="x-small")
+    figure.legend(*axes["f1"].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=150)
 
 
@@ -327,7 +341,9 @@ def main():
             truth = make_truth(settings, seed, device)
             kept = keep_batches(truth, settings, output / f"data{seed}")
         for name, options in arguments.chosen.items():
-            results.setdefault(name, []).append(run(name, options, settings, truth, kept, seed, output))
+            found = run(name, options, settings, Batches(truth, settings, kept=kept), seed, output)
+            for row, numbers in found.items():
+                results.setdefault(row, []).append(numbers)
         # Made again from their seeds if they are needed.
         shutil.rmtree(output / f"data{seed}", ignore_errors=True)
     first = next(iter(results.values()))[0]
