@@ -52,6 +52,7 @@ def test_the_guide_runs_from_top_to_bottom(tiny_language_model, tmp_path, monkey
     assert names["attribution"].abs().sum() > 0
     assert (names["from_saelens"].config.k, names["from_sparsify"].config.k) == (4, 8)
     assert not torch.equal(names["transcoded"], clean) and names["computed"].shape == names["given"].shape
+    assert set(names["of_four"]) == {4} and names["of_four"][4] > names["untrained"][4]
     # The end of each message; its start is the first position.
     assert names["left_out"] == 20 and names["of_chats"].isfinite().all()
     torch.testing.assert_close(names["middle"] + names["added"], names["after"])
