@@ -3,8 +3,8 @@
 # ///
 """
 Train one sparse autoencoder per objective on the same activations, with the same steps, and compare them at every
-sparsity budget: HierarchicalTopK (all budgets, and powers of two only), TopK and BatchTopK for each budget, Matryoshka;
-with the first seed also inside the language model, on text that was not harvested.
+sparsity budget: HierarchicalTopK (all budgets, powers of two only, with Matryoshka prefixes; with the strongest latents and by
+a threshold), TopK and BatchTopK for each budget, Matryoshka; with the first seed also inside the language model, on text that was not harvested.
 
     accelerate launch examples/studies/compare_objectives.py --preset minutes
 
@@ -16,6 +16,7 @@ model. An interrupted run goes on where it stopped if the same command is given 
 import argparse
 import json
 import random
+import re
 import shutil
 import sys
 import time
@@ -30,6 +31,7 @@ from hf_hierarchical_sae import (
     evaluate_budgets,
     evaluate_in_model,
     iterate_activations,
+    select_by_threshold,
 )
 
 
@@ -113,6 +115,7 @@ def objectives(settings):
         "HierarchicalTopK, powers of two": {"k": largest, "budgets": powers},
         **{f"BatchTopK-{k}": {"k": k, "budgets": [k], "selection": "batch_topk"} for k in budgets},
         f"Matryoshka-{middle}": {"k": middle, "budgets": [middle], "matryoshka_prefixes": prefixes},
+        "HierarchicalTopK, prefixes": {"k": largest, "matryoshka_prefixes": prefixes},
     }
 
 
@@ -145,6 +148,43 @@ def planted(settings):
     return StackDataset(hidden_states=train), train[:8192], held_out  # ty: ignore[invalid-argument-type]
 
 
+def measured(sae, settings, data, budgets, spliced):
+    """Quality on held-out activations and, if asked, in the language model."""
+    evaluation = evaluate_budgets(sae, data[2], budgets)
+    print(evaluation, flush=True)
+    found = evaluation.to_dict()
+    if spliced:
+        stream = iterate_activations(
+            *language_model(settings["model"], settings["dtype"]),
+            passages(settings)[0],
+            settings["layer"],
+            max_tokens=settings["spliced_tokens"],
+        )
+        evaluation = evaluate_in_model(sae, stream, budgets)
+        print(evaluation, flush=True)
+        found["spliced"] = evaluation.to_dict()
+    return found
+
+
+def measured_by_threshold(sae, settings, data, budgets, spliced):
+    """The same with a threshold for each budget, measured on activations of the training."""
+    parts = [
+        measured(select_by_threshold(sae, data[1], budget), settings, data, [budget], spliced) for budget in budgets
+    ]
+    return joined(parts)
+
+
+def joined(parts):
+    """Evaluations at one budget each as one of all."""
+    found = dict(parts[0])
+    for name, value in found.items():
+        if isinstance(value, list):
+            found[name] = [part[name][0] for part in parts]
+        elif isinstance(value, dict):
+            found[name] = joined([part[name] for part in parts])
+    return found
+
+
 def run(name, options, settings, data, seed, folder, spliced):
     """Train and evaluate, or read what an earlier run found."""
     result = folder / "result.json"
@@ -161,20 +201,11 @@ def run(name, options, settings, data, seed, folder, spliced):
             budgets = settings["budgets"]
             wider = {"k": budgets[-1], "budgets": budgets[-1:]}
             sae = HierarchicalSaeModel.from_pretrained(folder, **wider).to(sae.device)
-        evaluation = evaluate_budgets(sae, data[2], budgets)
-        print(evaluation)
-        dead = evaluation.dead_fraction[budgets.index(k)]
-        found = {**evaluation.to_dict(), "dead_at_trained_k": dead, "cpu_seconds_per_step": seconds}
-        if spliced:
-            stream = iterate_activations(
-                *language_model(settings["model"], settings["dtype"]),
-                passages(settings)[0],
-                settings["layer"],
-                max_tokens=settings["spliced_tokens"],
-            )
-            evaluation = evaluate_in_model(sae, stream, budgets)
-            print(evaluation)
-            found["spliced"] = evaluation.to_dict()
+        found = measured(sae, settings, data, budgets, spliced)
+        found["dead_at_trained_k"] = found["dead_fraction"][budgets.index(k)]
+        found["cpu_seconds_per_step"] = seconds
+        if options.get("budgets") != [k]:
+            found["by_threshold"] = measured_by_threshold(sae, settings, data, budgets, spliced)
         result.write_text(json.dumps(found, indent=2) + "\n")
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
@@ -210,10 +241,33 @@ def table(results, budgets):
     return "\n".join(lines)
 
 
-def used_by_batch_topk(results):
-    """(latents per token on the held-out tokens, explained variance) of each BatchTopK dictionary."""
-    found = [found for name, runs in results.items() if name.startswith("BatchTopK") for found in runs]
-    return [(one["latents_per_token"][0], one["explained_variance"][0]) for one in found]
+def with_thresholds(results):
+    """The results with rows of their own for what was read by a threshold."""
+    found = {}
+    for name, runs in results.items():
+        thresholds = [run.pop("by_threshold", None) for run in runs]
+        found[name] = runs
+        if thresholds[0] is not None:
+            # What is equal, of the training.
+            found[f"{name}, by threshold"] = [run | more for run, more in zip(runs, thresholds)]
+    return found
+
+
+def used(results, where="held out"):
+    """Of each kind of dictionary that selects by a threshold, latents per token at each budget, on average over seeds."""
+    lines = []
+    for kind in dict.fromkeys(re.sub(r"-\d+$", "", name) for name in results):
+        counts = {}
+        for name, runs in results.items():
+            is_of_kind = name == kind or name.startswith(f"{kind}-")
+            if is_of_kind and (kind.endswith("by threshold") or kind.startswith("BatchTopK")):
+                for run in runs if where == "held out" else [runs[0]["spliced"]]:
+                    for budget, latents in zip(run["budgets"], run["latents_per_token"]):
+                        counts.setdefault(budget, []).append(latents)
+        if counts:
+            means = (f"{sum(values) / len(values):.1f}" for values in counts.values())
+            lines.append(f"- latents per token, {where}, of {kind}: {', '.join(means)}")
+    return lines
 
 
 def spliced_table(results, budgets):
@@ -267,14 +321,20 @@ def plot(results, path):
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.subplots()
     for name, runs in results.items():
-        if name.startswith("BatchTopK"):
-            continue
-        budgets = runs[0]["budgets"]
         curves = torch.tensor([found["explained_variance"] for found in runs])
+        latents = torch.tensor([found["latents_per_token"] for found in runs]).mean(0)
+        if name.startswith("BatchTopK"):
+            label = (
+                None
+                if axes.get_legend_handles_labels()[1][-1].startswith("BatchTopK")
+                else "BatchTopK, for each budget"
+            )
+            axes.plot(latents, curves.mean(0), "k^", label=label)
+            continue
         is_ours = name.startswith("HierarchicalTopK")
-        axes.plot(budgets, curves.mean(0), "o-" if is_ours else "s--", label=name, linewidth=2.5 if is_ours else 1.2)
-        axes.fill_between(budgets, curves.amin(0), curves.amax(0), alpha=0.2)
-    axes.plot(*zip(*used_by_batch_topk(results)), "k^", label="BatchTopK, one for each budget")
+        form = "^:" if name.endswith("by threshold") else "o-" if is_ours else "s--"
+        axes.plot(latents, curves.mean(0), form, label=name, linewidth=2 if is_ours else 1, markersize=4)
+        axes.fill_between(latents, curves.amin(0), curves.amax(0), alpha=0.2)
     ticks = results["HierarchicalTopK"][0]["budgets"]
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -312,17 +372,17 @@ def main():
 
     if not PartialState().is_main_process:
         return
+    count, results = len(results), with_thresholds(results)
     budgets, found = settings["budgets"], claims(results, settings["budgets"])
     summary = [table(results, budgets), ""]
     summary += [f"- {claim}: {'holds' if holds else 'does not hold'} ({number})" for claim, number, holds in found]
-    used = ", ".join(f"{latents:.1f}" for latents, _ in used_by_batch_topk(results))
-    summary += [f"- latents per token that the BatchTopK dictionaries use, each budget and seed: {used}"]
+    summary += used(results)
     if settings["model"] is not None:
-        summary += ["", spliced_table(results, budgets)]
+        summary += ["", spliced_table(results, budgets), "", *used(results, "spliced")]
     minutes = [(time.monotonic() - started) / 60, (time.process_time() - processor) / 60]
     summary += [
         "",
-        f"This run: {trained} of {len(results) * len(arguments.seeds)} dictionaries trained, {minutes[0]:.1f} minutes, "
+        f"This run: {trained} of {count * len(arguments.seeds)} dictionaries trained, {minutes[0]:.1f} minutes, "
         f"{minutes[1]:.1f} CPU minutes, {torch.get_num_threads()} threads.",
     ]
     (output / "summary.md").write_text("\n".join(summary) + "\n")

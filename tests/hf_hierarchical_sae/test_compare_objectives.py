@@ -22,7 +22,8 @@ TINY = {
     "d_sae": 64,
     "budgets": [2, 4],
 }
-NAMES = {"HierarchicalTopK", "HierarchicalTopK, powers of two", "TopK-2", "TopK-4", "Matryoshka-2"}
+HIERARCHICAL = ["HierarchicalTopK", "HierarchicalTopK, powers of two", "HierarchicalTopK, prefixes"]
+NAMES = {*HIERARCHICAL, *(f"{name}, by threshold" for name in HIERARCHICAL), "TopK-2", "TopK-4", "Matryoshka-2"}
 BATCH_TOPK = {"BatchTopK-2", "BatchTopK-4"}
 
 
@@ -59,6 +60,11 @@ def test_the_claim_holds_on_planted_features(compare, tmp_path, capsys):
     # It spreads its latents over tokens as it likes; and its threshold lets through as many as in training.
     assert explained["BatchTopK-2"][2] > explained["TopK-2"][2] + 0.03
     assert results["BatchTopK-2"][0]["latents_per_token"][0] == pytest.approx(2, rel=0.1)
+    # With one dictionary, a threshold does what BatchTopK does with one for each budget.
+    by_threshold = explained["HierarchicalTopK, powers of two, by threshold"]
+    assert all(by_threshold[budget] > explained[f"BatchTopK-{budget}"][budget] - 0.015 for budget in budgets)
+    assert by_threshold[2] > explained["TopK-2"][2] + 0.03
+    assert results["HierarchicalTopK, by threshold"][0]["latents_per_token"] == pytest.approx(budgets, rel=0.1)
     printed = capsys.readouterr().out
     assert "- explained variance rises with the budget: holds (by at least 0.01" in printed
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
@@ -91,7 +97,9 @@ def test_every_objective_is_trained_on_the_same_activations_of_a_language_model(
     printed = capsys.readouterr().out
     recovered = spliced["HierarchicalTopK"]["loss_recovered"]
     assert f"| HierarchicalTopK | {recovered[0]:.3f} | {recovered[1]:.3f} |" in printed
-    assert "This run: 14 of 14 dictionaries trained, 0." in printed
+    assert "- latents per token, held out, of BatchTopK: " in printed
+    assert "- latents per token, spliced, of HierarchicalTopK, by threshold: " in printed
+    assert "This run: 16 of 16 dictionaries trained, 0." in printed
     description = json.loads((tmp_path / "activations" / "harvest.json").read_text())
     assert description["layers"] == [1] and description["max_tokens"] == 1800
 
