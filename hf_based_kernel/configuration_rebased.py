@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 AUTO_CLASSES = {
@@ -13,7 +14,7 @@ AUTO_CLASSES = {
     "AutoModelForCausalLM": "RebasedForCausalLM",
     "AutoModelForSequenceClassification": "RebasedForSequenceClassification",
 }
-LAYER_TYPES = ("conv", "linear_attention", "sliding_attention")
+LAYER_TYPES = ("conv", "linear_attention", "sliding_attention", "full_attention")
 
 
 @strict
@@ -29,12 +30,14 @@ class RebasedConfig(PreTrainedConfig):
             leaves the feed-forward out; its norm stays, as in the paper's recall models.
         num_hidden_layers (`int`, *optional*, defaults to 18): Number of decoder layers.
         num_attention_heads (`int`, *optional*, defaults to 12): Heads of every attention layer.
+        num_key_value_heads (`int`, *optional*): Heads of keys and values, each shared by as many query heads (grouped-query
+            attention). By default `num_attention_heads`.
         feature_dim (`int`, *optional*, defaults to 16): Query and key numbers per head in linear attention.
-        head_dim (`int`, *optional*): Value numbers per head, and query and key numbers in sliding-window attention. By
+        head_dim (`int`, *optional*): Value numbers per head, and query and key numbers in softmax attention. By
             default `hidden_size // num_attention_heads`.
         layer_types (`list[str]`, *optional*): Mixer of each layer: `"conv"` (short gated convolution),
-            `"linear_attention"` (ReBased or Taylor) or `"sliding_attention"` (softmax over the last `sliding_window`
-            tokens). By default the first two in turn.
+            `"linear_attention"` (ReBased or Taylor), `"sliding_attention"` (softmax over the last `sliding_window`
+            tokens) or `"full_attention"` (softmax over all). By default the first two in turn.
         kernel (`str`, *optional*, defaults to `"rebased"`): `"rebased"`, (q·k)², or `"taylor"`, 1 + q·k + (q·k)²/2, the
             kernel of Based (arXiv 2402.18668).
         use_qk_norm (`bool`, *optional*): Normalise queries and keys. This and the next two are the ablation of the
@@ -48,6 +51,14 @@ class RebasedConfig(PreTrainedConfig):
             with the other; `"base"` multiplies a convolution with a projection (the recall models' convolution).
         conv_kernel_size (`int`, *optional*, defaults to 3): Tokens that a convolution sees, the current one included.
         sliding_window (`int`, *optional*, defaults to 64): Tokens that sliding-window attention sees.
+        rope_parameters (`dict`, *optional*): Rotary positions of the softmax layers, as transformers' Llama has them:
+            `rope_theta`, `rope_type` and what this type needs. By default there are none.
+        attention_bias (`bool`, *optional*, defaults to `False`): Biases of the query, key and value projections.
+        attention_out_bias (`bool`, *optional*): Bias of the output projection of attention. By default `attention_bias`.
+        attention_dropout (`float`, *optional*, defaults to 0.0): Share of the softmax weights dropped in training.
+        use_softmax_qk_norm (`bool`, *optional*, defaults to `False`): RMSNorm over each head's queries and keys in softmax
+            layers, before the rotary positions, as in Qwen3.
+        mlp_bias (`bool`, *optional*, defaults to `False`): Biases of the feed-forward.
         norm_type (`str`, *optional*, defaults to `"rms_norm"`): `"rms_norm"` or `"layer_norm"`.
         norm_eps (`float`, *optional*, defaults to 1e-6): Added to the variance in every norm.
         use_position_embeddings (`bool`, *optional*, defaults to `False`): Learn `max_position_embeddings` positions.
@@ -72,6 +83,7 @@ class RebasedConfig(PreTrainedConfig):
     intermediate_size: int | None = None
     num_hidden_layers: int = 18
     num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
     feature_dim: int = 16
     head_dim: int | None = None
     layer_types: list[str] | None = None
@@ -84,6 +96,12 @@ class RebasedConfig(PreTrainedConfig):
     conv_type: str = "gated"
     conv_kernel_size: int = 3
     sliding_window: int = 64
+    rope_parameters: dict[str, Any] | None = None
+    attention_bias: bool = False
+    attention_out_bias: bool | None = None
+    attention_dropout: float | int = 0.0
+    use_softmax_qk_norm: bool = False
+    mlp_bias: bool = False
     norm_type: str = "rms_norm"
     norm_eps: float = 1e-6
     use_position_embeddings: bool = False
@@ -100,6 +118,10 @@ class RebasedConfig(PreTrainedConfig):
             self.intermediate_size = 2 * self.hidden_size
         if self.head_dim is None:
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.attention_out_bias is None:
+            self.attention_out_bias = self.attention_bias
         if self.layer_types is None:
             self.layer_types = [LAYER_TYPES[i % 2] for i in range(self.num_hidden_layers)]
         for switch in ("use_qk_norm", "use_gamma", "use_beta"):
@@ -123,6 +145,12 @@ class RebasedConfig(PreTrainedConfig):
             for auto_class, name in AUTO_CLASSES.items():
                 self.auto_map.setdefault(auto_class, f"modeling_rebased.{name}")
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """transformers' own, which would give rotary positions to a configuration without any."""
+        if self.rope_parameters is None and not {"rope_scaling", "rope_theta"} & set(kwargs):
+            return kwargs
+        return super().convert_rope_params_to_dict(**kwargs)
 
     def validate_layer_type(self) -> None:
         """`validate_architecture` looks at the layer types; transformers before 5.23 would rename "conv" here."""
@@ -151,6 +179,7 @@ class RebasedConfig(PreTrainedConfig):
             "intermediate_size": 0,
             "num_hidden_layers": 1,
             "num_attention_heads": 1,
+            "num_key_value_heads": 1,
             "feature_dim": 1,
             "head_dim": 1,
             "conv_kernel_size": 2,
@@ -161,9 +190,28 @@ class RebasedConfig(PreTrainedConfig):
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads})"
+            )
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout must be in [0, 1), got {self.attention_dropout}")
+        if self.rope_parameters:
+            self._check_rotary()
         for name in ("attention_eps", "norm_eps", "initializer_range"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number that is not negative, got {getattr(self, name)}")
+
+    def _check_rotary(self) -> None:
+        rope_type = self.rope_parameters.get("rope_type", "default")
+        if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
+            raise ValueError(
+                f"rope_parameters must be those of one rotation for all layers, with a rope_type among default, "
+                f"{', '.join(ROPE_INIT_FUNCTIONS)}, got {self.rope_parameters}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"rope_parameters need an even head_dim, got {self.head_dim}")
 
 
 __all__ = ["RebasedConfig"]

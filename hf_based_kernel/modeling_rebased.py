@@ -1,7 +1,7 @@
 """ReBased: a causal language model of short convolutions and linear attention with a learnable quadratic kernel."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,189 +10,23 @@ from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, LinearAttentionLayer
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.masking_utils import create_sliding_window_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache_rebased import RebasedCache
 from .configuration_rebased import LAYER_TYPES, RebasedConfig
+from .llama_rebased import read_llama
 from .rebased_attention_forms import rebased_attention, taylor_attention
+from .softmax_attention_rebased import RebasedRMSNorm, RebasedSoftmaxAttention
 
 
-class RebasedStateLayer(LinearAttentionLayer):
-    """The cached state of a convolution or linear attention layer, of constant size."""
-
-    is_croppable = False
-
-    # A state is a new tensor at each call: keeping it costs nothing, copying it into a fixed one would.
-    def update_recurrent_state(
-        self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: Any
-    ) -> torch.Tensor:
-        self.is_recurrent_states_initialized[state_idx] = True
-        return self._keep(self.recurrent_states, recurrent_states, state_idx)
-
-    def update_conv_state(
-        self, conv_states: torch.Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
-    ) -> torch.Tensor:
-        self.is_conv_states_initialized[state_idx] = True
-        return self._keep(self.conv_states, conv_states, state_idx)
-
-    def _keep(self, states: dict[int, torch.Tensor | None], new: torch.Tensor, state_idx: int) -> torch.Tensor:
-        states[state_idx] = new
-        self.has_previous_state[state_idx] = True
-        self.dtype, self.device = new.dtype, new.device
-        return new
-
-    def fork(self) -> "RebasedStateLayer":
-        """A layer with the same tensors, which goes on by itself."""
-        other = copy.copy(self)
-        other.__dict__.update({name: dict(x) for name, x in self.__dict__.items() if isinstance(x, dict)})
-        return other
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map_states(lambda state: state.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._map_states(lambda state: state[indices])
-
-    def forget_rows(self, rows: torch.Tensor) -> None:
-        """rows: (batch), `True` where the state is that of no token."""
-        self._map_states(lambda state: state.masked_fill(rows.view(-1, *[1] * (state.dim() - 1)), 0))
-
-    def detach(self) -> None:
-        self._map_states(torch.Tensor.detach)
-
-    def _map_states(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        for states in (self.conv_states, self.recurrent_states):
-            for index, state in states.items():
-                if state is not None:
-                    states[index] = function(state)
-
-
-class RebasedWindowLayer(DynamicSlidingWindowLayer):
-    """The cached keys and values of softmax attention over a window."""
-
-    def fork(self) -> "RebasedWindowLayer":
-        """A layer with the same tensors, which goes on by itself."""
-        return copy.copy(self)
-
-    def forget_rows(self, rows: torch.Tensor) -> None:
-        """Nothing: the mask of a row hides what came before its sequence."""
-
-    def detach(self) -> None:
-        if self.is_initialized:
-            self.keys, self.values = self.keys.detach(), self.values.detach()
-
-
-class RebasedCache(Cache):
-    """
-    The state of a [`RebasedModel`] after some tokens: constant in size, so it cannot go back to fewer tokens.
-
-    Args:
-        config (`RebasedConfig`): The model's configuration.
-    """
-
-    is_compileable = False
-    layers: list[Any]
-
-    def __init__(self, config: RebasedConfig):
-        super().__init__(
-            layers=[
-                RebasedWindowLayer(config.sliding_window) if layer_type == "sliding_attention" else RebasedStateLayer()
-                for layer_type in config.layer_types
-            ]
-        )
-        self.seen_tokens = 0
-        # Of the sequence that each row is in, the number of its first token, and of the tokens seen, which are padding:
-        # (batch) and (batch, tokens), or None where all is one sequence and no padding.
-        self.first_tokens = None
-        self.attention_mask = None
-
-    @property
-    def num_sequences(self) -> int | None:
-        """Rows of the tokens seen, or `None` before the first."""
-        for layer in self.layers:
-            states = (
-                [layer.keys] if isinstance(layer, RebasedWindowLayer) else layer.conv_states | layer.recurrent_states
-            )
-            for state in states.values() if isinstance(states, dict) else states:
-                if state is not None:
-                    return state.shape[0]
-        return None
-
-    def fork(self) -> "RebasedCache":
-        """A cache after the same tokens that goes on by itself; tensors are shared, as none is written in place."""
-        other = copy.copy(self)
-        other.layers = [layer.fork() for layer in self.layers]
-        return other
-
-    def detach(self) -> "RebasedCache":
-        """Cut the graph here, for truncated backpropagation through time; returns the cache itself."""
-        for layer in self.layers:
-            layer.detach()
-        return self
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._select_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
-        super().reorder_cache(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._select_rows(lambda x: x.repeat_interleave(repeats, dim=0))
-        super().batch_repeat_interleave(repeats)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._select_rows(lambda x: x[indices])
-        super().batch_select_indices(indices)
-
-    def _select_rows(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.first_tokens = None if self.first_tokens is None else select(self.first_tokens)
-        self.attention_mask = None if self.attention_mask is None else select(self.attention_mask)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of tokens seen, padding included."""
-        return self.seen_tokens
-
-    # transformers' own from 5.23 on; with these two, older ones serve as well.
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        """The state of a convolution, or `None` before the first token."""
-        layer = self.layers[layer_idx]
-        return layer.conv_states[state_idx] if layer.has_previous_state[state_idx] else None
-
-    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        """The state of a linear attention layer, or `None` before the first token."""
-        layer = self.layers[layer_idx]
-        return layer.recurrent_states[state_idx] if layer.has_previous_state[state_idx] else None
-
-    def reset(self) -> None:
-        """Forget every token."""
-        super().reset()
-        self.seen_tokens, self.first_tokens, self.attention_mask = 0, None, None
-
-    def crop(self, tokens_to_remove: int) -> None:
-        raise ValueError(
-            "A RebasedCache holds a state that cannot forget single tokens; copy the cache before the tokens that you may "
-            "want to take back"
-        )
-
-    def activate_past_recording(self) -> None:
-        self.crop(0)
-
-
-class RebasedRMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps), times a weight, computed in float32."""
-
-    def __init__(self, hidden_size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.weight * F.rms_norm(hidden_states, self.weight.shape, eps=self.eps)
+SOFTMAX_MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
 def _make_norm(config: RebasedConfig) -> nn.Module:
@@ -204,16 +38,17 @@ def _make_norm(config: RebasedConfig) -> nn.Module:
 class RebasedFeatureNorm(nn.Module):
     """gamma · norm(x) + beta for queries or keys, each part only if the configuration asks for it (equation 6)."""
 
-    def __init__(self, config: RebasedConfig):
+    def __init__(self, config: RebasedConfig, num_heads: int):
         super().__init__()
         self.config = config
-        size = config.num_attention_heads * config.feature_dim
+        self.num_heads = num_heads
+        size = num_heads * config.feature_dim
         self.gamma = nn.Parameter(torch.ones(size)) if config.use_gamma else None
         self.beta = nn.Parameter(torch.zeros(size)) if config.use_beta else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (batch, seq, num_heads * feature_dim) -> (batch, seq, num_heads, feature_dim)"""
-        heads = (self.config.num_attention_heads, self.config.feature_dim)
+        heads = (self.num_heads, self.config.feature_dim)
         if self.config.use_qk_norm and not self.config.qk_norm_per_head:
             return F.layer_norm(x, x.shape[-1:], self.gamma, self.beta, self.config.norm_eps).unflatten(-1, heads)
         if self.config.use_qk_norm:
@@ -232,13 +67,14 @@ class RebasedLinearAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        features = config.num_attention_heads * config.feature_dim
-        self.q_proj = nn.Linear(config.hidden_size, features, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, features, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
-        self.q_norm = RebasedFeatureNorm(config)
-        self.k_norm = RebasedFeatureNorm(config)
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        self.num_key_value_groups = heads // groups
+        self.q_proj = nn.Linear(config.hidden_size, heads * config.feature_dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, groups * config.feature_dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, groups * config.head_dim, bias=config.attention_bias)
+        self.o_proj = nn.Linear(heads * config.head_dim, config.hidden_size, bias=config.attention_out_bias)
+        self.q_norm = RebasedFeatureNorm(config, heads)
+        self.k_norm = RebasedFeatureNorm(config, groups)
         self.attention = rebased_attention if config.kernel == "rebased" else taylor_attention
 
     def forward(
@@ -250,10 +86,12 @@ class RebasedLinearAttention(nn.Module):
         past_key_values: RebasedCache | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        v = self.v_proj(hidden_states).unflatten(-1, (self.config.num_attention_heads, self.config.head_dim))
+        v = self.v_proj(hidden_states).unflatten(-1, (-1, self.config.head_dim))
         # Autocast keeps norms in float32; the operation wants one dtype and sums in float32 by itself.
         q = self.q_norm(self.q_proj(hidden_states)).to(v.dtype)
         k = self.k_norm(self.k_proj(hidden_states)).to(v.dtype)
+        if self.num_key_value_groups > 1:
+            k, v = (x.repeat_interleave(self.num_key_value_groups, dim=2) for x in (k, v))
         out = self.attention(
             q,
             k,
@@ -359,77 +197,14 @@ class RebasedBaseConv(nn.Module):
         return convolved * self.proj(hidden_states)
 
 
-class RebasedSlidingAttention(nn.Module):
-    """Softmax attention over the last `sliding_window` tokens, without positions: these come from the convolutions."""
-
-    def __init__(self, config: RebasedConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.is_causal = True
-        self.scaling = config.head_dim**-0.5
-        width = config.num_attention_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        *,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: RebasedCache | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        heads = (self.config.num_attention_heads, self.config.head_dim)
-        query, key, value = (
-            proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        out, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=0.0,
-            scaling=self.scaling,
-            sliding_window=self.config.sliding_window,
-            **kwargs,
-        )
-        return self.o_proj(out.flatten(-2)), weights
-
-
-def eager_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """query, key, value: (batch, num_heads, seq, head_dim) -> (batch, seq, num_heads, head_dim) and the weights"""
-    scores = torch.matmul(query, key.mT) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
 class RebasedMLP(nn.Module):
-    """SwiGLU feed-forward without biases."""
+    """SwiGLU feed-forward."""
 
     def __init__(self, config: RebasedConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -443,8 +218,8 @@ class RebasedDecoderLayer(GradientCheckpointingLayer):
         self.layer_type = config.layer_types[layer_idx]
         if self.layer_type == "linear_attention":
             self.self_attn = RebasedLinearAttention(config, layer_idx)
-        elif self.layer_type == "sliding_attention":
-            self.self_attn = RebasedSlidingAttention(config, layer_idx)
+        elif self.layer_type in SOFTMAX_MASKS:
+            self.self_attn = RebasedSoftmaxAttention(config, layer_idx)
         else:
             self.conv = (RebasedGatedConv if config.conv_type == "gated" else RebasedBaseConv)(config, layer_idx)
         self.input_layernorm = _make_norm(config)
@@ -455,7 +230,7 @@ class RebasedDecoderLayer(GradientCheckpointingLayer):
         normalised = self.input_layernorm(hidden_states)
         if self.layer_type == "linear_attention":
             mixed = self.self_attn(normalised, **kwargs)
-        elif self.layer_type == "sliding_attention":
+        elif self.layer_type in SOFTMAX_MASKS:
             mixed, _ = self.self_attn(normalised, **kwargs)
         else:
             mixed = self.conv(normalised, **kwargs)
@@ -474,7 +249,7 @@ class RebasedPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # The state cannot be rolled back, so generation modes that need it are refused.
     _is_stateful = True
-    _can_record_outputs = {"hidden_states": RebasedDecoderLayer, "attentions": RebasedSlidingAttention}
+    _can_record_outputs = {"hidden_states": RebasedDecoderLayer, "attentions": RebasedSoftmaxAttention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -527,8 +302,8 @@ class RebasedPreTrainedModel(PreTrainedModel):
 # {repo_id.rpartition("/")[2]}
 
 {type(self).__name__} with {self.num_parameters():,} parameters and the layers {counts}; attention kernel
-`{self.config.kernel}` ([ReBased, arXiv 2402.10644](https://arxiv.org/abs/2402.10644)). Training and prefill are linear in
-the sequence length; the state for decoding has a constant size.
+`{self.config.kernel}` ([ReBased, arXiv 2402.10644](https://arxiv.org/abs/2402.10644)). In all layers but full_attention,
+training and prefill are linear in the sequence length, and the state for decoding has a constant size.
 
 ```python
 from transformers import AutoTokenizer, {auto_class}
@@ -558,6 +333,7 @@ class RebasedModel(RebasedPreTrainedModel):
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(RebasedDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = _make_norm(config)
+        self.rotary_emb = LlamaRotaryEmbedding(config) if config.rope_parameters else None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -606,24 +382,29 @@ class RebasedModel(RebasedPreTrainedModel):
                 layer.forget_rows(starts[:, 0])
 
         hidden_states = inputs_embeds
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen_tokens
+            position_ids = position_ids if first_tokens is None else position_ids - first_tokens
         if self.config.use_position_embeddings:
-            if position_ids is None:
-                position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen_tokens
-                position_ids = position_ids if first_tokens is None else position_ids - first_tokens
             hidden_states = hidden_states + self.embed_positions(self._check_positions(position_ids))
-        sliding_mask = None
-        if any(layer.layer_type == "sliding_attention" for layer in self.layers):
-            sliding_mask = create_sliding_window_causal_mask(
+        softmax_masks = {
+            layer_type: create_mask(
                 self.config,
                 inputs_embeds,
                 attention_mask,
                 cache,
                 and_mask_function=_from_first_token_on(first_tokens, seen_tokens),
+                layer_idx=self.config.layer_types.index(layer_type),
             )
+            for layer_type, create_mask in SOFTMAX_MASKS.items()
+            if layer_type in self.config.layer_types
+        }
+        rotations = None if self.rotary_emb is None else self.rotary_emb(inputs_embeds, position_ids)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
-                attention_mask=sliding_mask if layer.layer_type == "sliding_attention" else local_mask,
+                attention_mask=softmax_masks.get(layer.layer_type, local_mask),
+                position_embeddings=rotations,
                 segment_ids=segment_ids,
                 past_key_values=cache,
                 **kwargs,
@@ -798,6 +579,39 @@ class RebasedForCausalLM(RebasedPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_llama(cls, model: PreTrainedModel, layers: Iterable[int] = ()) -> "RebasedForCausalLM":
+        """
+        A ReBased model with a copy of a Llama's weights: the same outputs, but for the layers that become linear attention.
+
+        A replaced layer keeps the projections of values and outputs. Its queries and keys are new: projections to
+        `feature_dim` numbers a head, drawn at random and without rotary positions, so that it has to be trained.
+
+        Args:
+            model (`PreTrainedModel`): A `LlamaForCausalLM` (SmolLM2 is one), `MistralForCausalLM`, `Qwen2ForCausalLM` or
+                `Qwen3ForCausalLM` of transformers. Dtype, device and generation configuration are kept.
+            layers (`Iterable[int]`, *optional*): Indices of the layers that become `"linear_attention"`.
+
+        Raises:
+            ValueError: If the model is of another class or holds what a ReBased model cannot, or for an index out of range.
+
+        ```python
+        >>> from transformers import AutoModelForCausalLM
+        >>> from hf_based_kernel import RebasedForCausalLM
+
+        >>> teacher = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+        >>> model = RebasedForCausalLM.from_llama(teacher, layers=[12, 20])
+        ```
+        """
+        config, state_dict = read_llama(model, layers)
+        converted = cls.from_pretrained(None, config=config, state_dict=state_dict, dtype=model.dtype).to(model.device)
+        # A model that was cast after loading has frequencies in its own dtype.
+        frequencies = model.get_decoder().rotary_emb.original_inv_freq
+        for name in ("inv_freq", "original_inv_freq"):
+            converted.model.rotary_emb.register_buffer(name, frequencies.clone(), persistent=False)
+        converted.generation_config = copy.deepcopy(model.generation_config)
+        return converted.train(model.training)
 
     @can_return_tuple
     def forward(

@@ -1,0 +1,182 @@
+"""The cache of a ReBased model: states of constant size beside the keys and values of softmax layers."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+from .configuration_rebased import RebasedConfig
+
+
+class RebasedStateLayer(LinearAttentionLayer):
+    """The cached state of a convolution or linear attention layer, of constant size."""
+
+    is_croppable = False
+
+    # A state is a new tensor at each call: keeping it costs nothing, copying it into a fixed one would.
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        self.is_recurrent_states_initialized[state_idx] = True
+        return self._keep(self.recurrent_states, recurrent_states, state_idx)
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        self.is_conv_states_initialized[state_idx] = True
+        return self._keep(self.conv_states, conv_states, state_idx)
+
+    def _keep(self, states: dict[int, torch.Tensor | None], new: torch.Tensor, state_idx: int) -> torch.Tensor:
+        states[state_idx] = new
+        self.has_previous_state[state_idx] = True
+        self.dtype, self.device = new.dtype, new.device
+        return new
+
+    def fork(self) -> "RebasedStateLayer":
+        """A layer with the same tensors, which goes on by itself."""
+        other = copy.copy(self)
+        other.__dict__.update({name: dict(x) for name, x in self.__dict__.items() if isinstance(x, dict)})
+        return other
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_states(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map_states(lambda state: state[indices])
+
+    def forget_rows(self, rows: torch.Tensor) -> None:
+        """rows: (batch), `True` where the state is that of no token."""
+        self._map_states(lambda state: state.masked_fill(rows.view(-1, *[1] * (state.dim() - 1)), 0))
+
+    def detach(self) -> None:
+        self._map_states(torch.Tensor.detach)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What the layer holds, with one row a sequence."""
+        return [x for states in (self.conv_states, self.recurrent_states) for x in states.values() if x is not None]
+
+    def _map_states(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for states in (self.conv_states, self.recurrent_states):
+            for index, state in states.items():
+                if state is not None:
+                    states[index] = function(state)
+
+
+class RebasedKeyValueLayer(DynamicLayer):
+    """The cached keys and values of softmax attention over all tokens: they grow with each."""
+
+    is_croppable = False
+
+    def fork(self) -> "RebasedKeyValueLayer":
+        """A layer with the same tensors, which goes on by itself."""
+        return copy.copy(self)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What the layer holds, with one row a sequence."""
+        return [x for x in (self.keys, self.values) if x is not None]
+
+    def forget_rows(self, rows: torch.Tensor) -> None:
+        """Nothing: the mask of a row hides what came before its sequence."""
+
+    def detach(self) -> None:
+        if self.is_initialized:
+            self.keys, self.values = self.keys.detach(), self.values.detach()
+
+
+class RebasedWindowLayer(RebasedKeyValueLayer, DynamicSlidingWindowLayer):
+    """The cached keys and values of softmax attention over a window."""
+
+
+class RebasedCache(Cache):
+    """
+    The state of a [`RebasedModel`] after some tokens, which cannot go back to fewer tokens. It is constant in size, but for
+    the keys and values of `"full_attention"` layers.
+
+    Args:
+        config (`RebasedConfig`): The model's configuration.
+    """
+
+    is_compileable = False
+    layers: list[Any]
+
+    def __init__(self, config: RebasedConfig):
+        super().__init__(layers=_make_layers(config))
+        self.config = config
+        self.seen_tokens = 0
+        # Of the sequence that each row is in, the number of its first token, and of the tokens seen, which are padding:
+        # (batch) and (batch, tokens), or None where all is one sequence and no padding.
+        self.first_tokens = None
+        self.attention_mask = None
+
+    @property
+    def num_sequences(self) -> int | None:
+        """Rows of the tokens seen, or `None` before the first."""
+        return next((x.shape[0] for layer in self.layers for x in layer.tensors()), None)
+
+    def fork(self) -> "RebasedCache":
+        """A cache after the same tokens that goes on by itself; tensors are shared, as none is written in place."""
+        other = copy.copy(self)
+        other.layers = [layer.fork() for layer in self.layers]
+        return other
+
+    def detach(self) -> "RebasedCache":
+        """Cut the graph here, for truncated backpropagation through time; returns the cache itself."""
+        for layer in self.layers:
+            layer.detach()
+        return self
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._select_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select_rows(lambda x: x.repeat_interleave(repeats, dim=0))
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._select_rows(lambda x: x[indices])
+        super().batch_select_indices(indices)
+
+    def _select_rows(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.first_tokens = None if self.first_tokens is None else select(self.first_tokens)
+        self.attention_mask = None if self.attention_mask is None else select(self.attention_mask)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of tokens seen, padding included."""
+        return self.seen_tokens
+
+    # transformers' own from 5.23 on; with these two, older ones serve as well.
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """The state of a convolution, or `None` before the first token."""
+        layer = self.layers[layer_idx]
+        return layer.conv_states[state_idx] if layer.has_previous_state[state_idx] else None
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """The state of a linear attention layer, or `None` before the first token."""
+        layer = self.layers[layer_idx]
+        return layer.recurrent_states[state_idx] if layer.has_previous_state[state_idx] else None
+
+    def reset(self) -> None:
+        """Forget every token."""
+        # New layers: the library's own reset writes into tensors, which a fork may share.
+        self.layers = _make_layers(self.config)
+        self.seen_tokens, self.first_tokens, self.attention_mask = 0, None, None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError(
+            "A RebasedCache holds a state that cannot forget single tokens; copy the cache before the tokens that you may "
+            "want to take back"
+        )
+
+    def activate_past_recording(self) -> None:
+        self.crop(0)
+
+
+def _make_layers(config: RebasedConfig) -> list[Any]:
+    makers = {
+        "full_attention": RebasedKeyValueLayer,
+        "sliding_attention": lambda: RebasedWindowLayer(config.sliding_window),
+    }
+    return [makers.get(layer_type, RebasedStateLayer)() for layer_type in config.layer_types]
