@@ -251,6 +251,11 @@ class RebasedPreTrainedModel(PreTrainedModel):
     _is_stateful = True
     _can_record_outputs = {"hidden_states": RebasedDecoderLayer, "attentions": RebasedSoftmaxAttention}
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """transformers would look for its attention functions in this file; they are called in a sibling."""
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

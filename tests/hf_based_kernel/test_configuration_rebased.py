@@ -29,8 +29,8 @@ def test_config_survives_saving(tmp_path):
         ({"conv_type": "long"}, "conv_type must be one of gated, base, got 'long'"),
         ({"norm_type": "batch"}, "norm_type must be one of rms_norm, layer_norm, got 'batch'"),
         (
-            {"num_hidden_layers": 1, "layer_types": ["full_attention"]},
-            "layer_types may hold conv, linear_attention, sliding_attention, got full_attention",
+            {"num_hidden_layers": 1, "layer_types": ["chunked_attention"]},
+            "layer_types may hold conv, linear_attention, sliding_attention, full_attention, got chunked_attention",
         ),
         ({"num_hidden_layers": 2, "layer_types": ["conv"]}, "must be equal to the number of `layer_types`"),
         ({"feature_dim": 0}, "feature_dim must be at least 1, got 0"),

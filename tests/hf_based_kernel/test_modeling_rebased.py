@@ -25,6 +25,16 @@ LAYER_TYPES = {
     "rebased": ["conv", "linear_attention"],
     "hybrid": ["conv", "linear_attention", "sliding_attention"],
     "attention_first": ["linear_attention", "conv"],
+    "llama": ["full_attention", "linear_attention", "sliding_attention", "full_attention"],
+}
+OPTIONS = {
+    "llama": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+        "attention_bias": True,
+        "use_softmax_qk_norm": True,
+    }
 }
 # Float32 sums of some dozen terms of order one, in another order, through a few layers.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -43,6 +53,7 @@ def tiny_config(layers="rebased", **options):
         "eos_token_id": 1,
         # Large enough for the kernel to have contrast, as after training.
         "initializer_range": 0.3,
+        **copy.deepcopy(OPTIONS.get(layers, {})),
         **options,
     }
     return RebasedConfig(**options)
@@ -170,19 +181,13 @@ def test_bad_numbers_stay_in_their_packed_sequence(layers, conv_type):
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("layers", LAYER_TYPES)
+@pytest.mark.parametrize("layers", [name for name, kinds in LAYER_TYPES.items() if "full_attention" not in kinds])
 def test_decoding_state_does_not_grow(layers):
     model = tiny_model(layers)
 
     def state_bytes(seq_len):
         cache = model(tokens(1, seq_len), use_cache=True).past_key_values
-        tensors = []
-        for layer in cache.layers:
-            if hasattr(layer, "recurrent_states"):
-                tensors += [*layer.conv_states.values(), *layer.recurrent_states.values()]
-            else:
-                tensors += [layer.keys, layer.values]
-        return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+        return sum(x.numel() * x.element_size() for layer in cache.layers for x in layer.tensors())
 
     assert state_bytes(300) == state_bytes(20) > 0
 
@@ -215,8 +220,9 @@ def test_ablation_switches_change_the_feature_map(switch):
     torch.testing.assert_close(norm(x), expected.unflatten(-1, (2, 4)), **CLOSE)
 
 
-def test_every_parameter_gets_a_gradient():
-    model = tiny_model("hybrid").train()
+@pytest.mark.parametrize("layers", ["hybrid", "llama"])
+def test_every_parameter_gets_a_gradient(layers):
+    model = tiny_model(layers, mlp_bias=layers == "llama").train()
     input_ids = tokens(2, 12)
     model(input_ids, labels=input_ids).loss.backward()
     missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
@@ -227,9 +233,10 @@ def test_training_makes_no_cache():
     assert tiny_model().train()(tokens(1, 4)).past_key_values is None
 
 
+@pytest.mark.parametrize("layers", ["hybrid", "llama"])
 @torch.no_grad()
-def test_cache_can_be_copied_branched_and_reset():
-    model = tiny_model("hybrid")
+def test_cache_can_be_copied_branched_and_reset(layers):
+    model = tiny_model(layers)
     prompt, continuation = tokens(1, 6), tokens(1, 3)
     cache = model(prompt, use_cache=True).past_key_values
     branch = copy.deepcopy(cache)
@@ -269,8 +276,9 @@ def test_generate_with_state_matches_generate_without(layers, options):
     assert got.shape[1] == 21
 
 
-def test_generate_continues_from_a_cache():
-    model = tiny_model("hybrid", eos_token_id=None)
+@pytest.mark.parametrize("layers", ["hybrid", "llama"])
+def test_generate_continues_from_a_cache(layers):
+    model = tiny_model(layers, eos_token_id=None)
     options = {"do_sample": False, "return_dict_in_generate": True}
     first = model.generate(tokens(2, 5), max_new_tokens=4, **options)
     more = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=3, **options)
@@ -278,8 +286,9 @@ def test_generate_continues_from_a_cache():
     assert torch.equal(more.sequences, expected.sequences)
 
 
-def test_saved_model_loads_through_the_auto_classes(tmp_path):
-    model = tiny_model("hybrid", num_labels=3)
+@pytest.mark.parametrize("layers", ["hybrid", "llama"])
+def test_saved_model_loads_through_the_auto_classes(tmp_path, layers):
+    model = tiny_model(layers, num_labels=3)
     model.save_pretrained(tmp_path)
     input_ids = tokens(2, 6)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -301,8 +310,9 @@ assert torch.equal(model(inputs).logits, expected)
 """
 
 
-def test_saved_model_carries_its_code(tmp_path):
-    model = tiny_model("hybrid")
+@pytest.mark.parametrize("layers", ["hybrid", "llama"])
+def test_saved_model_carries_its_code(tmp_path, layers):
+    model = tiny_model(layers)
     model.save_pretrained(tmp_path / "model")
     input_ids = tokens(2, 6)
     torch.save((input_ids, model(input_ids).logits.detach()), tmp_path / "expected.pt")
@@ -376,6 +386,10 @@ def test_the_folder_of_another_model_is_refused(tiny_language_model):
         (lambda m: m.generate(tokens(1, 3), cache_implementation="static"), "cache_implementation must be None"),
         (lambda m: m.generate_batch([[2, 3], [4]]), "RebasedForCausalLM has no continuous batching"),
         (lambda m: RebasedCache(m.config).crop(1), "cannot forget single tokens"),
+        (
+            lambda m: RebasedCache(tiny_config("llama", layer_types=["full_attention"] * 4)).crop(-1),
+            "cannot forget single tokens",
+        ),
         (lambda m: m.generate(tokens(1, 3), prompt_lookup_num_tokens=2), "not supported with stateful models"),
         (
             lambda m: m.generate(tokens(1, 3), assistant_model=tiny_model(), max_new_tokens=3),

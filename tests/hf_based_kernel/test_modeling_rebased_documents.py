@@ -1,5 +1,6 @@
 """Where documents begin and end: every mark that transformers has for it, in one pass and in pieces, for every kind of layer."""
 
+import copy
 import json
 
 import pytest
@@ -9,26 +10,31 @@ from transformers import AutoModel, AutoModelForSequenceClassification, DataColl
 from hf_based_kernel import RebasedCache, RebasedConfig, RebasedForCausalLM
 
 
+ROTARY = {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
 LAYERS = {
-    "convolution": ["conv"],
-    "linear attention": ["linear_attention", "linear_attention"],
-    "window": ["sliding_attention", "sliding_attention"],
-    "all": ["conv", "linear_attention", "sliding_attention", "conv"],
+    "convolution": {"layer_types": ["conv"]},
+    "linear attention": {"layer_types": ["linear_attention", "linear_attention"]},
+    "window": {"layer_types": ["sliding_attention", "sliding_attention"]},
+    "full attention": {"layer_types": ["full_attention", "full_attention"]},
+    "all": {"layer_types": ["conv", "linear_attention", "sliding_attention", "conv"]},
+    "llama": {"layer_types": ["full_attention", "linear_attention", "sliding_attention"], **ROTARY},
 }
+every_kind = pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS.keys())
+mixes = pytest.mark.parametrize("layers", [LAYERS["all"], LAYERS["llama"]], ids=["all", "llama"])
 LENGTHS = (5, 7, 18)
 # float64: of early tokens whose denominators are near zero, float32 keeps three digits
 TOLERANCE = {"rtol": 1e-8, "atol": 1e-8}
 
 
-def make_model(layer_types, **options):
+def make_model(layers, **options):
     torch.manual_seed(0)
+    options = copy.deepcopy({**layers, **options})
     config = RebasedConfig(
         vocab_size=97,
         hidden_size=32,
-        num_hidden_layers=len(layer_types),
+        num_hidden_layers=len(options["layer_types"]),
         num_attention_heads=4,
         feature_dim=8,
-        layer_types=layer_types,
         sliding_window=5,
         initializer_range=0.3,
         **options,
@@ -49,10 +55,10 @@ def one_by_one(model, tokens):
     return torch.cat([model(part, use_cache=False).logits for part in tokens.split(LENGTHS, dim=1)], dim=1)
 
 
-@pytest.mark.parametrize("layer_types", LAYERS.values(), ids=LAYERS.keys())
+@every_kind
 @pytest.mark.parametrize("piece", [1, 2, 5, 6, 11, 12, 13, 29])
-def test_a_packed_row_in_pieces_equals_its_documents(layer_types, piece):
-    model, tokens = make_model(layer_types), make_tokens()
+def test_a_packed_row_in_pieces_equals_its_documents(layers, piece):
+    model, tokens = make_model(layers), make_tokens()
     cache = RebasedCache(model.config)
 
     logits = [
@@ -63,8 +69,9 @@ def test_a_packed_row_in_pieces_equals_its_documents(layer_types, piece):
     torch.testing.assert_close(torch.cat(logits, dim=1), one_by_one(model, tokens), **TOLERANCE)
 
 
-def test_only_the_rows_that_start_a_document_forget():
-    model, tokens = make_model(LAYERS["all"]), make_tokens(2)
+@mixes
+def test_only_the_rows_that_start_a_document_forget(layers):
+    model, tokens = make_model(layers), make_tokens(2)
     cache = RebasedCache(model.config)
     model(tokens[:, :12], past_key_values=cache)
     places = torch.stack([torch.arange(18), torch.arange(12, 30)])
@@ -84,16 +91,18 @@ MARKS = {
 }
 
 
+@mixes
 @pytest.mark.parametrize("marks", MARKS.values(), ids=MARKS.keys())
-def test_every_mark_of_documents_is_followed(marks):
-    model, tokens = make_model(LAYERS["all"]), make_tokens()
+def test_every_mark_of_documents_is_followed(marks, layers):
+    model, tokens = make_model(layers), make_tokens()
 
     torch.testing.assert_close(model(tokens, **marks).logits, one_by_one(model, tokens), **TOLERANCE)
 
 
+@mixes
 @pytest.mark.parametrize("return_position_ids", [True, False])
-def test_the_collator_for_flash_attention_is_followed(return_position_ids):
-    model, tokens = make_model(LAYERS["all"]), make_tokens()
+def test_the_collator_for_flash_attention_is_followed(return_position_ids, layers):
+    model, tokens = make_model(layers), make_tokens()
     documents = [{"input_ids": part[0].tolist()} for part in tokens.split(LENGTHS, dim=1)]
     collate = DataCollatorWithFlattening(
         return_position_ids=return_position_ids, return_flash_attn_kwargs=True, return_seq_idx=True
@@ -104,8 +113,9 @@ def test_the_collator_for_flash_attention_is_followed(return_position_ids):
     torch.testing.assert_close(model(**batch).logits, one_by_one(model, tokens), **TOLERANCE)
 
 
-def test_learned_positions_start_again_with_each_document():
-    model = make_model(LAYERS["all"], use_position_embeddings=True, max_position_embeddings=18)
+@mixes
+def test_learned_positions_start_again_with_each_document(layers):
+    model = make_model(layers, use_position_embeddings=True, max_position_embeddings=18)
     tokens = make_tokens()
     expected = one_by_one(model, tokens)
 
@@ -113,10 +123,10 @@ def test_learned_positions_start_again_with_each_document():
         torch.testing.assert_close(model(tokens, **marks).logits, expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("layer_types", LAYERS.values(), ids=LAYERS.keys())
+@every_kind
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_mask_of_the_new_tokens_or_of_all_is_taken_after_a_cache(layer_types, whole):
-    model, tokens = make_model(layer_types), make_tokens(2)
+def test_a_mask_of_the_new_tokens_or_of_all_is_taken_after_a_cache(layers, whole):
+    model, tokens = make_model(layers), make_tokens(2)
     mask = torch.ones_like(tokens)
     mask[0, :4] = mask[1, 15:18] = 0
     expected = model(tokens, attention_mask=mask).logits
@@ -131,7 +141,7 @@ def test_a_mask_of_the_new_tokens_or_of_all_is_taken_after_a_cache(layer_types, 
 
 
 def test_a_step_of_padding_leaves_the_state_alone():
-    model, tokens = make_model(LAYERS["all"][:2]), make_tokens(2)
+    model, tokens = make_model({"layer_types": ["conv", "linear_attention"]}), make_tokens(2)
     cache = RebasedCache(model.config)
     model(tokens[:, :10], past_key_values=cache)
     before = cache.layers[1].recurrent_states[0].clone()
@@ -145,11 +155,12 @@ def test_a_step_of_padding_leaves_the_state_alone():
     assert not torch.equal(after[1], before[1])
 
 
-def test_a_pass_that_fails_leaves_its_cache_as_it_was():
-    model, tokens = make_model(LAYERS["all"]), make_tokens()
+@mixes
+def test_a_pass_that_fails_leaves_its_cache_as_it_was(layers):
+    model, tokens = make_model(layers), make_tokens()
     cache = RebasedCache(model.config)
     model(tokens[:, :12], past_key_values=cache)
-    hook = model.model.layers[3].register_forward_pre_hook(lambda *_: 1 / 0)
+    hook = model.model.layers[-1].register_forward_pre_hook(lambda *_: 1 / 0)
 
     with pytest.raises(ZeroDivisionError):
         model(tokens[:, 12:20], position_ids=torch.arange(8)[None], past_key_values=cache)
@@ -160,9 +171,10 @@ def test_a_pass_that_fails_leaves_its_cache_as_it_was():
     torch.testing.assert_close(rest, model(tokens).logits[:, 12:], **TOLERANCE)
 
 
+@mixes
 @pytest.mark.parametrize("cut", [False, True])
-def test_a_detached_cache_cuts_the_graph_and_nothing_else(cut):
-    model, tokens = make_model(LAYERS["all"]), make_tokens()
+def test_a_detached_cache_cuts_the_graph_and_nothing_else(cut, layers):
+    model, tokens = make_model(layers), make_tokens()
     embeds = model.model.embed_tokens(tokens).requires_grad_()
     cache = RebasedCache(model.config)
     model(inputs_embeds=embeds[:, :12], past_key_values=cache)
@@ -189,9 +201,10 @@ REFUSED = {
 }
 
 
+@mixes
 @pytest.mark.parametrize(("options", "sentence"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_cannot_be_followed_after_a_cache_is_refused(options, sentence):
-    model, tokens = make_model(LAYERS["all"]), make_tokens()
+def test_what_cannot_be_followed_after_a_cache_is_refused(options, sentence, layers):
+    model, tokens = make_model(layers), make_tokens()
     cache = RebasedCache(model.config)
     model(tokens[:, :12], past_key_values=cache)
 
@@ -212,8 +225,9 @@ def test_marks_that_do_not_fit_are_refused(marks, sentence):
         make_model(LAYERS["all"])(make_tokens(), **marks)
 
 
-def test_a_cache_of_another_batch_size_is_refused():
-    model, tokens = make_model(LAYERS["all"]), make_tokens()
+@mixes
+def test_a_cache_of_another_batch_size_is_refused(layers):
+    model, tokens = make_model(layers), make_tokens()
     cache = RebasedCache(model.config)
     model(tokens, past_key_values=cache)
 
@@ -221,8 +235,9 @@ def test_a_cache_of_another_batch_size_is_refused():
         model(make_tokens(2), past_key_values=cache)
 
 
-def test_checkpointing_with_a_cache_is_refused():
-    model = make_model(LAYERS["all"]).train()
+@mixes
+def test_checkpointing_with_a_cache_is_refused(layers):
+    model = make_model(layers).train()
     model.gradient_checkpointing_enable()
 
     with pytest.raises(ValueError, match="gradient checkpointing runs layers twice"):

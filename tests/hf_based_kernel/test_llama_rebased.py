@@ -1,0 +1,294 @@
+"""A Llama, Mistral, Qwen2 or Qwen3 as a ReBased model: the same numbers, whatever is asked of it."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from hf_based_kernel import RebasedCache, RebasedForCausalLM
+
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8,
+}
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "llama, all biases, tied": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "llama, one head of keys": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 1}),
+    "llama, wide heads": (LlamaForCausalLM, LlamaConfig, {"head_dim": 16, "num_key_value_heads": 4}),
+    "linear scaling": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}),
+    "dynamic scaling": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}),
+    "yarn scaling": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}),
+    "llama3 scaling": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LLAMA3}),
+    "another base": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}),
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
+    "mistral, short window": (MistralForCausalLM, MistralConfig, {"sliding_window": 5}),
+    "mistral, long window": (MistralForCausalLM, MistralConfig, {"sliding_window": 200}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen2, window in some layers": (
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
+    "qwen3, bias, tied": (
+        Qwen3ForCausalLM,
+        Qwen3Config,
+        {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True},
+    ),
+}
+FEW = ["llama", "dynamic scaling", "mistral, short window", "qwen2, window in some layers", "qwen3"]
+families = pytest.mark.parametrize("family", FAMILIES)
+few_families = pytest.mark.parametrize("family", FEW)
+# Float32, the same operations in the same order.
+EQUAL = {"rtol": 0, "atol": 1e-5}
+
+
+def make_teacher(family):
+    model_class, config_class, options = FAMILIES[family]
+    torch.manual_seed(0)
+    # The configuration keeps the dict, and fills it in.
+    teacher = model_class(config_class(**{**SIZES, **copy.deepcopy(options)})).eval()
+    for name, parameter in teacher.named_parameters():
+        if "norm" in name or "bias" in name:
+            torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
+    return teacher
+
+
+def tokens(*shape):
+    return torch.randint(2, 97, shape)
+
+
+@torch.no_grad()
+@families
+def test_logits_are_the_teachers(family):
+    teacher = make_teacher(family)
+    model = RebasedForCausalLM.from_llama(teacher)
+    input_ids = tokens(2, 40)
+
+    torch.testing.assert_close(model(input_ids).logits, teacher(input_ids).logits, **EQUAL)
+    assert model.num_parameters() == teacher.num_parameters()
+    names = {name for name, _ in model.named_parameters()}
+    assert names == {name for name, _ in teacher.named_parameters()}
+
+
+@families
+def test_a_saved_model_comes_back_with_the_teachers_logits(family, tmp_path):
+    teacher = make_teacher(family)
+    RebasedForCausalLM.from_llama(teacher).save_pretrained(tmp_path)
+    loaded, input_ids = AutoModelForCausalLM.from_pretrained(tmp_path), tokens(1, 20)
+
+    torch.testing.assert_close(loaded(input_ids).logits, teacher(input_ids).logits, **EQUAL)
+    tied = loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert tied == teacher.config.tie_word_embeddings
+
+
+MODES = {
+    "cache": {},
+    "no cache": {"use_cache": False},
+    "beams": {"num_beams": 3},
+    "beams without a cache": {"num_beams": 3, "use_cache": False},
+    "several beams returned": {"num_beams": 4, "num_return_sequences": 2},
+    "prefill in pieces": {"prefill_chunk_size": 4},
+}
+
+
+@few_families
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("padding", [0, 4])
+def test_generated_tokens_are_the_teachers(family, mode, padding):
+    teacher = make_teacher(family)
+    model = RebasedForCausalLM.from_llama(teacher)
+    input_ids = tokens(2, 11)
+    mask = torch.ones_like(input_ids)
+    mask[0, :padding] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, **mode}
+
+    assert torch.equal(model.generate(input_ids, **options), teacher.generate(input_ids, **options))
+
+
+@torch.no_grad()
+@few_families
+def test_a_cache_that_is_fed_forked_and_reordered_gives_the_teachers_logits(family):
+    teacher = make_teacher(family)
+    model = RebasedForCausalLM.from_llama(teacher)
+    prompt, ours, theirs = tokens(2, 9), RebasedCache(model.config), DynamicCache(config=teacher.config)
+    for piece in prompt.split([6, 1, 2], dim=1):
+        got = model(piece, past_key_values=ours).logits
+        torch.testing.assert_close(got, teacher(piece, past_key_values=theirs).logits, **EQUAL)
+    branch = ours.fork().detach()
+    model(tokens(2, 5), past_key_values=ours)
+    order = torch.tensor([1, 0])
+    branch.reorder_cache(order)
+    theirs.reorder_cache(order)
+    more = tokens(2, 3)
+
+    got = model(more, past_key_values=branch).logits
+    torch.testing.assert_close(got, teacher(more, past_key_values=theirs).logits, **EQUAL)
+
+
+@torch.no_grad()
+@few_families
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_bfloat16_and_half_precision_stay_the_teachers(family, attn_implementation):
+    teacher = make_teacher(family)
+    teacher.set_attn_implementation(attn_implementation)
+    for dtype in (torch.bfloat16, torch.float16):
+        # Frequencies of a model that is cast are rounded too.
+        low = copy.deepcopy(teacher).to(dtype)
+        model = RebasedForCausalLM.from_llama(low)
+        model.set_attn_implementation(attn_implementation)
+        input_ids = tokens(1, 20)
+
+        assert (model.dtype, model.config._attn_implementation) == (dtype, attn_implementation)
+        assert torch.equal(model(input_ids).logits, low(input_ids).logits)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradients_are_the_teachers_with_checkpointing_too(use_reentrant):
+    teacher = make_teacher("qwen3").train()
+    model, input_ids = RebasedForCausalLM.from_llama(teacher), tokens(2, 12)
+    assert model.training
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+
+    for each in (model, teacher):
+        each(input_ids, labels=input_ids).loss.backward()
+
+    expected = {name: p.grad for name, p in teacher.named_parameters()}
+    for name, parameter in model.named_parameters():
+        # Sums in another order, where gradients of the order of one meet.
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_converted_is_a_copy_with_the_settings_of_generation():
+    teacher = make_teacher("llama")
+    teacher.generation_config.temperature = 0.3
+    model = RebasedForCausalLM.from_llama(teacher)
+    before = model.lm_head.weight.clone()
+    torch.nn.init.zeros_(teacher.lm_head.weight)
+    teacher.generation_config.temperature = 1.0
+
+    assert torch.equal(model.lm_head.weight, before)
+    assert model.generation_config.temperature == 0.3
+    ids = ("pad_token_id", "bos_token_id", "eos_token_id")
+    assert [getattr(model.config, name) for name in ids] == [getattr(teacher.config, name) for name in ids]
+
+
+@few_families
+def test_a_replaced_layer_keeps_values_and_outputs_and_trains(family, tmp_path):
+    teacher = make_teacher(family)
+    model = RebasedForCausalLM.from_llama(teacher, layers=[1]).train()
+    kinds = RebasedForCausalLM.from_llama(teacher).config.layer_types
+
+    assert model.config.layer_types == [kinds[0], "linear_attention", kinds[2]]
+    new, old = (x.model.layers[1].self_attn for x in (model, teacher))
+    for name in ("v_proj", "o_proj"):
+        for key, value in getattr(old, name).state_dict().items():
+            assert torch.equal(getattr(new, name).state_dict()[key], value)
+    assert new.k_proj.weight.shape == (2 * model.config.feature_dim, 32)
+    assert new.k_proj.weight.std() > 0.1
+    model(tokens(2, 12), labels=tokens(2, 12)).loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in new.parameters())
+    model.eval().save_pretrained(tmp_path)
+    input_ids = tokens(1, 9)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(input_ids).logits, model(input_ids).logits, **EQUAL)
+
+
+@pytest.mark.parametrize("layers", [[1], [0, 2], range(3)])
+def test_generation_with_replaced_layers_needs_no_cache(layers):
+    model = RebasedForCausalLM.from_llama(make_teacher("mistral, short window"), layers=layers)
+    input_ids = tokens(2, 9)
+    mask = torch.ones_like(input_ids)
+    mask[0, :3] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 10, "do_sample": False}
+
+    assert torch.equal(model.generate(input_ids, **options), model.generate(input_ids, use_cache=False, **options))
+
+
+def with_adapter():
+    return inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), make_teacher("llama"))
+
+
+def quantised():
+    teacher = make_teacher("llama")
+    teacher.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(48, 32, dtype=torch.uint8), False)
+    return teacher
+
+
+def with_gelu():
+    return LlamaForCausalLM(LlamaConfig(**SIZES, hidden_act="gelu"))
+
+
+def another_family():
+    return Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8))
+
+
+@pytest.mark.parametrize(
+    ("make", "layers", "sentence"),
+    [
+        (another_family, (), "model must be a LlamaForCausalLM, .* or Qwen3ForCausalLM, got Gemma2ForCausalLM"),
+        (lambda: make_teacher("llama").model, (), "model must be a LlamaForCausalLM, .*, got LlamaModel"),
+        (lambda: make_teacher("llama"), [3], r"layers must be indices from 0 to 2, got \[3\]"),
+        (lambda: make_teacher("llama"), [-1], r"layers must be indices from 0 to 2, got \[-1\]"),
+        (lambda: make_teacher("llama"), [1.0], r"layers must be indices from 0 to 2, got \[1.0\]"),
+        (with_gelu, (), "hidden_act of the model must be silu, got 'gelu'"),
+        (with_adapter, (), "got 12 others or missing: .*q_proj.*; merge or remove its adapters"),
+        (quantised, (), "weights of model must be in memory and not quantised"),
+        (lambda: make_teacher("llama").to("meta"), (), "weights of model must be in memory and not quantised"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_in_a_sentence(make, layers, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        RebasedForCausalLM.from_llama(make(), layers)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_smollm2_speaks_as_before(smollm2):
+    teacher = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2, padding_side="left")
+    model = RebasedForCausalLM.from_llama(teacher)
+    texts = ["The three primary colours are", "Why is the sky blue during the day, and red in the evening?"]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True)
+    options = {"max_new_tokens": 12, "do_sample": False}
+
+    torch.testing.assert_close(model(**inputs).logits, teacher(**inputs).logits, **EQUAL)
+    assert torch.equal(model.generate(**inputs, **options), teacher.generate(**inputs, **options))
