@@ -205,7 +205,8 @@ class RebasedConfig(PreTrainedConfig):
 
     def _check_rotary(self) -> None:
         rope_type = self.rope_parameters.get("rope_type", "default")
-        if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
+        is_nested = any(isinstance(x, dict) for x in self.rope_parameters.values())
+        if is_nested or rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
             raise ValueError(
                 f"rope_parameters must be those of one rotation for all layers, with a rope_type among default, "
                 f"{', '.join(ROPE_INIT_FUNCTIONS)}, got {self.rope_parameters}"

@@ -48,7 +48,9 @@ def read_llama(model: PreTrainedModel, layers: Iterable[int]) -> tuple[RebasedCo
     if old.hidden_act != "silu":
         raise ValueError(f"hidden_act of the model must be silu, got {old.hidden_act!r}; a ReBased model has no other")
     if any(x.is_meta or not x.is_floating_point() for x in model.parameters()):
-        raise ValueError("the weights of model must be in memory and not quantised; load it with dtype= and no device_map")
+        raise ValueError(
+            "the weights of model must be in memory and not quantised; load it with dtype= and no device_map"
+        )
     with torch.device("meta"):
         expected = type(model)(copy.deepcopy(old)).state_dict()
     if strange := sorted(expected.keys() ^ model.state_dict().keys()):

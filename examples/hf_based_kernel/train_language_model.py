@@ -54,7 +54,7 @@ def add_options(parser):
     parser.add_argument(
         "--layer_types",
         nargs="+",
-        help="conv, linear_attention or sliding_attention for each layer (default: the first two in turn)",
+        help="conv, linear_attention, sliding_attention or full_attention per layer (default: the first two in turn)",
     )
     parser.add_argument("--seq_len", type=int, default=256, help="tokens per sequence (default: 256)")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences per step and process (default: 8)")

@@ -72,7 +72,8 @@ def attention_matrices(model, input_ids):
             hooks.append(
                 module.register_forward_hook(lambda m, i, out, key=(index, name): features.update({key: out}))
             )
-    softmax_layers = [i for i, layer in enumerate(model.model.layers) if layer.layer_type == "sliding_attention"]
+    softmax_kinds = ("sliding_attention", "full_attention")
+    softmax_layers = [i for i, layer in enumerate(model.model.layers) if layer.layer_type in softmax_kinds]
     with torch.no_grad():
         outputs = model(input_ids, use_cache=False, output_attentions=bool(softmax_layers))
     for hook in hooks:
@@ -80,6 +81,7 @@ def attention_matrices(model, input_ids):
     matrices = dict(zip(softmax_layers, outputs.attentions or ()))
     for index in linear_layers(model):
         q, k = features[index, "q_norm"].float(), features[index, "k_norm"].float()
+        k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
         # Of the token's own number, one-hot, the average is the weights.
         numbers = torch.eye(q.shape[1]).expand(*q.shape[:1], q.shape[2], -1, -1).transpose(1, 2)
         weights = linear_layers(model)[index].attention(q, k, numbers, eps=model.config.attention_eps)

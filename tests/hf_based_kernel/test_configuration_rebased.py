@@ -16,8 +16,33 @@ def test_taylor_kernel_learns_no_feature_map():
     assert not (config.use_qk_norm or config.use_gamma or config.use_beta)
 
 
-def test_config_survives_saving(tmp_path):
-    config = RebasedConfig(num_hidden_layers=2, layer_types=["conv", "sliding_attention"], use_beta=False)
+def test_no_rotary_positions_unless_asked_for():
+    assert RebasedConfig().rope_parameters is None
+    assert RebasedConfig(rope_theta=50.0).rope_parameters == {"rope_type": "default", "rope_theta": 50.0}
+    rope_parameters = RebasedConfig(rope_parameters={"rope_type": "linear", "factor": 2.0}).rope_parameters
+    assert rope_parameters == {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
+
+
+def test_heads_and_biases_follow_one_another():
+    config = RebasedConfig()
+    assert (config.num_key_value_heads, config.attention_out_bias) == (12, False)
+    assert RebasedConfig(attention_bias=True).attention_out_bias
+    assert not RebasedConfig(attention_bias=True, attention_out_bias=False).attention_out_bias
+
+
+LLAMA = {
+    "layer_types": ["full_attention", "linear_attention"],
+    "num_key_value_heads": 4,
+    "rope_parameters": {"rope_type": "linear", "factor": 2.0},
+    "attention_bias": True,
+    "attention_out_bias": False,
+    "attention_dropout": 0.1,
+}
+
+
+@pytest.mark.parametrize("options", [{"layer_types": ["conv", "sliding_attention"], "use_beta": False}, LLAMA])
+def test_config_survives_saving(tmp_path, options):
+    config = RebasedConfig(num_hidden_layers=2, **options)
     config.save_pretrained(tmp_path)
     assert RebasedConfig.from_pretrained(tmp_path).to_diff_dict() == config.to_diff_dict()
 
@@ -37,6 +62,11 @@ def test_config_survives_saving(tmp_path):
         ({"conv_kernel_size": 1}, "conv_kernel_size must be at least 2, got 1"),
         ({"hidden_size": 8, "num_attention_heads": 12}, "head_dim must be at least 1, got 0"),
         ({"feature_dim": "16"}, "feature_dim"),
+        ({"num_key_value_heads": 5}, r"num_attention_heads \(12\) must be a multiple of num_key_value_heads \(5\)"),
+        ({"attention_dropout": 1.0}, r"attention_dropout must be in \[0, 1\), got 1.0"),
+        ({"rope_parameters": {"rope_type": "cubic"}}, "with a rope_type among default, linear, .* got .*'cubic'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "those of one rotation for all layers"),
+        ({"rope_parameters": {"rope_theta": 100.0}, "head_dim": 5}, "rope_parameters need an even head_dim, got 5"),
     ],
 )
 def test_bad_configuration_is_one_clear_sentence(options, message):

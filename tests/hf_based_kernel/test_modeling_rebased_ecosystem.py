@@ -1,5 +1,6 @@
 """What transformers, PEFT and torch offer every language model, on this one."""
 
+import copy
 import json
 import os
 import subprocess
@@ -16,6 +17,14 @@ from hf_based_kernel import RebasedConfig, RebasedForCausalLM
 
 
 LAYER_TYPES = ["conv", "linear_attention", "sliding_attention"]
+LLAMA = {
+    "layer_types": ["full_attention", "linear_attention", "sliding_attention"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    "use_softmax_qk_norm": True,
+}
+mixes = pytest.mark.parametrize("mix", [{}, LLAMA], ids=["paper", "llama"])
 
 
 def tiny_model(**options):
@@ -29,7 +38,7 @@ def tiny_model(**options):
         "sliding_window": 5,
         "pad_token_id": 0,
         "initializer_range": 0.3,
-        **options,
+        **copy.deepcopy(options),
     }
     return RebasedForCausalLM(RebasedConfig(**options)).eval()
 
@@ -52,8 +61,9 @@ def assert_close(got, expected, **tolerance):
 
 
 @pytest.mark.parametrize("mode", [{"do_sample": False}, {"do_sample": False, "num_beams": 3}], ids=["greedy", "beams"])
-def test_batch_with_left_padding_generates_what_each_row_would(mode):
-    model = tiny_model()
+@mixes
+def test_batch_with_left_padding_generates_what_each_row_would(mode, mix):
+    model = tiny_model(**mix)
     rows = [tokens(length) for length in (4, 9, 6)]
     batch, mask = (
         torch.stack([torch.nn.functional.pad(row, (9 - len(row), 0)) for row in rows_])
@@ -64,8 +74,9 @@ def test_batch_with_left_padding_generates_what_each_row_would(mode):
     assert torch.equal(got, torch.stack(expected))
 
 
-def test_sampling_with_state_matches_sampling_without():
-    model, prompt, samples = tiny_model(), tokens(2, 7), []
+@mixes
+def test_sampling_with_state_matches_sampling_without(mix):
+    model, prompt, samples = tiny_model(**mix), tokens(2, 7), []
     for use_cache in (True, False):
         torch.manual_seed(1)
         options = {"do_sample": True, "top_k": 8, "num_return_sequences": 2, "max_new_tokens": 10}
@@ -74,17 +85,19 @@ def test_sampling_with_state_matches_sampling_without():
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
-    model, input_ids = tiny_model().train(), tokens(2, 12)
+@mixes
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant, mix):
+    model, input_ids = tiny_model(**mix).train(), tokens(2, 12)
     expected = gradients(model, input_ids)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     assert_close(gradients(model, input_ids), expected, rtol=0, atol=0)
 
 
 @pytest.mark.slow
-def test_compiled_model_gives_the_same_gradients():
+@pytest.mark.parametrize("mix", [{"layer_types": LAYER_TYPES[:2]}, {**LLAMA, "layer_types": ["full_attention"] * 2}])
+def test_compiled_model_gives_the_same_gradients(mix):
     # Traced with its backward pass, in one graph; code generation, which takes a minute, is torch's own matter.
-    model, input_ids = tiny_model(num_hidden_layers=2, layer_types=LAYER_TYPES[:2]).train(), tokens(2, 150)
+    model, input_ids = tiny_model(**mix, num_hidden_layers=2).train(), tokens(2, 150)
     expected = gradients(model, input_ids)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     compiled(input_ids, labels=input_ids).loss.backward()
@@ -94,8 +107,9 @@ def test_compiled_model_gives_the_same_gradients():
     assert_close({name: p.grad for name, p in model.named_parameters()}, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_bfloat16_and_autocast_stay_close_to_float32():
-    model, input_ids = tiny_model(initializer_range=0.1), tokens(2, 40)
+@mixes
+def test_bfloat16_and_autocast_stay_close_to_float32(mix):
+    model, input_ids = tiny_model(**mix, initializer_range=0.1), tokens(2, 40)
     expected = model(input_ids).logits
     with torch.autocast("cpu", torch.bfloat16):
         mixed = model(input_ids, labels=input_ids)
@@ -106,15 +120,17 @@ def test_bfloat16_and_autocast_stay_close_to_float32():
     assert mixed.loss.isfinite()
 
 
-def test_autocast_training_step_has_finite_gradients():
-    model, input_ids = tiny_model().train(), tokens(2, 40)
+@mixes
+def test_autocast_training_step_has_finite_gradients(mix):
+    model, input_ids = tiny_model(**mix).train(), tokens(2, 40)
     with torch.autocast("cpu", torch.bfloat16):
         grads = gradients(model, input_ids)
     assert all(grad.isfinite().all() for grad in grads.values())
 
 
-def test_embeddings_resize_and_stay_tied(tmp_path):
-    model = tiny_model()
+@mixes
+def test_embeddings_resize_and_stay_tied(tmp_path, mix):
+    model = tiny_model(**mix)
     model.resize_token_embeddings(70)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model(torch.tensor([[69]])).logits.shape == (1, 1, 70)
@@ -124,20 +140,23 @@ def test_embeddings_resize_and_stay_tied(tmp_path):
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
-def test_embeddings_can_be_given_in_the_place_of_tokens():
-    model, input_ids = tiny_model(), tokens(2, 8)
+@mixes
+def test_embeddings_can_be_given_in_the_place_of_tokens(mix):
+    model, input_ids = tiny_model(**mix), tokens(2, 8)
     embedded = model.get_input_embeddings()(input_ids)
     assert torch.equal(model(inputs_embeds=embedded).logits, model(input_ids).logits)
     # A matrix product of another shape may round the last bit otherwise.
     torch.testing.assert_close(model(input_ids, logits_to_keep=1).logits, model(input_ids).logits[:, -1:])
 
 
-def test_hidden_states_and_attentions_are_returned_on_request():
-    outputs = tiny_model()(tokens(1, 6), output_hidden_states=True)
+@mixes
+def test_hidden_states_and_attentions_are_returned_on_request(mix):
+    outputs = tiny_model(**mix)(tokens(1, 6), output_hidden_states=True)
     assert [state.shape for state in outputs.hidden_states] == [(1, 6, 32)] * 4
-    model = tiny_model(attn_implementation="eager")
-    (weights,) = model(tokens(1, 6), output_attentions=True).attentions
-    assert weights.shape == (1, 2, 6, 6)
+    model = tiny_model(**mix, attn_implementation="eager")
+    weights = model(tokens(1, 6), output_attentions=True).attentions
+    softmax_layers = [kind for kind in model.config.layer_types if kind in ("sliding_attention", "full_attention")]
+    assert [x.shape for x in weights] == [(1, model.config.num_attention_heads, 6, 6)] * len(softmax_layers)
 
 
 def test_pipeline_and_streamer_give_the_text_that_generate_gives(tiny_language_model):
@@ -171,18 +190,20 @@ def test_lora_trains_saves_and_loads(tmp_path):
     assert torch.equal(loaded(input_ids).logits, tuned)
 
 
-def test_lora_finds_every_linear_layer():
-    model = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+@mixes
+def test_lora_finds_every_linear_layer(mix):
+    model = get_peft_model(tiny_model(**mix), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
     model(tokens(2, 10), labels=tokens(2, 10)).loss.backward()
     trained = {name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-    projections = {f"{name}_proj" for name in ("q", "k", "v", "o", "in", "out", "gate", "up", "down")}
-    assert trained == projections
+    convolutions = ("in", "out") if "conv" in model.config.layer_types else ()
+    assert trained == {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down", *convolutions)}
 
 
 # Pinned: torch 2.8 fails inside its own tracing.
 @pytest.mark.parametrize("strict", [pytest.param(False, marks=pytest.mark.pinned), True])
-def test_a_model_that_trains_is_exported_with_any_length(strict):
-    model, length = tiny_model(), torch.export.Dim("length", min=2, max=512)
+@mixes
+def test_a_model_that_trains_is_exported_with_any_length(strict, mix):
+    model, length = tiny_model(**mix), torch.export.Dim("length", min=2, max=512)
     options = {"dynamic_shapes": {"input_ids": {1: length}, "use_cache": None}, "strict": strict}
     exported = torch.export.export(model, (tokens(1, 30),), {"use_cache": False}, **options).module()
     for seq_len in (2, 100, 300):
@@ -191,7 +212,9 @@ def test_a_model_that_trains_is_exported_with_any_length(strict):
         torch.testing.assert_close(got, model(input_ids).logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_position_embeddings": True}], ids=["no positions", "positions"])
+@pytest.mark.parametrize(
+    "options", [{}, {"use_position_embeddings": True}, LLAMA], ids=["no positions", "positions", "llama"]
+)
 def test_shapes_are_known_on_the_meta_device(options):
     with torch.device("meta"):
         model = tiny_model(**options)
