@@ -150,6 +150,7 @@ class RebasedConfig(PreTrainedConfig):
         """transformers' own, which would give rotary positions to a configuration without any."""
         if self.rope_parameters is None and not {"rope_scaling", "rope_theta"} & set(kwargs):
             return kwargs
+        _check_rotation(kwargs.get("rope_scaling") or self.rope_parameters or {})
         return super().convert_rope_params_to_dict(**kwargs)
 
     def validate_layer_type(self) -> None:
@@ -197,22 +198,30 @@ class RebasedConfig(PreTrainedConfig):
             )
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout must be in [0, 1), got {self.attention_dropout}")
-        if self.rope_parameters:
-            self._check_rotary()
+        if self.rope_parameters and self.head_dim % 2:
+            raise ValueError(f"rope_parameters need an even head_dim, got {self.head_dim}")
         for name in ("attention_eps", "norm_eps", "initializer_range"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number that is not negative, got {getattr(self, name)}")
 
-    def _check_rotary(self) -> None:
-        rope_type = self.rope_parameters.get("rope_type", "default")
-        is_nested = any(isinstance(x, dict) for x in self.rope_parameters.values())
-        if is_nested or rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
+
+def _check_rotation(rotation: Any) -> None:
+    """Before transformers reads it, which warns of odd values or trips over them."""
+    if not isinstance(rotation, dict) or any(isinstance(x, dict) for x in rotation.values()):
+        raise ValueError(f"rope_parameters must be a dict, one rotation for all layers, got {rotation!r}")
+    rope_type = rotation.get("rope_type", rotation.get("type", "default"))
+    if not isinstance(rope_type, str) or rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
+        raise ValueError(f"rope_type must be one of default, {', '.join(ROPE_INIT_FUNCTIONS)}, got {rope_type!r}")
+    for name in rotation.keys() - {"rope_type", "type", "truncate"}:
+        # longrope has a list of factors.
+        numbers = rotation[name] if name in ("short_factor", "long_factor") else [rotation[name]]
+        least = 1 if name == "rope_theta" else 0
+        if not isinstance(numbers, list) or any(
+            type(x) not in (int, float) or not least < x < math.inf for x in numbers
+        ):
             raise ValueError(
-                f"rope_parameters must be those of one rotation for all layers, with a rope_type among default, "
-                f"{', '.join(ROPE_INIT_FUNCTIONS)}, got {self.rope_parameters}"
+                f"rope_parameters[{name!r}] must be a finite number above {least}, or left out, got {rotation[name]!r}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"rope_parameters need an even head_dim, got {self.head_dim}")
 
 
 __all__ = ["RebasedConfig"]

@@ -81,7 +81,7 @@ def _other_names(model: PreTrainedModel, layers: list[int]) -> dict[str, Any]:
         "head_dim": first.self_attn.head_dim,
         "layer_types": ["linear_attention" if i in layers else kind for i, kind in enumerate(layer_types)],
         **({"sliding_window": window} if "sliding_attention" in layer_types else {}),
-        "rope_parameters": copy.deepcopy(old.rope_parameters),
+        "rope_parameters": {name: copy.copy(x) for name, x in old.rope_parameters.items() if x is not None},
         "attention_bias": first.self_attn.q_proj.bias is not None,
         "attention_out_bias": first.self_attn.o_proj.bias is not None,
         "use_softmax_qk_norm": hasattr(first.self_attn, "q_norm"),

@@ -1,5 +1,6 @@
 """Odd values in every place of the public calls: each is answered rightly, or refused with what was expected."""
 
+import copy
 import math
 import re
 from collections.abc import Callable
@@ -304,8 +305,9 @@ REBASED = {
     "vocab_size": 20,
     "hidden_size": 16,
     "intermediate_size": 16,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": 2,
+    "num_key_value_heads": 1,
     "feature_dim": 4,
     "head_dim": 8,
     "sliding_window": 4,
@@ -318,14 +320,29 @@ REBASED = {
     "use_beta": True,
     "use_qk_norm": True,
     "kernel": "rebased",
-    "layer_types": ["conv", "linear_attention"],
+    "layer_types": ["conv", "linear_attention", "full_attention"],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    "attention_bias": True,
+    "attention_out_bias": False,
+    "attention_dropout": 0.0,
+    "use_softmax_qk_norm": True,
+    "mlp_bias": False,
     "initializer_range": 0.02,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 2.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32.0,
+}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+rotations = st.one_of(one_odd(YARN), one_odd(LLAMA3), one_odd({"rope_type": "dynamic", "factor": 2.0}))
 
 
-@fuzzed(one_odd(REBASED, sizes), examples=200)
+@fuzzed(st.one_of(one_odd(REBASED, sizes), rotations.map(lambda x: REBASED | {"rope_parameters": x})), examples=300)
 def test_language_model_of_a_config_that_is_taken_predicts(values):
-    config = outcome(lambda: RebasedConfig(**values))
+    config = outcome(lambda: RebasedConfig(**copy.deepcopy(values)))
     if config is not REFUSED:
         model = RebasedForCausalLM(config).eval()
         ids = torch.arange(6)[None] % config.vocab_size

@@ -64,8 +64,17 @@ def test_config_survives_saving(tmp_path, options):
         ({"feature_dim": "16"}, "feature_dim"),
         ({"num_key_value_heads": 5}, r"num_attention_heads \(12\) must be a multiple of num_key_value_heads \(5\)"),
         ({"attention_dropout": 1.0}, r"attention_dropout must be in \[0, 1\), got 1.0"),
-        ({"rope_parameters": {"rope_type": "cubic"}}, "with a rope_type among default, linear, .* got .*'cubic'"),
-        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "those of one rotation for all layers"),
+        ({"rope_parameters": {"rope_type": "cubic"}}, "rope_type must be one of default, linear, .* got 'cubic'"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "a dict, one rotation for all layers, got",
+        ),
+        ({"rope_parameters": "linear"}, "rope_parameters' expected a dict, got str"),
+        (
+            {"rope_parameters": {"rope_theta": 1.0}},
+            r"rope_parameters\['rope_theta'\] must be a finite number above 1, .*1.0",
+        ),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, r"\['factor'\] must be a finite number above 0"),
         ({"rope_parameters": {"rope_theta": 100.0}, "head_dim": 5}, "rope_parameters need an even head_dim, got 5"),
     ],
 )

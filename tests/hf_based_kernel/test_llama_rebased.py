@@ -44,6 +44,13 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.5, 2.0, 2.5],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "factor": 2.0,
+    "original_max_position_embeddings": 12,
+}
 FAMILIES = {
     "llama": (LlamaForCausalLM, LlamaConfig, {}),
     "llama, all biases, tied": (
@@ -57,6 +64,7 @@ FAMILIES = {
     "dynamic scaling": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}),
     "yarn scaling": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}),
     "llama3 scaling": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LLAMA3}),
+    "longrope scaling": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LONGROPE}),
     "another base": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}),
     "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
     "mistral, short window": (MistralForCausalLM, MistralConfig, {"sliding_window": 5}),
