@@ -387,7 +387,7 @@ class RebasedModel(RebasedPreTrainedModel):
                 layer.forget_rows(starts[:, 0])
 
         hidden_states = inputs_embeds
-        if position_ids is None:
+        if position_ids is None and (self.config.use_position_embeddings or self.rotary_emb is not None):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen_tokens
             position_ids = position_ids if first_tokens is None else position_ids - first_tokens
         if self.config.use_position_embeddings:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from hf_based_kernel import RebasedConfig
+from hf_based_kernel import RebasedConfig, RebasedModel
 from hf_based_kernel.softmax_attention_rebased import RebasedRMSNorm, RebasedSoftmaxAttention
 
 
@@ -88,6 +88,13 @@ def test_dropout_is_for_training_only():
     assert torch.equal(layer(x, attention_mask=mask)[0], layer(x, attention_mask=mask)[0])
     layer.train()
     assert not torch.equal(layer(x, attention_mask=mask)[0], layer(x, attention_mask=mask)[0])
+
+
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
+def test_implementations_that_were_not_tried_are_refused(implementation):
+    model = RebasedModel(make_layer().config)
+    with pytest.raises(ValueError, match="RebasedModel does not support"):
+        model.set_attn_implementation(implementation)
 
 
 def test_norm_is_the_formula():
