@@ -21,12 +21,10 @@ SAME = (
     "num_key_value_heads",
     "max_position_embeddings",
     "initializer_range",
-    "attention_dropout",
     "use_cache",
     "pad_token_id",
     "bos_token_id",
     "eos_token_id",
-    "tie_word_embeddings",
 )
 # A replaced layer has its own in the place of these.
 REPLACED = ("q_proj", "k_proj", "q_norm", "k_norm")
@@ -42,9 +40,9 @@ def read_llama(model: PreTrainedModel, layers: Iterable[int]) -> tuple[RebasedCo
     if type(model).__name__ not in LLAMAS:
         raise ValueError(f"model must be a {', '.join(LLAMAS[:-1])} or {LLAMAS[-1]}, got {type(model).__name__}")
     old = model.config
-    layers = sorted(set(layers))
-    if any(not isinstance(i, int) or not 0 <= i < old.num_hidden_layers for i in layers):
-        raise ValueError(f"layers must be indices from 0 to {old.num_hidden_layers - 1}, got {layers}")
+    wanted = list(layers) if isinstance(layers, Iterable) else [None]
+    if any(type(i) is not int or not 0 <= i < old.num_hidden_layers for i in wanted):
+        raise ValueError(f"layers must be a list of indices from 0 to {old.num_hidden_layers - 1}, got {layers!r}")
     if old.hidden_act != "silu":
         raise ValueError(f"hidden_act of the model must be silu, got {old.hidden_act!r}; a ReBased model has no other")
     if any(x.is_meta or not x.is_floating_point() for x in model.parameters()):
@@ -58,12 +56,12 @@ def read_llama(model: PreTrainedModel, layers: Iterable[int]) -> tuple[RebasedCo
             f"model must have the tensors of its configuration, got {len(strange)} others or missing: {', '.join(strange[:3])}; "
             "merge or remove its adapters"
         )
-    config = RebasedConfig(**{name: getattr(old, name) for name in SAME}, **_other_names(model, layers))
-    new = tuple(f"model.layers.{i}.self_attn.{name}." for i in layers for name in REPLACED)
+    config = RebasedConfig(**{name: getattr(old, name) for name in SAME}, **_other_names(model, wanted))
+    new = tuple(f"model.layers.{i}.self_attn.{name}." for i in wanted for name in REPLACED)
     state_dict = {
         name: x.detach().clone()
         for name, x in model.state_dict().items()
-        if not name.startswith(new) and not (old.tie_word_embeddings and name == "lm_head.weight")
+        if not name.startswith(new) and not (config.tie_word_embeddings and name == "lm_head.weight")
     }
     return config, state_dict
 
@@ -87,4 +85,6 @@ def _other_names(model: PreTrainedModel, layers: list[int]) -> dict[str, Any]:
         "use_softmax_qk_norm": hasattr(first.self_attn, "q_norm"),
         "mlp_bias": first.mlp.up_proj.bias is not None,
         "norm_eps": old.rms_norm_eps,
+        "attention_dropout": old.attention_dropout or 0.0,
+        "tie_word_embeddings": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
     }

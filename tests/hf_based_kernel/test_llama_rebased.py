@@ -1,6 +1,7 @@
 """A Llama, Mistral, Qwen2 or Qwen3 as a ReBased model: the same numbers, whatever is asked of it."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -213,6 +214,14 @@ def test_gradients_are_the_teachers_with_checkpointing_too(use_reentrant):
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
 
 
+def test_a_head_that_was_untied_by_hand_stays_itself():
+    teacher = make_teacher("qwen3, bias, tied")
+    teacher.lm_head.weight = torch.nn.Parameter(torch.randn(97, 32))
+    model, input_ids = RebasedForCausalLM.from_llama(teacher), tokens(1, 9)
+
+    torch.testing.assert_close(model(input_ids).logits, teacher(input_ids).logits, **EQUAL)
+
+
 def test_what_is_converted_is_a_copy_with_the_settings_of_generation():
     teacher = make_teacher("llama")
     teacher.generation_config.temperature = 0.3
@@ -282,9 +291,14 @@ def another_family():
     [
         (another_family, (), "model must be a LlamaForCausalLM, .* or Qwen3ForCausalLM, got Gemma2ForCausalLM"),
         (lambda: make_teacher("llama").model, (), "model must be a LlamaForCausalLM, .*, got LlamaModel"),
-        (lambda: make_teacher("llama"), [3], r"layers must be indices from 0 to 2, got \[3\]"),
-        (lambda: make_teacher("llama"), [-1], r"layers must be indices from 0 to 2, got \[-1\]"),
-        (lambda: make_teacher("llama"), [1.0], r"layers must be indices from 0 to 2, got \[1.0\]"),
+        *(
+            (
+                lambda: make_teacher("llama"),
+                layers,
+                f"layers must be a list of indices from 0 to 2, got {re.escape(repr(layers))}",
+            )
+            for layers in ([3], [-1], [1.0], [True], [0, "1"], [[1]], 1, None, "01")
+        ),
         (with_gelu, (), "hidden_act of the model must be silu, got 'gelu'"),
         (with_adapter, (), "got 12 others or missing: .*q_proj.*; merge or remove its adapters"),
         (quantised, (), "weights of model must be in memory and not quantised"),
