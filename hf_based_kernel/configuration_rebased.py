@@ -216,11 +216,9 @@ def _check_rotation(rotation: Any) -> None:
         # longrope has a list of factors.
         numbers = rotation[name] if name in ("short_factor", "long_factor") else [rotation[name]]
         least = 1 if name == "rope_theta" else 0
-        if not isinstance(numbers, list) or any(
-            type(x) not in (int, float) or not least < x < math.inf for x in numbers
-        ):
+        if not isinstance(numbers, list) or any(type(x) not in (int, float) or not least < x < 1e12 for x in numbers):
             raise ValueError(
-                f"rope_parameters[{name!r}] must be a finite number above {least}, or left out, got {rotation[name]!r}"
+                f"rope_parameters[{name!r}] must be a number above {least} and below 1e12, or left out, got {rotation[name]!r}"
             )
 
 

@@ -72,9 +72,9 @@ def test_config_survives_saving(tmp_path, options):
         ({"rope_parameters": "linear"}, "rope_parameters' expected a dict, got str"),
         (
             {"rope_parameters": {"rope_theta": 1.0}},
-            r"rope_parameters\['rope_theta'\] must be a finite number above 1, .*1.0",
+            r"rope_parameters\['rope_theta'\] must be a number above 1 and below 1e12, .*1.0",
         ),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, r"\['factor'\] must be a finite number above 0"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, r"\['factor'\] must be a number above 0"),
         ({"rope_parameters": {"rope_theta": 100.0}, "head_dim": 5}, "rope_parameters need an even head_dim, got 5"),
     ],
 )
