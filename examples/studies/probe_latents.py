@@ -250,7 +250,7 @@ def score_table(found, budgets, title, score):
 
 
 def beyond(differences):
-    """1 or -1 if another seed's difference is as likely as not 19 times of 20 of this sign, or 0."""
+    """1 or -1 if another seed's difference has this sign 19 times of 20, or 0."""
     mean, width = interval(differences)
     return 0 if width is None or abs(mean) <= width else (1 if mean > 0 else -1)
 
