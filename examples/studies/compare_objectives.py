@@ -3,14 +3,17 @@
 # ///
 """
 Train one sparse autoencoder per objective on the same activations, with the same steps, and compare them at every
-sparsity budget: HierarchicalTopK (all budgets, powers of two only, with Matryoshka prefixes; with the strongest latents and by
-a threshold), TopK and BatchTopK for each budget, Matryoshka; with the first seed also inside the language model, on text that was not harvested.
+sparsity budget: HierarchicalTopK (all budgets, powers of two only, with Matryoshka prefixes; each read by the strongest
+latents and by a threshold), TopK and BatchTopK for each budget, Matryoshka; with the first seed also inside the language
+model, on text that was not harvested.
 
     accelerate launch examples/studies/compare_objectives.py --preset minutes
 
-`minutes` reads SmolLM2-135M layer 9; `paper` has the sizes of arXiv 2505.24473 (Gemma-2-2B layer 12, 65,536 latents;
-50M tokens, not its 1B) and is for a GPU with 250 GB of disk; `synthetic` plants known features and needs no language
-model. An interrupted run goes on where it stopped if the same command is given again.
+`minutes` reads SmolLM2-135M layer 9. `larger` and `hours` have twice and four times the latents and three and ten times
+the tokens, at layers 21 and 9, and fewer dictionaries of one budget. `paper` has the sizes of arXiv 2505.24473
+(Gemma-2-2B layer 12, 65,536 latents; 50M tokens, not its 1B) and is for a GPU with 250 GB of disk. `synthetic` plants
+known features and needs no language model. An interrupted run goes on where it stopped if the same command is given
+again.
 """
 
 import argparse
@@ -41,6 +44,7 @@ from plays import find_plays
 
 
 DEMO_MODEL = Path("outputs/SmolLM2-135M-Instruct")
+DEMO_MODEL_NAME = str(DEMO_MODEL) if DEMO_MODEL.exists() else "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Texts that are left out of the harvest: there the reconstructions take the place of the layer's output.
 SPLICED_TEXTS = 64
 PRESETS = {
@@ -48,7 +52,7 @@ PRESETS = {
         "learning_rate": 3e-3,
         "steps": 400,
         "batch_size": 512,
-        "model": str(DEMO_MODEL) if DEMO_MODEL.exists() else "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "model": DEMO_MODEL_NAME,
         "layer": 9,
         "dataset": None,
         "dtype": "float32",
@@ -57,6 +61,36 @@ PRESETS = {
         "spliced_tokens": 2000,
         "d_sae": 4608,
         "budgets": [8, 16, 32, 64],
+    },
+    "larger": {
+        "learning_rate": 3e-3,
+        "steps": 1000,
+        "batch_size": 512,
+        "model": DEMO_MODEL_NAME,
+        "layer": 21,
+        "dataset": None,
+        "dtype": "float32",
+        "tokens": 500_000,
+        "eval_tokens": 16_384,
+        "spliced_tokens": 2000,
+        "d_sae": 9216,
+        "budgets": [8, 16, 32, 64],
+        "separate": [8, 64],
+    },
+    "hours": {
+        "learning_rate": 2e-3,
+        "steps": 3000,
+        "batch_size": 512,
+        "model": DEMO_MODEL_NAME,
+        "layer": 9,
+        "dataset": None,
+        "dtype": "float32",
+        "tokens": 1_500_000,
+        "eval_tokens": 16_384,
+        "spliced_tokens": 2000,
+        "d_sae": 16_384,
+        "budgets": [8, 16, 32, 64],
+        "separate": [8, 64],
     },
     "paper": {
         "learning_rate": 1e-3,
@@ -106,14 +140,14 @@ def parse_arguments():
 def objectives(settings):
     """Options of `HierarchicalSaeConfig` by name of the objective."""
     budgets, d_sae = settings["budgets"], settings["d_sae"]
-    largest, middle = budgets[-1], budgets[-2]
+    largest, middle, separate = budgets[-1], budgets[-2], settings.get("separate", budgets)
     powers = [2**power for power in range(largest.bit_length())]
     prefixes = [d_sae // 16, d_sae // 8, d_sae // 4, d_sae // 2, d_sae]
     return {
         "HierarchicalTopK": {"k": largest},
-        **{f"TopK-{k}": {"k": k, "budgets": [k]} for k in budgets},
+        **{f"TopK-{k}": {"k": k, "budgets": [k]} for k in separate},
         "HierarchicalTopK, powers of two": {"k": largest, "budgets": powers},
-        **{f"BatchTopK-{k}": {"k": k, "budgets": [k], "selection": "batch_topk"} for k in budgets},
+        **{f"BatchTopK-{k}": {"k": k, "budgets": [k], "selection": "batch_topk"} for k in separate},
         f"Matryoshka-{middle}": {"k": middle, "budgets": [middle], "matryoshka_prefixes": prefixes},
         "HierarchicalTopK, prefixes": {"k": largest, "matryoshka_prefixes": prefixes},
     }
@@ -295,6 +329,7 @@ def claims(results, budgets):
     behind = max(
         explained(own, budget) - explained(found, budget)
         for budget in budgets
+        if f"TopK-{budget}" in results
         for found, own in zip(hierarchical, results[f"TopK-{budget}"])
     )
     ahead = min(
