@@ -53,12 +53,12 @@ def select_by_threshold(
 
 def _threshold(sae: HierarchicalSaeModel, activations: Any, k: int) -> torch.Tensor:
     """The largest that leaves k latents per input on average, in the units of training."""
-    tokens, counts = 0, torch.zeros(2 ** (31 - DROPPED_BITS), dtype=torch.int64)
+    tokens, counts = 0, torch.zeros(2 ** (31 - DROPPED_BITS), dtype=torch.int64, device=sae.device)
     for x, _ in pieces_of(activations, sae):
         for part in x.split(sae._tokens_at_a_time(x)):
             tokens += len(part)
             for _, latents in sae._chunks(sae._scaled(part.to(sae.device))):
-                active = latents.float()[latents > 0].cpu()
+                active = latents.float()[latents > 0]
                 # Positive floats are ordered as their bits are.
                 counts += torch.bincount(active.view(torch.int32) >> DROPPED_BITS, minlength=len(counts))
     above = counts.flip(0).cumsum(0)
