@@ -9,7 +9,7 @@ import torch
 from .activation_shards import ActivationShards, pieces_of
 from .configuration_hierarchical_sae import integer
 from .language_model import evaluation_mode
-from .modeling_hierarchical_sae import HierarchicalSaeModel
+from .modeling_hierarchical_sae import HierarchicalSaeModel, check_finite
 
 
 # Activations are counted by their sign, exponent and first 15 bits: to 1 part in 32,768.
@@ -34,8 +34,8 @@ def select_by_threshold(
         [`HierarchicalSaeModel`]: with `selection="batch_topk"`, in evaluation mode.
 
     Raises:
-        `ValueError`: If `k` is out of range or more than are active, there are no activations, or they do not belong to
-            the autoencoder.
+        `ValueError`: If `k` is out of range or more than are active, there are no activations, they are NaN or infinite, or
+            they do not belong to the autoencoder.
     """
     k = integer("k", k)
     if not 1 <= k <= sae.config.k:
@@ -55,6 +55,7 @@ def _threshold(sae: HierarchicalSaeModel, activations: Any, k: int) -> torch.Ten
     """The largest that leaves k latents per input on average, in the units of training."""
     tokens, counts = 0, torch.zeros(2 ** (31 - DROPPED_BITS), dtype=torch.int64, device=sae.device)
     for x, _ in pieces_of(activations, sae):
+        check_finite(x)
         for part in x.split(sae._tokens_at_a_time(x)):
             tokens += len(part)
             for _, latents in sae._chunks(sae._scaled(part.to(sae.device))):

@@ -141,6 +141,13 @@ def test_what_cannot_be_is_refused(x, k, rows, message):
         select_by_threshold(make_sae(), x[:rows], k)
 
 
+def test_activations_that_are_not_numbers_are_refused(x):
+    x[3, 2] = torch.nan
+
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        select_by_threshold(make_sae(), x, 4)
+
+
 def test_more_than_are_active_are_refused(x):
     sae = make_sae()
     with torch.no_grad():
