@@ -144,7 +144,7 @@ def test_what_cannot_be_is_refused(x, k, rows, message):
 def test_activations_that_are_not_numbers_are_refused(x):
     x[3, 2] = torch.nan
 
-    with pytest.raises(ValueError, match="NaN or infinite"):
+    with pytest.raises(ValueError, match="expected finite activations, got 1 NaN"):
         select_by_threshold(make_sae(), x, 4)
 
 
