@@ -350,32 +350,46 @@ def claims(results, budgets):
     ]
 
 
+def means(runs):
+    """(budgets) mean latents per token, and (seeds, budgets) explained variance."""
+    latents, explained = (
+        torch.tensor([run[name] for run in runs]) for name in ("latents_per_token", "explained_variance")
+    )
+    return latents.mean(0), explained
+
+
 def plot(results, path):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    axes, colors = figure.subplots(), {}
+    separate = [runs for name, runs in results.items() if name.startswith("BatchTopK")]
     for name, runs in results.items():
-        curves = torch.tensor([found["explained_variance"] for found in runs])
-        latents = torch.tensor([found["latents_per_token"] for found in runs]).mean(0)
-        if name.startswith("BatchTopK"):
-            label = (
-                None
-                if axes.get_legend_handles_labels()[1][-1].startswith("BatchTopK")
-                else "BatchTopK, for each budget"
-            )
-            axes.plot(latents, curves.mean(0), "k^", label=label)
+        if runs in separate:
             continue
+        latents, curves = means(runs)
+        dictionary = name.removesuffix(", by threshold")
         is_ours = name.startswith("HierarchicalTopK")
-        form = "^:" if name.endswith("by threshold") else "o-" if is_ours else "s--"
-        axes.plot(latents, curves.mean(0), form, label=name, linewidth=2 if is_ours else 1, markersize=4)
-        axes.fill_between(latents, curves.amin(0), curves.amax(0), alpha=0.2)
+        axes.errorbar(
+            latents,
+            curves.mean(0),
+            (curves.mean(0) - curves.amin(0), curves.amax(0) - curves.mean(0)),
+            fmt="^:" if dictionary != name else "o-" if is_ours else "s--",
+            color=colors.setdefault(dictionary, f"C{len(colors)}"),
+            label=name,
+            linewidth=2 if is_ours else 1,
+            markersize=4,
+        )
+    points = [means(runs) for runs in separate]
+    axes.plot(
+        [x.item() for x, _ in points], [y.mean().item() for _, y in points], "k*", label="BatchTopK, each budget"
+    )
     ticks = results["HierarchicalTopK"][0]["budgets"]
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set(xlabel="latents per token", ylabel="explained variance on held-out tokens")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=150)
 
 

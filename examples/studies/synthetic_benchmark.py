@@ -300,6 +300,7 @@ def table(results, budgets, measure):
 
 
 def plot(results, path):
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     separate = {family(name) for name in results if family(name) != name}
@@ -314,7 +315,7 @@ def plot(results, path):
             shifted = [budget * 1.01**place for budget in budgets]
             dictionary = kind.removesuffix(", by threshold")
             form = {"fmt": "s:" if dictionary in separate else "o-" if dictionary == kind else "o--", "label": kind}
-            form["color"] = colors.setdefault(dictionary, f"C{len(colors) % 10}")
+            form["color"] = colors.setdefault(dictionary, colormaps["tab20"](len(colors)))
             part.errorbar(shifted, means, widths, **form, markersize=4, capsize=2, linewidth=1.2)
         part.set(xlabel="latents per input", ylabel=MEASURES[measure])
         part.set_xscale("log", base=2)
