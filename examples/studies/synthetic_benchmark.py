@@ -82,6 +82,9 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(PRESETS), default="hour", help="sizes, see above (hour)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data, weights and order (0 1 2)")
+    parser.add_argument(
+        "--check", type=int, metavar="SEED", help="one more seed, held against the intervals of the others"
+    )
     parser.add_argument("--objectives", nargs="+", metavar="NAME", help="train those alone whose names start so (all)")
     parser.add_argument("--learning_rate", type=float, help="another peak than the preset's")
     parser.add_argument("--steps", type=int, help="another number of steps than the preset's")
@@ -299,6 +302,20 @@ def table(results, budgets, measure):
     return "\n".join(lines)
 
 
+def inside_intervals(results, checked, seed):
+    """How many numbers of another seed are where the intervals say, and which are not."""
+    outside, count = [], 0
+    for name, found in checked.items():
+        for budget, numbers in found.items():
+            for measure in MEASURES:
+                mean, width = interval([run[budget][measure] for run in results[name]])
+                count += 1
+                if width is None or abs(numbers[measure] - mean) > width:
+                    outside.append(f"{name} at {budget}: {MEASURES[measure]} {numbers[measure]:.3f}")
+    rest = f"; outside are {'; '.join(outside)}" if outside else ""
+    return f"Of {count} numbers of seed {seed}, {count - len(outside)} lie in the intervals of the others{rest}."
+
+
 def plot(results, path):
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -335,7 +352,7 @@ def main():
         raise SystemExit(f"{output} holds results of other settings: give another --output_dir, or delete it")
     record.write_text(json.dumps(settings, indent=2) + "\n")
     results = {}
-    for seed in arguments.seeds:
+    for seed in [*arguments.seeds, *([] if arguments.check is None else [arguments.check])]:
         folders = [output / place / f"seed{seed}" / "result.json" for place in map(folder_name, arguments.chosen)]
         truth = kept = None
         if not all(folder.exists() for folder in folders):
@@ -347,6 +364,7 @@ def main():
                 results.setdefault(row, []).append(numbers)
         # Made again from their seeds if they are needed.
         shutil.rmtree(output / f"data{seed}", ignore_errors=True)
+    checked = {} if arguments.check is None else {name: runs.pop() for name, runs in results.items()}
     first = next(iter(results.values()))[0]
     latents = next(iter(first.values()))["true_latents"]
     summary = [
@@ -356,6 +374,8 @@ def main():
     ]
     for measure in MEASURES:
         summary += ["", table(results, settings["budgets"], measure)]
+    if checked:
+        summary += ["", inside_intervals(results, checked, arguments.check)]
     (output / "summary.md").write_text("\n".join(summary) + "\n")
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     plot(results, output / "curves.png")

@@ -61,6 +61,12 @@ def test_it_judges_every_dictionary_at_its_budgets_and_goes_on_with_more_seeds(s
     out = capsys.readouterr().out
     assert "| HierarchicalTopK | 1 |" in out and "| BatchTopK | 2 |" in out and "±" in out
     assert (tmp_path / "curves.png").stat().st_size > 10_000 and not list(tmp_path.glob("data*"))
+    study.run_with("--seeds", 0, "--check", 1, "--output_dir", tmp_path)
+    # One seed has no interval.
+    assert (
+        "numbers of seed 1, 0 lie in the intervals of the others; outside are HierarchicalTopK"
+        in capsys.readouterr().out
+    )
     with pytest.raises(SystemExit, match="holds results of other settings"):
         study.run_with("--output_dir", tmp_path, "--steps", 31)
 
@@ -100,6 +106,20 @@ def test_intervals_hold_another_seed(study):
 
     assert inside / 2000 == pytest.approx(0.95, abs=0.02)
     assert study.interval([0.3]) == (pytest.approx(0.3), None)
+
+
+def test_numbers_of_another_seed_are_held_against_the_intervals(study):
+    def numbers(f1):
+        return {5: {**dict.fromkeys(study.MEASURES, 0.5), "f1": f1}}
+
+    results = {"TopK-5": [numbers(0.50), numbers(0.52), numbers(0.54)]}
+
+    assert study.inside_intervals(results, {"TopK-5": numbers(0.6)}, 7) == (
+        "Of 4 numbers of seed 7, 4 lie in the intervals of the others."
+    )
+    assert study.inside_intervals(results, {"TopK-5": numbers(0.7)}, 7).endswith(
+        "3 lie in the intervals of the others; outside are TopK-5 at 5: F1 0.700."
+    )
 
 
 def test_unknown_objectives_are_named(study, capsys):
