@@ -137,7 +137,7 @@ def kept(path, make):
         path.parent.mkdir(exist_ok=True)
         with whole_file(path) as unfinished:
             torch.save(make(), unfinished)
-    return torch.load(path)
+    return torch.load(path, weights_only=True)
 
 
 def last_states(texts, settings):

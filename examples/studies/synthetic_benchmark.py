@@ -190,7 +190,7 @@ def keep_batches(truth, settings, folder):
         batches = [made.batch(number).cpu() for number in tqdm(range(sizes[0]), desc="sample", unit="batch")]
         with whole_file(path) as unfinished:
             torch.save(torch.stack(batches), unfinished)
-    return torch.load(path, mmap=True)
+    return torch.load(path, mmap=True, weights_only=True)
 
 
 def train(options, settings, batches, seed, folder):
