@@ -260,9 +260,8 @@ def convert(args: argparse.Namespace) -> None:
     k = args.k
     if args.by_threshold is not None:
         shards = shards_for(sae, args.by_threshold)
-        sample = shards.rows(torch.randperm(len(shards))[:SAMPLE_TOKENS])
-        sae, k = select_by_threshold(sae, sample, sae.config.k if k is None else k), None
-        record_statistics(sae, sample)
+        sae, k = select_by_threshold(sae, shards, sae.config.k if k is None else k), None
+        record_statistics(sae, shards)
     if target == "hierarchical":
         sae.save_pretrained(args.output)
     else:

@@ -426,7 +426,7 @@ def _tried_inputs(model: PreTrainedModel, shift: int) -> dict[str, Any]:
     """A few tokens, or noise where a model takes images or sound; others for each shift, for the decoder if it has one."""
     ids, name = torch.arange(10).view(2, 5), model.main_input_name
     inputs = inputs_of(model, ids, torch.ones_like(ids))
-    own = "decoder_input_ids" if "decoder_input_ids" in inputs else name
+    own = "decoder_input_ids" if "decoder_input_ids" in inputs else name if name in NOISE else "input_ids"
     if name in NOISE:
         del inputs["input_ids"], inputs["attention_mask"]
         seed = torch.Generator().manual_seed(shift if own == name else 0)
