@@ -68,7 +68,6 @@ class RebasedLinearAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         heads, groups = config.num_attention_heads, config.num_key_value_heads
-        self.num_key_value_groups = heads // groups
         self.q_proj = nn.Linear(config.hidden_size, heads * config.feature_dim, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, groups * config.feature_dim, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, groups * config.head_dim, bias=config.attention_bias)
@@ -90,8 +89,6 @@ class RebasedLinearAttention(nn.Module):
         # Autocast keeps norms in float32; the operation wants one dtype and sums in float32 by itself.
         q = self.q_norm(self.q_proj(hidden_states)).to(v.dtype)
         k = self.k_norm(self.k_proj(hidden_states)).to(v.dtype)
-        if self.num_key_value_groups > 1:
-            k, v = (x.repeat_interleave(self.num_key_value_groups, dim=2) for x in (k, v))
         out = self.attention(
             q,
             k,

@@ -163,10 +163,10 @@ def _over_batch(
 class _Segments(NamedTuple):
     """Which tokens of a chunk see what, for every (batch, head): True or False."""
 
-    other: torch.Tensor  # (batch * num_heads, tokens, tokens): query and key are not of one segment
-    first: torch.Tensor  # (batch * num_heads, tokens, 1): the segment that the carried state belongs to
-    last: torch.Tensor  # (batch * num_heads, tokens, 1): the segment that the next state belongs to
-    carry: torch.Tensor  # (batch * num_heads, 1, 1): both are one
+    other: torch.Tensor  # (heads, 1, tokens, tokens): query and key are not of one segment
+    first: torch.Tensor  # (heads, 1, tokens, 1): the segment that the carried state belongs to
+    last: torch.Tensor  # (heads, tokens, 1): the segment that the next state belongs to
+    carry: torch.Tensor  # (heads, 1, 1): both are one
 
 
 def _segments(segment_ids: torch.Tensor | None, start: int, stop: int, num_heads: int) -> _Segments | None:
@@ -176,31 +176,35 @@ def _segments(segment_ids: torch.Tensor | None, start: int, stop: int, num_heads
     carried = segment_ids[:, max(start - 1, 0)].repeat_interleave(num_heads, dim=0)[:, None]
     last = ids[:, -1:]
     return _Segments(
-        other=ids[:, :, None] != ids[:, None, :],
-        first=(ids == carried)[..., None],
+        other=(ids[:, :, None] != ids[:, None, :])[:, None],
+        first=(ids == carried)[:, None, :, None],
         last=(ids == last)[..., None],
         carry=(carried == last)[..., None],
     )
 
 
 class _Chunk(NamedTuple):
-    """Tokens start … stop of all (batch, head), one head after the other, in the accumulation dtype."""
+    """
+    Tokens start … stop in the accumulation dtype, one of the batch * num_key_value_heads heads after the other. A head has
+    num_heads / num_key_value_heads queries a token, its group.
+    """
 
-    queries: torch.Tensor  # (batch * num_heads, tokens, feature_dim), scaled
-    keys: torch.Tensor  # (batch * num_heads, tokens, feature_dim)
-    values: torch.Tensor  # (batch * num_heads, tokens, head_dim)
-    query_lengths: torch.Tensor  # (batch * num_heads, tokens, 1): |q|²
-    key_lengths: torch.Tensor  # (batch * num_heads, 1, tokens): |k|²
-    padding: torch.Tensor | None  # (batch * num_heads, tokens, 1)
+    queries: torch.Tensor  # (heads, group, tokens, feature_dim), scaled
+    keys: torch.Tensor  # (heads, tokens, feature_dim)
+    values: torch.Tensor  # (heads, tokens, head_dim)
+    query_lengths: torch.Tensor  # (heads, group, tokens, 1): |q|²
+    key_lengths: torch.Tensor  # (heads, 1, tokens): |k|²
+    padding: torch.Tensor | None  # (heads, tokens, 1)
     segments: _Segments | None
 
 
 def _chunk(inputs: _Inputs, start: int, stop: int, scale: float) -> _Chunk:
-    num_heads = inputs.q.shape[2]
+    num_heads = inputs.k.shape[2]
     padding = None
     if inputs.attention_mask is not None:
         padding = ~inputs.attention_mask[:, start:stop].repeat_interleave(num_heads, dim=0)[..., None]
-    queries, keys = _heads_first(inputs.q[:, start:stop]) * scale, _heads_first(inputs.k[:, start:stop])
+    queries = _grouped(inputs.q[:, start:stop], num_heads) * scale
+    keys = _heads_first(inputs.k[:, start:stop])
     return _Chunk(
         queries=queries,
         keys=keys,
@@ -213,7 +217,7 @@ def _chunk(inputs: _Inputs, start: int, stop: int, scale: float) -> _Chunk:
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:
-    """x: (batch, tokens, num_heads, dim) -> (batch * num_heads, tokens, dim) in the accumulation dtype."""
+    """x: (batch, tokens, num_key_value_heads, dim) -> (heads, tokens, dim) in the accumulation dtype."""
     return x.to(accumulation_dtype(x)).transpose(1, 2).flatten(0, 1)
 
 
@@ -221,21 +225,36 @@ def _heads_last(x: torch.Tensor, batch_size: int) -> torch.Tensor:
     return x.unflatten(0, (batch_size, -1)).transpose(1, 2)
 
 
+def _grouped(x: torch.Tensor, num_key_value_heads: int) -> torch.Tensor:
+    """x: (batch, tokens, num_heads, dim) -> (heads, group, tokens, dim) in the accumulation dtype."""
+    return _heads_first(x).unflatten(0, (x.shape[0] * num_key_value_heads, -1))
+
+
+def _ungrouped(x: torch.Tensor, batch_size: int) -> torch.Tensor:
+    return _heads_last(x.flatten(0, 1), batch_size)
+
+
 def _query_rows(chunk: _Chunk) -> list[slice]:
     """Blocks of a chunk's queries. Each forms scores with the keys up to its last token only: a quarter less at 128."""
-    tokens = chunk.queries.shape[1]
+    tokens = chunk.keys.shape[1]
     return [slice(start, min(start + QUERY_ROWS, tokens)) for start in range(0, tokens, QUERY_ROWS)]
 
 
-def _scores(chunk: _Chunk, rows: slice) -> torch.Tensor:
-    return torch.bmm(chunk.queries[:, rows], chunk.keys[:, : rows.stop].mT)
+def _scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """(heads, group, rows, dim), (heads, keys, dim) -> (heads, group, rows, keys)"""
+    return torch.bmm(queries.flatten(1, 2), keys.mT).unflatten(1, queries.shape[1:3])
+
+
+def _combine(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """(heads, group, rows, keys), (heads, keys, dim) -> (heads, group, rows, dim)"""
+    return torch.bmm(weights.flatten(1, 2), values).unflatten(1, weights.shape[1:3])
 
 
 def _hide(x: torch.Tensor, chunk: _Chunk, rows: slice) -> torch.Tensor:
-    """x: (batch * num_heads, rows, keys) with 0, in place, where a query comes before a key or is of another segment."""
+    """x: (heads, group, rows, keys) with 0, in place, where a query comes before a key or is of another segment."""
     x.tril_(rows.start)
     if chunk.segments is not None:
-        x.masked_fill_(chunk.segments.other[:, rows, : rows.stop], 0)
+        x.masked_fill_(chunk.segments.other[..., rows, : rows.stop], 0)
     return x
 
 
@@ -244,49 +263,53 @@ def _visible_weights(scores: torch.Tensor, chunk: _Chunk, rows: slice, coefficie
     c0, c1, c2, floor = coefficients
     weights = scores.square_() if (c0, c1, c2) == REBASED[:3] else polynomial(scores, coefficients)
     if floor:
-        weights.addcmul_(chunk.query_lengths[:, rows], chunk.key_lengths[..., : rows.stop], value=c2 * floor)
+        lengths = chunk.key_lengths[:, None, :, : rows.stop]
+        weights.addcmul_(chunk.query_lengths[:, :, rows], lengths, value=c2 * floor)
     _hide(weights, chunk, rows)
     # Padding has zero keys, so that only a constant term of the kernel gives it a weight.
     if chunk.padding is not None and coefficients[0]:
-        weights.masked_fill_(chunk.padding[:, : rows.stop].mT, 0)
+        weights.masked_fill_(chunk.padding[:, None, : rows.stop].mT, 0)
     return weights
 
 
 def _scores_forward(chunk: _Chunk, coefficients: Coefficients) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numerators (batch * num_heads, tokens, head_dim) and denominators (…, 1) from a chunk's own scores."""
+    """Numerators (heads, group, tokens, head_dim) and denominators (…, 1) from a chunk's own scores."""
     numerators, totals = [], []
     for rows in _query_rows(chunk):
-        weights = _visible_weights(_scores(chunk, rows), chunk, rows, coefficients)
-        numerators.append(torch.bmm(weights, chunk.values[:, : rows.stop]))
+        scores = _scores(chunk.queries[:, :, rows], chunk.keys[:, : rows.stop])
+        weights = _visible_weights(scores, chunk, rows, coefficients)
+        numerators.append(_combine(weights, chunk.values[:, : rows.stop]))
         totals.append(weights.sum(-1, keepdim=True))
-    return torch.cat(numerators, dim=1), torch.cat(totals, dim=1)
+    return torch.cat(numerators, dim=2), torch.cat(totals, dim=2)
 
 
 def _scores_backward(
     chunk: _Chunk, grad_numerators: torch.Tensor, grad_totals: torch.Tensor, coefficients: Coefficients
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of a chunk's queries, keys and values, each (tokens, dim), that come through its own scores."""
+    """Gradients of a chunk's queries, keys and values that come through its own scores."""
     _, c1, c2, floor = coefficients
     # The kernel's slope is 2 c2 (s + c1 / (2 c2)).
     queries, keys = chunk.queries * (2 * c2), chunk.keys * (2 * c2)
     grad_queries = torch.empty_like(queries)
     grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(chunk.values)
     for rows in _query_rows(chunk):
-        seen, scores = slice(rows.stop), _scores(chunk, rows)
-        grad_weights = torch.bmm(grad_numerators[:, rows], chunk.values[:, seen].mT).add_(grad_totals[:, rows])
+        seen, grad_rows = slice(rows.stop), grad_numerators[:, :, rows]
+        scores = _scores(chunk.queries[:, :, rows], chunk.keys[:, seen])
+        grad_weights = _scores(grad_rows, chunk.values[:, seen]).add_(grad_totals[:, :, rows])
         _hide(grad_weights, chunk, rows)
         if floor:
             # Rows times matrices: bmm takes several times as long for matrices times columns.
-            grad_query_lengths = torch.bmm(chunk.key_lengths[..., seen], grad_weights.mT).mT
-            grad_key_lengths = torch.bmm(chunk.query_lengths[:, rows].mT, grad_weights).mT
+            flat = grad_weights.flatten(1, 2)
+            grad_query_lengths = torch.bmm(chunk.key_lengths[..., seen], flat.mT).mT.unflatten(1, scores.shape[1:3])
+            grad_key_lengths = torch.bmm(chunk.query_lengths[:, :, rows].flatten(1, 2).mT, flat).mT
         grad_scores = grad_weights.mul_(scores + c1 / (2 * c2) if c1 else scores)
-        grad_queries[:, rows] = torch.bmm(grad_scores, keys[:, seen])
-        grad_keys[:, seen] += torch.bmm(grad_scores.mT, queries[:, rows])
+        grad_queries[:, :, rows] = _combine(grad_scores, keys[:, seen])
+        grad_keys[:, seen] += torch.bmm(grad_scores.flatten(1, 2).mT, queries[:, :, rows].flatten(1, 2))
         if floor:
-            grad_queries[:, rows].addcmul_(grad_query_lengths, queries[:, rows], value=floor)
+            grad_queries[:, :, rows].addcmul_(grad_query_lengths, queries[:, :, rows], value=floor)
             grad_keys[:, seen].addcmul_(grad_key_lengths, keys[:, seen], value=floor)
         weights = _visible_weights(scores, chunk, rows, coefficients)
-        grad_values[:, seen] += torch.bmm(weights.mT, grad_numerators[:, rows])
+        grad_values[:, seen] += torch.bmm(weights.flatten(1, 2).mT, grad_rows.flatten(1, 2))
     return grad_queries, grad_keys, grad_values
 
 
@@ -295,7 +318,7 @@ def _only(selected: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
 
 
 def _added_to_state(chunk: _Chunk, coefficients: Coefficients) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (batch * num_heads, state_size, tokens), unweighted, and [v, 1] of the tokens that the next state holds."""
+    """Features (heads, state_size, tokens), unweighted, and [v, 1] of the tokens that the next state holds."""
     ones = torch.ones_like(chunk.values[..., :1])
     if chunk.padding is not None:
         ones.masked_fill_(chunk.padding, 0)
@@ -303,6 +326,11 @@ def _added_to_state(chunk: _Chunk, coefficients: Coefficients) -> tuple[torch.Te
     # Both are selected: a zero does not undo an overflow on the other side of the product.
     keys, values = _only(last, chunk.keys), _only(last, torch.cat([chunk.values, ones], dim=-1))
     return unweighted_features(keys.mT.contiguous(), coefficients), values
+
+
+def _columns(queries: torch.Tensor) -> torch.Tensor:
+    """queries: (heads, group, tokens, feature_dim) -> (heads, feature_dim, group * tokens)"""
+    return queries.flatten(1, 2).mT.contiguous()
 
 
 def _query_features(queries: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
@@ -315,15 +343,19 @@ def _feature_weights(feature_dim: int, coefficients: Coefficients, like: torch.T
 
 
 def _damaged_segments(inputs: _Inputs, *others: torch.Tensor) -> torch.Tensor | None:
-    """(batch, seq, num_heads, 1): True in segments where |q|², |k|², v or one of the others is not finite; None if all are."""
+    """
+    (batch, seq, num_key_value_heads, 1): True in segments where |q|², |k|², v or one of the others, which have the heads of q, is
+    not finite; None if all are.
+    """
     if inputs.segment_ids is None or inputs.q.is_meta:
         return None
     # The squares of q and k are factors of the floor's gradient.
     lengths = [x.to(accumulation_dtype(x)).square().sum(-1, keepdim=True) for x in inputs[:2]]
-    tensors = (*lengths, inputs.v, *others)
+    tensors, num_heads = (*lengths, inputs.v, *others), inputs.k.shape[2]
     if all(x.sum(dtype=accumulation_dtype(x)).isfinite() for x in tensors):
         return None
-    damaged = torch.stack([~x.isfinite().all(dim=-1) for x in tensors]).any(dim=0)
+    finite = [x.isfinite().unflatten(2, (num_heads, -1)).flatten(3).all(dim=-1) for x in tensors]
+    damaged = ~torch.stack(finite).all(dim=0)
     segment_ids = inputs.segment_ids
     number = torch.nn.functional.pad(segment_ids.diff(dim=1) != 0, (1, 0)).cumsum(dim=1)
     number = number[..., None].expand_as(damaged)
@@ -331,17 +363,24 @@ def _damaged_segments(inputs: _Inputs, *others: torch.Tensor) -> torch.Tensor | 
     return in_segment.gather(1, number).bool()[..., None]
 
 
+def _without(damaged: torch.Tensor, inputs: _Inputs) -> tuple[_Inputs, torch.Tensor]:
+    """The inputs with 0 in the damaged segments, and (batch, seq, num_heads, 1): which these are for the queries."""
+    of_queries = damaged.repeat_interleave(inputs.q.shape[2] // inputs.k.shape[2], dim=2)
+    masks = (of_queries, damaged, damaged)
+    return _Inputs(*(x.masked_fill(mask, 0) for x, mask in zip(inputs[:3], masks)), *inputs[3:]), of_queries
+
+
 def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Output, final state (empty if unwanted), denominators (batch, seq, num_heads, 1), and the states before the later chunks
-    (batch * num_heads, chunks - 1, state_size, head_dim + 1), none of them if they are not to be kept.
+    (heads, chunks - 1, state_size, head_dim + 1), none of them if they are not to be kept.
     """
     inputs, options = _Inputs(*arguments[:6]), _Options(*arguments[6:])
     damaged = _damaged_segments(inputs)
     if damaged is not None:
-        inputs = _Inputs(*(x.masked_fill(damaged, 0) for x in inputs[:3]), *inputs[3:])
+        inputs, damaged_queries = _without(damaged, inputs)
     coefficients = tuple(options.coefficients)
-    batch_size, seq_len, num_heads, feature_dim = inputs.q.shape
+    batch_size, seq_len, num_heads, feature_dim = inputs.k.shape
     out, last, denominators, states = _empty_results(*inputs, *options)
     weights = _feature_weights(feature_dim, coefficients, like=denominators)
     state = None if inputs.initial_state is None else inputs.initial_state.flatten(0, 1)
@@ -351,8 +390,9 @@ def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor,
         segments = chunk.segments
         numerators, totals = _scores_forward(chunk, coefficients)
         if state is not None:
-            features = _query_features(chunk.queries.mT.contiguous(), coefficients)
-            earlier = _only(segments and segments.first, torch.bmm(features.mT, state))
+            features = _query_features(_columns(chunk.queries), coefficients)
+            earlier = torch.bmm(features.mT, state).unflatten(1, chunk.queries.shape[1:3])
+            earlier = _only(segments and segments.first, earlier)
             numerators += earlier[..., :-1]
             totals += earlier[..., -1:]
         if stop < seq_len or options.return_state:
@@ -361,12 +401,12 @@ def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor,
             added = torch.bmm(*_added_to_state(chunk, coefficients), out=kept).mul_(weights)
             state = added if state is None else added.add_(_only(segments and segments.carry, state))
         totals += options.eps
-        out[:, start:stop] = _heads_last(numerators.div_(totals), batch_size)
-        denominators[:, start:stop] = _heads_last(totals, batch_size)
+        out[:, start:stop] = _ungrouped(numerators.div_(totals), batch_size)
+        denominators[:, start:stop] = _ungrouped(totals, batch_size)
     if options.return_state:
         last = state.unflatten(0, (batch_size, num_heads))
     if damaged is not None:
-        out.masked_fill_(damaged, float("nan"))
+        out.masked_fill_(damaged_queries, float("nan"))
         if options.return_state:
             last.masked_fill_(damaged[:, -1, :, :, None], float("nan"))
     return out, last, denominators, states
@@ -378,17 +418,17 @@ def _backward(grad_out: torch.Tensor, grad_state: torch.Tensor | None, *argument
     out, denominators, states = arguments[12:]
     damaged = _damaged_segments(inputs, out, grad_out)
     if damaged is not None:
-        inputs = _Inputs(*(x.masked_fill(damaged, 0) for x in inputs[:3]), *inputs[3:])
+        inputs, damaged_queries = _without(damaged, inputs)
         out, grad_out, denominators = (
-            out.masked_fill(damaged, 0),
-            grad_out.masked_fill(damaged, 0),
-            denominators.masked_fill(damaged, 1),
+            out.masked_fill(damaged_queries, 0),
+            grad_out.masked_fill(damaged_queries, 0),
+            denominators.masked_fill(damaged_queries, 1),
         )
     if not options.keep_states:
         # torch.func can hide from the forward pass that there will be this one.
         *_, states = _forward(*inputs, *options._replace(keep_states=True))
     coefficients = tuple(options.coefficients)
-    batch_size, seq_len, num_heads, feature_dim = inputs.q.shape
+    batch_size, seq_len, num_heads, feature_dim = inputs.k.shape
     weights = _feature_weights(feature_dim, coefficients, like=denominators)
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in inputs[:3])
     grad_state = grad_state.flatten(0, 1) if options.return_state and grad_state is not None else None
@@ -397,8 +437,11 @@ def _backward(grad_out: torch.Tensor, grad_state: torch.Tensor | None, *argument
         stop = min(start + options.chunk_size, seq_len)
         chunk = _chunk(inputs, start, stop, options.scale)
         segments = chunk.segments
-        grad_numerators = _heads_first(grad_out[:, start:stop]) / _heads_first(denominators[:, start:stop])
-        grad_totals = -(grad_numerators * _heads_first(out[:, start:stop])).sum(-1, keepdim=True)
+        grad_numerators, outputs, totals = (
+            _grouped(x[:, start:stop], num_heads) for x in (grad_out, out, denominators)
+        )
+        grad_numerators = grad_numerators / totals
+        grad_totals = -(grad_numerators * outputs).sum(-1, keepdim=True)
         grad_queries, grad_keys, grad_values = _scores_backward(chunk, grad_numerators, grad_totals, coefficients)
         if grad_state is not None:
             weighted = grad_state * weights
@@ -412,18 +455,19 @@ def _backward(grad_out: torch.Tensor, grad_state: torch.Tensor | None, *argument
             grad_state = _only(segments and segments.carry, grad_state)
         if state is not None:
             first = segments and segments.first
-            queries = _only(first, chunk.queries).mT.contiguous()
-            grad_earlier = _only(first, torch.cat([grad_numerators, grad_totals], dim=-1))
+            queries = _columns(_only(first, chunk.queries))
+            grad_earlier = _only(first, torch.cat([grad_numerators, grad_totals], dim=-1)).flatten(1, 2)
             grad_features = add_floor(torch.bmm(state, grad_earlier.mT), feature_dim, coefficients, dim=-2)
-            grad_queries += _only(first, unweighted_features_backward(grad_features, queries, coefficients).mT)
+            from_state = unweighted_features_backward(grad_features, queries, coefficients).mT
+            grad_queries += _only(first, from_state.unflatten(1, grad_queries.shape[1:3]))
             added = torch.bmm(_query_features(queries, coefficients), grad_earlier)
             grad_state = added if grad_state is None else added.add_(grad_state)
-        grad_q[:, start:stop] = _heads_last(grad_queries.mul_(options.scale), batch_size)
+        grad_q[:, start:stop] = _ungrouped(grad_queries.mul_(options.scale), batch_size)
         grad_k[:, start:stop] = _heads_last(grad_keys, batch_size)
         grad_v[:, start:stop] = _heads_last(grad_values, batch_size)
     if damaged is not None:
-        for gradient in (grad_q, grad_k, grad_v):
-            gradient.masked_fill_(damaged, float("nan"))
+        for gradient, mask in ((grad_q, damaged_queries), (grad_k, damaged), (grad_v, damaged)):
+            gradient.masked_fill_(mask, float("nan"))
     if inputs.initial_state is None:
         return grad_q, grad_k, grad_v, grad_q.new_empty(batch_size, 0)
     grad_initial = grad_state.unflatten(0, (batch_size, num_heads))
@@ -450,9 +494,9 @@ _forward_operator = torch.library.custom_op(
 def _empty_results(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """What `_forward` returns, not yet filled."""
     inputs, options = _Inputs(*arguments[:6]), _Options(*arguments[6:])
-    batch_size, seq_len, num_heads, feature_dim = inputs.q.shape
-    out = inputs.v.new_empty(inputs.v.shape)
-    denominators = out.new_empty((batch_size, seq_len, num_heads, 1), dtype=accumulation_dtype(out))
+    batch_size, seq_len, num_heads, feature_dim = inputs.k.shape
+    out = inputs.v.new_empty((*inputs.q.shape[:3], inputs.v.shape[-1]))
+    denominators = out.new_empty((*inputs.q.shape[:3], 1), dtype=accumulation_dtype(out))
     sizes = (state_size(feature_dim, options.coefficients), out.shape[-1] + 1)
     later_chunks = (seq_len - 1) // options.chunk_size if options.keep_states else 0
     states = denominators.new_empty(batch_size * num_heads, later_chunks, *sizes)

@@ -81,10 +81,12 @@ def rebased_attention(
     The second term is not the paper's. It keeps the output within the values, and its gradient exact, where a query is
     nearly orthogonal to all keys: float32 sums of products would leave rounding of either sign in the place of (q·k)².
 
+    Each head of keys and values, and its state, serves num_heads / num_key_value_heads consecutive query heads.
+
     q: (batch, seq, num_heads, feature_dim)
-    k: (batch, seq, num_heads, feature_dim)
-    v: (batch, seq, num_heads, head_dim)
-    initial_state: (batch, num_heads, state_size(feature_dim), head_dim + 1)
+    k: (batch, seq, num_key_value_heads, feature_dim)
+    v: (batch, seq, num_key_value_heads, head_dim)
+    initial_state: (batch, num_key_value_heads, state_size(feature_dim), head_dim + 1)
     attention_mask: (batch, seq)
     segment_ids: (batch, seq)
 
@@ -174,7 +176,7 @@ def _attention(
     coefficients: Coefficients,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     _check_tensors(q, k, v, attention_mask=attention_mask, segment_ids=segment_ids)
-    _check_state(initial_state, q, v, coefficients)
+    _check_state(initial_state, k, v, coefficients)
     _check_numbers(scale, eps, chunk_size)
     form = _choose_form(q, k, v, initial_state, return_state=return_state, backend=backend)
     if attention_mask is not None:
@@ -226,15 +228,17 @@ def _check_tensors(
 ) -> None:
     if not all(isinstance(x, torch.Tensor) for x in (q, k, v)):
         raise ValueError(f"q, k and v must be tensors, got {', '.join(type(x).__name__ for x in (q, k, v))}")
-    if q.dim() != 4 or q.shape != k.shape:
+    if q.dim() != 4 or k.dim() != 4 or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
         raise ValueError(
-            "q and k must both have the shape (batch, seq, num_heads, feature_dim), "
-            f"got {tuple(q.shape)} and {tuple(k.shape)}"
+            "q must have the shape (batch, seq, num_heads, feature_dim) and k, which may have fewer heads, "
+            f"(batch, seq, num_key_value_heads, feature_dim), got {tuple(q.shape)} and {tuple(k.shape)}"
         )
-    if v.dim() != 4 or v.shape[:3] != q.shape[:3]:
+    if not k.shape[2] or q.shape[2] % k.shape[2]:
+        raise ValueError(f"the heads of q must be a multiple of those of k, got {q.shape[2]} and {k.shape[2]}")
+    if v.dim() != 4 or v.shape[:3] != k.shape[:3]:
         raise ValueError(
-            f"v must have the shape (batch, seq, num_heads, head_dim) = ({q.shape[0]}, {q.shape[1]}, {q.shape[2]}, "
-            f"head_dim) to go with q, got {tuple(v.shape)}"
+            f"v must have the shape (batch, seq, num_key_value_heads, head_dim) = ({', '.join(map(str, k.shape[:3]))}, "
+            f"head_dim) to go with k, got {tuple(v.shape)}"
         )
     if not (q.is_floating_point() and q.dtype == k.dtype == v.dtype):
         raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them")
@@ -260,20 +264,20 @@ def _shape_of(tensor: Any) -> str:
 
 
 def _check_state(
-    initial_state: torch.Tensor | None, q: torch.Tensor, v: torch.Tensor, coefficients: Coefficients
+    initial_state: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, coefficients: Coefficients
 ) -> None:
     if initial_state is None:
         return
-    batch_size, _, num_heads, feature_dim = q.shape
+    batch_size, _, num_heads, feature_dim = k.shape
     expected = (batch_size, num_heads, state_size(feature_dim, coefficients), v.shape[-1] + 1)
     if not isinstance(initial_state, torch.Tensor) or tuple(initial_state.shape) != expected:
         raise ValueError(
-            f"initial_state must have the shape (batch, num_heads, state_size, head_dim + 1) = {expected}, got "
+            f"initial_state must have the shape (batch, num_key_value_heads, state_size, head_dim + 1) = {expected}, got "
             f"{_shape_of(initial_state)}; it must come from the same kernel and the same sizes"
         )
-    if initial_state.dtype != accumulation_dtype(q):
+    if initial_state.dtype != accumulation_dtype(k):
         raise ValueError(
-            f"initial_state must be {accumulation_dtype(q)} as it was returned, got {initial_state.dtype}; "
+            f"initial_state must be {accumulation_dtype(k)} as it was returned, got {initial_state.dtype}; "
             "a rounded state loses the early tokens"
         )
 
@@ -328,6 +332,8 @@ def rebased_attention_reference(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The formula of `rebased_attention`, with all seq × seq scores: the specification of the other forms."""
     dtype = accumulation_dtype(q)
+    groups = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
     queries, keys, values = q.to(dtype) * scale, k.to(dtype), with_ones(v)
     if attention_mask is None:
         attention_mask = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
@@ -343,7 +349,8 @@ def rebased_attention_reference(
     weights = torch.where(visible[:, None], kernel, 0)
     sums = torch.einsum("bhij,bjhd->bihd", weights, values)
     if initial_state is not None:
-        earlier = torch.einsum("bihp,bhpd->bihd", query_features(queries, coefficients), initial_state)
+        states = initial_state.repeat_interleave(groups, dim=1)
+        earlier = torch.einsum("bihp,bhpd->bihd", query_features(queries, coefficients), states)
         sums = sums + (segment_ids == segment_ids[:, :1])[:, :, None, None] * earlier
     out = (sums[..., :-1] / (sums[..., -1:] + eps)).to(v.dtype) * attention_mask[:, :, None, None]
     if not return_state:
@@ -351,6 +358,7 @@ def rebased_attention_reference(
 
     in_last = segment_ids == segment_ids[:, -1:]
     kept = (in_last & attention_mask).to(dtype)
+    keys, values = keys[:, :, ::groups], values[:, :, ::groups]
     state = torch.einsum("bj,bjhp,bjhd->bhpd", kept, key_features(keys, coefficients), values)
     if initial_state is not None:
         state = state + in_last[:, :1, None, None] * initial_state
@@ -372,27 +380,28 @@ def rebased_attention_step(
     coefficients: Coefficients = REBASED,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`rebased_attention` of a single token: the recurrent form, whose cost does not depend on what came before."""
-    dtype = accumulation_dtype(q)
-    queries, keys = (x.reshape(-1, x.shape[-1]).to(dtype) for x in (q, k))
-    queries = queries * scale
+    dtype, groups = accumulation_dtype(q), q.shape[2] // k.shape[2]
+    # Of each key-value head, its queries and then its key.
+    queries = q.to(dtype).reshape(-1, groups, q.shape[-1]) * scale
+    keys = k.to(dtype).reshape(-1, 1, k.shape[-1])
     values = with_ones(v, attention_mask).view(-1, 1, v.shape[-1] + 1)
-    rows = features(torch.stack([queries, keys]), coefficients)
+    rows = features(torch.cat([queries, keys], dim=1), coefficients)
     # The token's own term comes from its score: through the features, a score near zero would lose its digits.
     own = polynomial((queries * keys).sum(-1, keepdim=True), coefficients)
     _, _, c2, floor = coefficients
     if floor:
         squares = rows[..., : q.shape[-1]]
         lengths = squares.sum(-1, keepdim=True)
-        own = torch.addcmul(own, lengths[0], lengths[1], value=c2 * floor)
-        squares[0].add_(lengths[0], alpha=floor)
-    weigh(rows[1], q.shape[-1], coefficients)
-    sums = own[..., None] * values
+        own = torch.addcmul(own, lengths[:, :-1], lengths[:, -1:], value=c2 * floor)
+        squares[:, :-1].add_(lengths[:, :-1], alpha=floor)
+    weigh(rows[:, -1], q.shape[-1], coefficients)
+    sums = own * values
     state = None if initial_state is None else initial_state.flatten(0, 1)
     if state is not None:
-        sums = torch.baddbmm(sums, rows[0][:, None], state)
-    out = (sums[..., :-1] / (sums[..., -1:] + eps)).to(v.dtype).view_as(v)
+        sums = torch.baddbmm(sums, rows[:, :-1], state)
+    out = (sums[..., :-1] / (sums[..., -1:] + eps)).to(v.dtype).view(*q.shape[:3], v.shape[-1])
     if not return_state:
         return out
-    added = rows[1][..., None]
+    added = rows[:, -1, :, None]
     state = added * values if state is None else torch.addcmul(state, added, values)
-    return out, state.unflatten(0, (q.shape[0], q.shape[2]))
+    return out, state.unflatten(0, (k.shape[0], k.shape[2]))

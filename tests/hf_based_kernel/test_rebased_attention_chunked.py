@@ -35,7 +35,7 @@ def test_an_output_that_is_not_used_sends_no_gradient(outputs):
 
 
 def test_operators_obey_the_rules_of_torch_library():
-    q, k, v = (torch.randn(2, 5, 3, size, dtype=torch.float64) for size in (4, 4, 5))
+    q, k, v = (torch.randn(2, 5, *size, dtype=torch.float64) for size in ((6, 4), (3, 4), (3, 5)))
     mask, segments = torch.tensor([[0, 1, 1, 0, 1], [1] * 5]).bool(), torch.tensor([[0, 0, 0, 1, 1], [5, 5, 6, 6, 7]])
     state = torch.rand(2, 3, state_size(4), 6, dtype=torch.float64)
     options = (0.5, 1e-6, list(REBASED), 2, True, True)
@@ -70,7 +70,7 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_function_transforms_see_the_gradients_of_the_formula(transform):
-    q, k, v = (torch.randn(2, 5, 2, size, dtype=torch.float64) for size in (4, 4, 3))
+    q, k, v = (torch.randn(2, 5, *size, dtype=torch.float64) for size in ((4, 4), (2, 4), (2, 3)))
     got, expected = (TRANSFORMS[transform](form, q, k, v) for form in (chunked, reference))
 
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)

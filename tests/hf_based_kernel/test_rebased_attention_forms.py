@@ -26,29 +26,33 @@ KERNELS = {"rebased": (rebased_attention, REBASED), "taylor": (taylor_attention,
 TIGHT = {"rtol": 1e-9, "atol": 1e-10}
 
 
-def make_inputs(*, batch_size=2, seq_len=13, num_heads=3, feature_dim=4, head_dim=5, dtype=torch.float64, grad=True):
-    sizes = (feature_dim, feature_dim, head_dim)
-    return [torch.randn(batch_size, seq_len, num_heads, size, dtype=dtype, requires_grad=grad) for size in sizes]
+def make_inputs(
+    *, batch_size=2, seq_len=13, num_heads=3, groups=1, feature_dim=4, head_dim=5, dtype=torch.float64, grad=True
+):
+    """q, k and v; `groups` heads of q for each of the `num_heads` of k and v."""
+    sizes = ((num_heads * groups, feature_dim), (num_heads, feature_dim), (num_heads, head_dim))
+    return [torch.randn(batch_size, seq_len, *size, dtype=dtype, requires_grad=grad) for size in sizes]
 
 
 def make_state(q, v, coefficients):
     """A state as some earlier tokens leave it: its denominators are positive, unlike those of a random tensor."""
-    k = torch.randn(q.shape[0], 6, *q.shape[2:], dtype=q.dtype)
+    k = torch.randn(q.shape[0], 6, v.shape[2], q.shape[3], dtype=q.dtype)
     values = torch.randn(*k.shape[:3], v.shape[-1], dtype=v.dtype)
     _, state = rebased_attention_reference(k, k, values, scale=1, eps=1, return_state=True, coefficients=coefficients)
     return state.detach().requires_grad_()
 
 
 def loop_over_tokens(q, k, v, kernel, *, scale, eps, mask=None, segments=None):
-    out = torch.zeros_like(v)
+    out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=v.dtype)
+    groups = q.shape[2] // k.shape[2]
     for b, i, h in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
         if mask is not None and not mask[b, i]:
             continue
         numerator, denominator = torch.zeros_like(v[0, 0, 0]), torch.zeros((), dtype=v.dtype)
         for j in range(i + 1):
             seen = (mask is None or mask[b, j]) and (segments is None or segments[b, i] == segments[b, j])
-            weight = kernel(scale * q[b, i, h], k[b, j, h]) if seen else torch.zeros((), dtype=v.dtype)
-            numerator, denominator = numerator + weight * v[b, j, h], denominator + weight
+            weight = kernel(scale * q[b, i, h], k[b, j, h // groups]) if seen else torch.zeros((), dtype=v.dtype)
+            numerator, denominator = numerator + weight * v[b, j, h // groups], denominator + weight
         out[b, i, h] = numerator / (denominator + eps)
     return out
 
@@ -67,6 +71,7 @@ def assert_same(got, expected, inputs, **tolerance):
         torch.testing.assert_close(a, b, **tolerance)
 
 
+grouped = pytest.mark.parametrize("groups", [1, 2], ids=["own keys", "shared keys"])
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 0, 1], [1, 1, 1, 1, 1, 1, 0, 0, 0]])
 SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 3, 3], [5, 5, 5, 5, 5, 6, 7, 7, 7]])
 
@@ -81,9 +86,10 @@ SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 3, 3], [5, 5, 5, 5, 5, 6, 7, 7, 7
     ],
     ids=["rebased", "taylor"],
 )
-def test_reference_is_the_formula(kernel, formula, mask, segments):
+@grouped
+def test_reference_is_the_formula(kernel, formula, mask, segments, groups):
     _, coefficients = KERNELS[kernel]
-    q, k, v = make_inputs(seq_len=9, num_heads=2, feature_dim=3, head_dim=2)
+    q, k, v = make_inputs(seq_len=9, num_heads=2, groups=groups, feature_dim=3, head_dim=2)
     expected = loop_over_tokens(q, k, v, formula, scale=0.7, eps=1e-3, mask=mask, segments=segments)
     visible = None if mask is None else mask.bool()
     got = rebased_attention_reference(
@@ -97,9 +103,10 @@ def test_reference_is_the_formula(kernel, formula, mask, segments):
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
 @pytest.mark.parametrize("chunk_size", [1, 4, 9, 64])
-def test_chunked_matches_reference(kernel, with_state, masked, packed, chunk_size):
+@grouped
+def test_chunked_matches_reference(kernel, with_state, masked, packed, chunk_size, groups):
     attention, coefficients = KERNELS[kernel]
-    q, k, v = make_inputs(seq_len=9)
+    q, k, v = make_inputs(seq_len=9, groups=groups)
     inputs = [q, k, v]
     options = {"eps": 1e-3, "return_state": True}
     if with_state:
@@ -116,10 +123,11 @@ def test_chunked_matches_reference(kernel, with_state, masked, packed, chunk_siz
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
-def test_long_chunks_match_reference(kernel, packed):
+@grouped
+def test_long_chunks_match_reference(kernel, packed, groups):
     # Longer than the blocks of queries within a chunk.
     attention, coefficients = KERNELS[kernel]
-    q, k, v = make_inputs(seq_len=200, num_heads=1)
+    q, k, v = make_inputs(seq_len=200, num_heads=1, groups=groups)
     options = {"eps": 1e-3, "initial_state": make_state(q, v, coefficients), "return_state": True}
     options["attention_mask"] = torch.rand(2, 200) < 0.9
     if packed:
@@ -133,6 +141,7 @@ def test_long_chunks_match_reference(kernel, packed):
     batch_size=st.integers(1, 3),
     seq_len=st.integers(1, 40),
     num_heads=st.integers(1, 4),
+    groups=st.integers(1, 3),
     feature_dim=st.integers(1, 9),
     head_dim=st.integers(1, 9),
     chunk_size=st.integers(1, 48),
@@ -140,12 +149,11 @@ def test_long_chunks_match_reference(kernel, packed):
 )
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_chunked_matches_reference_at_every_shape(
-    batch_size, seq_len, num_heads, feature_dim, head_dim, chunk_size, kernel
+    batch_size, seq_len, num_heads, groups, feature_dim, head_dim, chunk_size, kernel
 ):
     attention, coefficients = KERNELS[kernel]
-    q, k, v = make_inputs(
-        batch_size=batch_size, seq_len=seq_len, num_heads=num_heads, feature_dim=feature_dim, head_dim=head_dim
-    )
+    sizes = {"num_heads": num_heads, "groups": groups, "feature_dim": feature_dim, "head_dim": head_dim}
+    q, k, v = make_inputs(batch_size=batch_size, seq_len=seq_len, **sizes)
     # With one feature, scores and so denominators come close to zero: a larger eps keeps the comparison well posed.
     options = {"eps": 0.1, "initial_state": make_state(q, v, coefficients), "return_state": True}
     expected = rebased_attention_reference(q, k, v, scale=0.5, coefficients=coefficients, **options)
@@ -155,8 +163,9 @@ def test_chunked_matches_reference_at_every_shape(
 
 @pytest.mark.parametrize("coefficients", [REBASED, TAYLOR], ids=["rebased", "taylor"])
 @pytest.mark.parametrize("seq_len", [1, 5])
-def test_gradcheck_of_torch_forms(coefficients, seq_len):
-    q, k, v = make_inputs(batch_size=1, seq_len=seq_len, num_heads=2, feature_dim=3, head_dim=2)
+@grouped
+def test_gradcheck_of_torch_forms(coefficients, seq_len, groups):
+    q, k, v = make_inputs(batch_size=1, seq_len=seq_len, num_heads=2, groups=groups, feature_dim=3, head_dim=2)
     state = make_state(q, v, coefficients)
     form = rebased_attention_step if seq_len == 1 else rebased_attention_chunked
 
@@ -177,9 +186,10 @@ def test_gradcheck_of_torch_forms(coefficients, seq_len):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_steps_match_one_call(kernel):
+@grouped
+def test_steps_match_one_call(kernel, groups):
     attention, _ = KERNELS[kernel]
-    q, k, v = make_inputs(seq_len=9)
+    q, k, v = make_inputs(seq_len=9, groups=groups)
     expected = attention(q, k, v, return_state=True, attention_mask=MASK)
     state, outputs = None, []
     for t in range(9):
@@ -311,16 +321,17 @@ def test_bad_numbers_stay_in_their_sequence(kernel, value):
 # The last is finite, its square is not.
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("chunk_size", [4, 64])
-def test_bad_numbers_stay_in_their_packed_sequence(kernel, damaged, value, chunk_size):
+@grouped
+def test_bad_numbers_stay_in_their_packed_sequence(kernel, damaged, value, chunk_size, groups):
     attention, _ = KERNELS[kernel]
     # The second of three sequences in the first row; it shares chunks with both others.
     segment_ids = torch.tensor([[0] * 5 + [1] * 4 + [2] * 5, [0] * 14])
-    inputs = make_inputs(seq_len=14, dtype=torch.float32)
+    inputs = make_inputs(seq_len=14, groups=groups, dtype=torch.float32)
     results = []
     for bad in (False, True):
         inputs = [x.detach().clone().requires_grad_() for x in inputs]
         generator = torch.Generator().manual_seed(1)
-        grad_out = torch.randn(inputs[2].shape, generator=generator)
+        grad_out = torch.randn(*inputs[0].shape[:3], inputs[2].shape[-1], generator=generator)
         if bad:
             {"q": inputs[0], "k": inputs[1], "v": inputs[2], "grad_out": grad_out}[damaged].data[0, 6] = value
         out, state = attention(*inputs, segment_ids=segment_ids, chunk_size=chunk_size, return_state=True)
@@ -409,8 +420,10 @@ def test_compiled_call_is_one_graph_without_the_loop_over_chunks(with_state, pac
 
 
 BAD_CALLS = {
-    "feature_dim": (lambda q, k, v: rebased_attention(q, k[..., :2], v), "q and k must both have the shape"),
-    "three_axes": (lambda q, k, v: rebased_attention(q[0], k[0], v[0]), "q and k must both have the shape"),
+    "feature_dim": (lambda q, k, v: rebased_attention(q, k[..., :2], v), "q must have the shape .* and k, which"),
+    "three_axes": (lambda q, k, v: rebased_attention(q[0], k[0], v[0]), "q must have the shape .* and k, which"),
+    "groups": (lambda q, k, v: rebased_attention(q[:, :, :2], k, v), "must be a multiple of those of k, got 2 and 3"),
+    "no_heads": (lambda q, k, v: rebased_attention(q, k[:, :, :0], v), "multiple of those of k, got 3 and 0"),
     "value_heads": (lambda q, k, v: rebased_attention(q, k, v[:, :, :1]), "v must have the shape"),
     "dtypes": (lambda q, k, v: rebased_attention(q, k, v.float()), "one floating dtype, got torch.float64"),
     "integers": (lambda q, k, v: rebased_attention(q.long(), k.long(), v.long()), "one floating dtype"),
