@@ -47,11 +47,15 @@ class RebasedConfig(PreTrainedConfig):
         qk_norm_per_head (`bool`, *optional*, defaults to `False`): Take mean and variance over each head's
             `feature_dim` numbers instead of over all heads jointly, as the authors' code does.
         attention_eps (`float`, *optional*, defaults to 1e-6): Added to the denominator of linear attention.
+        use_feature_map (`bool`, *optional*, defaults to `False`): The queries and keys of linear attention are those of
+            softmax attention, `head_dim` numbers a head and rotated, under a learned map to `feature_dim` numbers.
+        linear_attention_window (`int`, *optional*, defaults to 0): Tokens over which such a layer has softmax attention beside
+            its linear attention, mixed by a gate for each token and head; 0 for none. Needs `use_feature_map`.
         conv_type (`str`, *optional*, defaults to `"gated"`): `"gated"` doubles the width, convolves one half and gates it
             with the other; `"base"` multiplies a convolution with a projection (the recall models' convolution).
         conv_kernel_size (`int`, *optional*, defaults to 3): Tokens that a convolution sees, the current one included.
         sliding_window (`int`, *optional*, defaults to 64): Tokens that sliding-window attention sees.
-        rope_parameters (`dict`, *optional*): Rotary positions of the softmax layers, as transformers' Llama has them:
+        rope_parameters (`dict`, *optional*): Rotary positions of softmax layers and feature maps, as transformers' Llama has them:
             `rope_theta`, `rope_type` and what this type needs. By default there are none.
         attention_bias (`bool`, *optional*, defaults to `False`): Biases of the query, key and value projections.
         attention_out_bias (`bool`, *optional*): Bias of the output projection of attention. By default `attention_bias`.
@@ -93,6 +97,8 @@ class RebasedConfig(PreTrainedConfig):
     use_beta: bool | None = None
     qk_norm_per_head: bool = False
     attention_eps: float = 1e-6
+    use_feature_map: bool = False
+    linear_attention_window: int = 0
     conv_type: str = "gated"
     conv_kernel_size: int = 3
     sliding_window: int = 64
@@ -187,6 +193,7 @@ class RebasedConfig(PreTrainedConfig):
             # A window of one token attends to nothing but itself.
             "sliding_window": 2,
             "max_position_embeddings": 1,
+            "linear_attention_window": 0,
         }
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
@@ -195,6 +202,10 @@ class RebasedConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads})"
+            )
+        if self.linear_attention_window and not self.use_feature_map:
+            raise ValueError(
+                "linear_attention_window needs use_feature_map=True: without it there are no queries and keys for softmax"
             )
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout must be in [0, 1), got {self.attention_dropout}")

@@ -1,13 +1,15 @@
-"""Llama, Mistral, Qwen2 and Qwen3 as ReBased models: the configuration and the weights."""
+"""Llama, Mistral, Qwen2 and Qwen3 as ReBased models: the configuration, the weights, and where feature maps start."""
 
 import copy
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from .configuration_rebased import RebasedConfig
+from .linear_attention_rebased import RebasedMappedAttention
 
 
 LLAMAS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -26,16 +28,28 @@ SAME = (
     "bos_token_id",
     "eos_token_id",
 )
-# A replaced layer has its own in the place of these.
-REPLACED = ("q_proj", "k_proj", "q_norm", "k_norm")
+# What the linear attention of replaced layers may be, which no Llama says.
+OF_REPLACED_LAYERS = (
+    "feature_dim",
+    "kernel",
+    "use_qk_norm",
+    "use_gamma",
+    "use_beta",
+    "qk_norm_per_head",
+    "attention_eps",
+    "linear_attention_window",
+)
 
 
-def read_llama(model: PreTrainedModel, layers: Iterable[int]) -> tuple[RebasedConfig, dict[str, torch.Tensor]]:
+def read_llama(
+    model: PreTrainedModel, layers: Iterable[int], options: dict[str, Any]
+) -> tuple[RebasedConfig, dict[str, torch.Tensor]]:
     """
-    The configuration of a Llama whose `layers` are linear attention, and a copy of the weights that stay.
+    The configuration of a Llama whose `layers` are linear attention, and a copy of its weights.
 
     Raises:
-        ValueError: If the model is of another class or holds what a ReBased model cannot, or for an index out of range.
+        ValueError: If the model is of another class or holds what a ReBased model cannot, for an index out of range, and for
+            an option that is not one of `OF_REPLACED_LAYERS`.
     """
     if type(model).__name__ not in LLAMAS:
         raise ValueError(f"model must be a {', '.join(LLAMAS[:-1])} or {LLAMAS[-1]}, got {type(model).__name__}")
@@ -43,6 +57,10 @@ def read_llama(model: PreTrainedModel, layers: Iterable[int]) -> tuple[RebasedCo
     wanted = list(layers) if isinstance(layers, Iterable) else [None]
     if any(type(i) is not int or not 0 <= i < old.num_hidden_layers for i in wanted):
         raise ValueError(f"layers must be a list of indices from 0 to {old.num_hidden_layers - 1}, got {layers!r}")
+    if unknown := sorted(set(options) - set(OF_REPLACED_LAYERS)):
+        raise ValueError(f"options may be {', '.join(OF_REPLACED_LAYERS)}, got {', '.join(unknown)}")
+    if options and not wanted:
+        raise ValueError(f"{', '.join(options)} are options of replaced layers, of which there are none; give layers")
     if old.hidden_act != "silu":
         raise ValueError(f"hidden_act of the model must be silu, got {old.hidden_act!r}; a ReBased model has no other")
     if any(x.is_meta or not x.is_floating_point() for x in model.parameters()):
@@ -56,12 +74,16 @@ def read_llama(model: PreTrainedModel, layers: Iterable[int]) -> tuple[RebasedCo
             f"model must have the tensors of its configuration, got {len(strange)} others or missing: {', '.join(strange[:3])}; "
             "merge or remove its adapters"
         )
-    config = RebasedConfig(**{name: getattr(old, name) for name in SAME}, **_other_names(model, wanted))
-    new = tuple(f"model.layers.{i}.self_attn.{name}." for i in wanted for name in REPLACED)
+    config = RebasedConfig(
+        **{name: getattr(old, name) for name in SAME},
+        **_other_names(model, wanted),
+        use_feature_map=bool(wanted),
+        **options,
+    )
     state_dict = {
         name: x.detach().clone()
         for name, x in model.state_dict().items()
-        if not name.startswith(new) and not (config.tie_word_embeddings and name == "lm_head.weight")
+        if not (config.tie_word_embeddings and name == "lm_head.weight")
     }
     return config, state_dict
 
@@ -88,3 +110,66 @@ def _other_names(model: PreTrainedModel, layers: list[int]) -> dict[str, Any]:
         "attention_dropout": old.attention_dropout or 0.0,
         "tie_word_embeddings": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
     }
+
+
+class AttentionCall(NamedTuple):
+    """What an attention layer was called with, and what it gave."""
+
+    hidden_states: torch.Tensor  # (batch, seq, hidden_size)
+    position_embeddings: tuple[torch.Tensor, torch.Tensor]  # (batch or 1, seq, head_dim) each
+    output: torch.Tensor  # (batch, seq, hidden_size)
+
+
+@contextmanager
+def recorded_attention(model: PreTrainedModel, layers: Iterable[int]) -> Generator[dict[int, AttentionCall]]:
+    """The last call of the attention of each of a Llama's `layers`, while the context is open."""
+    calls: dict[int, AttentionCall] = {}
+
+    def record(layer_idx: int, call: dict[str, Any], output: Any) -> None:
+        calls[layer_idx] = AttentionCall(call["hidden_states"], call["position_embeddings"], output[0])
+
+    handles = [
+        model.get_decoder()
+        .layers[i]
+        .self_attn.register_forward_hook(
+            lambda module, args, kwargs, output, i=i: record(i, kwargs, output), with_kwargs=True
+        )
+        for i in layers
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def start_feature_maps(
+    mixers: dict[int, RebasedMappedAttention], model: PreTrainedModel, input_ids: torch.Tensor
+) -> None:
+    """
+    Let the map of each head of keys, and of the queries that share it, keep their principal directions over a text.
+
+    mixers: the replaced layers by their index in the Llama
+    input_ids: (rows, seq)
+    """
+    moments = {}
+    with recorded_attention(model, mixers) as calls:
+        for row in input_ids.split(1):
+            model.get_decoder()(row.to(model.device), use_cache=False)
+            for i, call in calls.items():
+                query, key, _ = mixers[i].project(call.hidden_states, call.position_embeddings)
+                moments[i] = moments.get(i, 0) + _second_moments(query, key)
+    for i, mixer in mixers.items():
+        # Ascending; a map to more numbers than a head has keeps random ones for the rest.
+        directions = torch.linalg.eigh(moments[i]).eigenvectors.flip(-1)[..., : mixer.config.feature_dim]
+        for each in (mixer.q_map, mixer.k_map):
+            starts = directions.repeat_interleave(each.weight.shape[0] // directions.shape[0], dim=0)
+            each.weight[..., : directions.shape[-1]] = starts.to(each.weight.dtype)
+
+
+def _second_moments(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """(1, heads, seq, head_dim) each -> (num_key_value_heads, head_dim, head_dim), float64: keys and the mean of their queries."""
+    group = query.shape[1] // key.shape[1]
+    x = torch.cat([query[0].unflatten(0, (-1, group)).flatten(1, 2) / group**0.5, key[0]], dim=1).double()
+    return x.mT @ x

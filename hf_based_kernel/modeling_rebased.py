@@ -21,9 +21,15 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_rebased import RebasedCache
 from .configuration_rebased import LAYER_TYPES, RebasedConfig
-from .llama_rebased import read_llama
-from .rebased_attention_forms import rebased_attention, taylor_attention
+from .linear_attention_rebased import (
+    RebasedFeatureMap,
+    RebasedFeatureNorm,
+    RebasedLinearAttention,
+    RebasedMappedAttention,
+)
+from .llama_rebased import read_llama, start_feature_maps
 from .softmax_attention_rebased import RebasedRMSNorm, RebasedSoftmaxAttention
+from .window_attention_rebased import make_window_mask
 
 
 SOFTMAX_MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
@@ -33,76 +39,6 @@ def _make_norm(config: RebasedConfig) -> nn.Module:
     return (RebasedRMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm)(
         config.hidden_size, eps=config.norm_eps
     )
-
-
-class RebasedFeatureNorm(nn.Module):
-    """gamma · norm(x) + beta for queries or keys, each part only if the configuration asks for it (equation 6)."""
-
-    def __init__(self, config: RebasedConfig, num_heads: int):
-        super().__init__()
-        self.config = config
-        self.num_heads = num_heads
-        size = num_heads * config.feature_dim
-        self.gamma = nn.Parameter(torch.ones(size)) if config.use_gamma else None
-        self.beta = nn.Parameter(torch.zeros(size)) if config.use_beta else None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (batch, seq, num_heads * feature_dim) -> (batch, seq, num_heads, feature_dim)"""
-        heads = (self.num_heads, self.config.feature_dim)
-        if self.config.use_qk_norm and not self.config.qk_norm_per_head:
-            return F.layer_norm(x, x.shape[-1:], self.gamma, self.beta, self.config.norm_eps).unflatten(-1, heads)
-        if self.config.use_qk_norm:
-            x = F.layer_norm(x.unflatten(-1, heads), heads[1:], eps=self.config.norm_eps).flatten(-2)
-        if self.gamma is not None:
-            x = x * self.gamma
-        if self.beta is not None:
-            x = x + self.beta
-        return x.unflatten(-1, heads)
-
-
-class RebasedLinearAttention(nn.Module):
-    """Linear attention with the kernel (q·k)² or its Taylor form, whose cached state has a constant size."""
-
-    def __init__(self, config: RebasedConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        heads, groups = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(config.hidden_size, heads * config.feature_dim, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, groups * config.feature_dim, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, groups * config.head_dim, bias=config.attention_bias)
-        self.o_proj = nn.Linear(heads * config.head_dim, config.hidden_size, bias=config.attention_out_bias)
-        self.q_norm = RebasedFeatureNorm(config, heads)
-        self.k_norm = RebasedFeatureNorm(config, groups)
-        self.attention = rebased_attention if config.kernel == "rebased" else taylor_attention
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        *,
-        attention_mask: torch.Tensor | None = None,
-        segment_ids: torch.Tensor | None = None,
-        past_key_values: RebasedCache | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        v = self.v_proj(hidden_states).unflatten(-1, (-1, self.config.head_dim))
-        # Autocast keeps norms in float32; the operation wants one dtype and sums in float32 by itself.
-        q = self.q_norm(self.q_proj(hidden_states)).to(v.dtype)
-        k = self.k_norm(self.k_proj(hidden_states)).to(v.dtype)
-        out = self.attention(
-            q,
-            k,
-            v,
-            eps=self.config.attention_eps,
-            initial_state=None if past_key_values is None else past_key_values.get_recurrent_state(self.layer_idx),
-            return_state=past_key_values is not None,
-            attention_mask=attention_mask,
-            segment_ids=segment_ids,
-        )
-        if past_key_values is not None:
-            out, state = out
-            past_key_values.update_recurrent_state(state, self.layer_idx)
-        return self.o_proj(out.flatten(-2))
 
 
 class RebasedCausalConv(nn.Module):
@@ -214,7 +150,8 @@ class RebasedDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.layer_type = config.layer_types[layer_idx]
         if self.layer_type == "linear_attention":
-            self.self_attn = RebasedLinearAttention(config, layer_idx)
+            mixer = RebasedMappedAttention if config.use_feature_map else RebasedLinearAttention
+            self.self_attn = mixer(config, layer_idx)
         elif self.layer_type in SOFTMAX_MASKS:
             self.self_attn = RebasedSoftmaxAttention(config, layer_idx)
         else:
@@ -261,6 +198,8 @@ class RebasedPreTrainedModel(PreTrainedModel):
             init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, RebasedFeatureMap):
+            init.normal_(module.weight, std=self.config.head_dim**-0.5)
         elif isinstance(module, RebasedFeatureNorm):
             if module.gamma is not None:
                 init.ones_(module.gamma)
@@ -387,6 +326,9 @@ class RebasedModel(RebasedPreTrainedModel):
         if position_ids is None and (self.config.use_position_embeddings or self.rotary_emb is not None):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen_tokens
             position_ids = position_ids if first_tokens is None else position_ids - first_tokens
+            if self.config.use_feature_map and attention_mask is not None and first_tokens is None:
+                # A map of rotated keys sees more than differences of positions: padding must not shift them.
+                position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, seen_tokens:]
         if self.config.use_position_embeddings:
             hidden_states = hidden_states + self.embed_positions(self._check_positions(position_ids))
         softmax_masks = {
@@ -401,11 +343,22 @@ class RebasedModel(RebasedPreTrainedModel):
             for layer_type, create_mask in SOFTMAX_MASKS.items()
             if layer_type in self.config.layer_types
         }
+        window_mask = None
+        if self.config.linear_attention_window and "linear_attention" in self.config.layer_types:
+            window_mask = make_window_mask(
+                self.config.linear_attention_window,
+                inputs_embeds.shape[1],
+                seen_tokens=seen_tokens,
+                first_tokens=first_tokens,
+                attention_mask=attention_mask,
+                device=inputs_embeds.device,
+            )
         rotations = None if self.rotary_emb is None else self.rotary_emb(inputs_embeds, position_ids)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
                 attention_mask=softmax_masks.get(layer.layer_type, local_mask),
+                window_mask=window_mask,
                 position_embeddings=rotations,
                 segment_ids=segment_ids,
                 past_key_values=cache,
@@ -583,35 +536,52 @@ class RebasedForCausalLM(RebasedPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_llama(cls, model: PreTrainedModel, layers: Iterable[int] = ()) -> "RebasedForCausalLM":
+    def from_llama(
+        cls,
+        model: PreTrainedModel,
+        layers: Iterable[int] = (),
+        *,
+        input_ids: torch.LongTensor | None = None,
+        **options: Any,
+    ) -> "RebasedForCausalLM":
         """
         A ReBased model with a copy of a Llama's weights: the same outputs, but for the layers that become linear attention.
 
-        A replaced layer keeps the projections of values and outputs. Its queries and keys are new: projections to
-        `feature_dim` numbers a head, drawn at random and without rotary positions, so that it has to be trained.
+        A replaced layer keeps all projections. New are the maps of its rotated queries and keys to `feature_dim` numbers a head,
+        with their norms, and with `linear_attention_window` a gate: it has to be trained.
+
+        input_ids: (rows, seq)
 
         Args:
             model (`PreTrainedModel`): A `LlamaForCausalLM` (SmolLM2 is one), `MistralForCausalLM`, `Qwen2ForCausalLM` or
                 `Qwen3ForCausalLM` of transformers. Dtype, device and generation configuration are kept.
             layers (`Iterable[int]`, *optional*): Indices of the layers that become `"linear_attention"`.
+            input_ids (`torch.LongTensor`, *optional*): Text without padding. The new maps then start as the principal
+                directions that the model's queries and keys have there, else at random.
+            options (`Any`): Entries of the configuration for the replaced layers: `feature_dim`, `kernel`, `use_qk_norm`,
+                `use_gamma`, `use_beta`, `qk_norm_per_head`, `attention_eps`, `linear_attention_window`.
 
         Raises:
-            ValueError: If the model is of another class or holds what a ReBased model cannot, or for an index out of range.
+            ValueError: If the model is of another class or holds what a ReBased model cannot, for an index out of range, and
+                for an option that is not one of these.
 
         ```python
         >>> from transformers import AutoModelForCausalLM
         >>> from hf_based_kernel import RebasedForCausalLM
 
         >>> teacher = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
-        >>> model = RebasedForCausalLM.from_llama(teacher, layers=[12, 20])
+        >>> model = RebasedForCausalLM.from_llama(teacher, layers=[12, 20], linear_attention_window=64)
         ```
         """
-        config, state_dict = read_llama(model, layers)
+        config, state_dict = read_llama(model, layers, options)
         converted = cls.from_pretrained(None, config=config, state_dict=state_dict, dtype=model.dtype).to(model.device)
         # A model that was cast after loading has frequencies in its own dtype.
         frequencies = model.get_decoder().rotary_emb.original_inv_freq
         for name in ("inv_freq", "original_inv_freq"):
             converted.model.rotary_emb.register_buffer(name, frequencies.clone(), persistent=False)
+        if input_ids is not None:
+            replaced = [i for i, kind in enumerate(config.layer_types) if kind == "linear_attention"]
+            start_feature_maps({i: converted.model.layers[i].self_attn for i in replaced}, model, input_ids)
         converted.generation_config = copy.deepcopy(model.generation_config)
         return converted.train(model.training)
 

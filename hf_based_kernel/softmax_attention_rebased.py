@@ -24,23 +24,16 @@ class RebasedRMSNorm(nn.Module):
         return self.weight * F.rms_norm(hidden_states, self.weight.shape, eps=self.eps)
 
 
-class RebasedSoftmaxAttention(nn.Module):
+class RebasedProjections(nn.Module):
     """
-    Softmax attention over all tokens or the last `sliding_window`, with rotary positions if the configuration has them.
-
-    The names of the parameters are those of Llama, Mistral, Qwen2 and Qwen3.
+    The projections of softmax attention, with rotary positions if the configuration has them. The names of the parameters are
+    those of Llama, Mistral, Qwen2 and Qwen3.
     """
 
     def __init__(self, config: RebasedConfig, layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.is_causal = True
-        self.scaling = config.head_dim**-0.5
-        # transformers' attention functions read it.
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        is_sliding = config.layer_types[layer_idx] == "sliding_attention"
-        self.sliding_window = config.sliding_window if is_sliding else None
         width = config.num_attention_heads * config.head_dim
         key_value_width = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
@@ -51,15 +44,10 @@ class RebasedSoftmaxAttention(nn.Module):
             self.q_norm = RebasedRMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RebasedRMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        *,
-        attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: RebasedCache | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def project(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated queries and keys, and values, (batch, heads, seq, head_dim) each."""
         query, key, value = (
             proj(hidden_states).unflatten(-1, (-1, self.config.head_dim))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -69,6 +57,31 @@ class RebasedSoftmaxAttention(nn.Module):
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         if position_embeddings is not None:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        return query, key, value
+
+
+class RebasedSoftmaxAttention(RebasedProjections):
+    """Softmax attention over all tokens or the last `sliding_window`."""
+
+    def __init__(self, config: RebasedConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.is_causal = True
+        self.scaling = config.head_dim**-0.5
+        # transformers' attention functions read it.
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        is_sliding = config.layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if is_sliding else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: RebasedCache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = self.project(hidden_states, position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)

@@ -9,7 +9,7 @@ from hf_based_kernel import RebasedCache, RebasedConfig, RebasedForCausalLM
 LAYER_TYPES = ["conv", "linear_attention", "sliding_attention", "full_attention"]
 
 
-def make_model():
+def make_model(**options):
     config = RebasedConfig(
         vocab_size=64,
         hidden_size=32,
@@ -21,6 +21,7 @@ def make_model():
         sliding_window=5,
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         initializer_range=0.3,
+        **options,
     )
     return RebasedForCausalLM(config).eval().requires_grad_(False)
 
@@ -35,8 +36,9 @@ def after(model, input_ids):
     return cache
 
 
-def test_only_the_keys_and_values_of_full_attention_grow():
-    model = make_model()
+@pytest.mark.parametrize("options", [{}, {"use_feature_map": True, "linear_attention_window": 6}])
+def test_only_the_keys_and_values_of_full_attention_grow(options):
+    model = make_model(**options)
 
     def sizes(seq_len):
         layers = after(model, tokens(1, seq_len)).layers
@@ -51,8 +53,9 @@ def test_only_the_keys_and_values_of_full_attention_grow():
 @pytest.mark.parametrize(
     "use", [RebasedCache.reset, lambda cache: cache.batch_select_indices(torch.tensor([1])), RebasedCache.detach]
 )
-def test_a_branch_does_not_notice_what_becomes_of_its_origin(branch, use):
-    model, prompt, more = make_model(), tokens(2, 9), tokens(2, 3)
+@pytest.mark.parametrize("options", [{}, {"use_feature_map": True, "linear_attention_window": 6}])
+def test_a_branch_does_not_notice_what_becomes_of_its_origin(branch, use, options):
+    model, prompt, more = make_model(**options), tokens(2, 9), tokens(2, 3)
     expected = model(more, past_key_values=after(model, prompt)).logits
     cache = after(model, prompt)
     other = branch(cache)

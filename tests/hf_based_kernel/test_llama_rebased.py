@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import (
     AutoModelForCausalLM,
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from hf_based_kernel import RebasedCache, RebasedForCausalLM
+from hf_based_kernel.llama_rebased import recorded_attention
 
 
 SIZES = {
@@ -237,20 +239,22 @@ def test_what_is_converted_is_a_copy_with_the_settings_of_generation():
 
 
 @few_families
-def test_a_replaced_layer_keeps_values_and_outputs_and_trains(family, tmp_path):
+@pytest.mark.parametrize("window", [0, 4])
+def test_a_replaced_layer_keeps_all_projections_and_trains(family, window, tmp_path):
     teacher = make_teacher(family)
-    model = RebasedForCausalLM.from_llama(teacher, layers=[1]).train()
+    options = {"feature_dim": 6, "linear_attention_window": window}
+    model = RebasedForCausalLM.from_llama(teacher, layers=[1], **options).train()
     kinds = RebasedForCausalLM.from_llama(teacher).config.layer_types
 
     assert model.config.layer_types == [kinds[0], "linear_attention", kinds[2]]
-    new, old = (x.model.layers[1].self_attn for x in (model, teacher))
-    for name in ("v_proj", "o_proj"):
-        for key, value in getattr(old, name).state_dict().items():
-            assert torch.equal(getattr(new, name).state_dict()[key], value)
-    assert new.k_proj.weight.shape == (2 * model.config.feature_dim, 32)
-    assert new.k_proj.weight.std() > 0.1
+    new, old = (x.model.layers[1].self_attn.state_dict() for x in (model, teacher))
+    assert all(torch.equal(new[name], old[name]) for name in old)
+    assert {name.split(".")[0] for name in new.keys() - old.keys()} == {"q_map", "k_map"} | (
+        {"gate_proj"} if window else set()
+    )
+    assert new["k_map.weight"].shape == (2, model.config.head_dim, 6)
     model(tokens(2, 12), labels=tokens(2, 12)).loss.backward()
-    assert all(p.grad.abs().sum() > 0 for p in new.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
     model.eval().save_pretrained(tmp_path)
     input_ids = tokens(1, 9)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -258,14 +262,71 @@ def test_a_replaced_layer_keeps_values_and_outputs_and_trains(family, tmp_path):
 
 
 @pytest.mark.parametrize("layers", [[1], [0, 2], range(3)])
-def test_generation_with_replaced_layers_needs_no_cache(layers):
-    model = RebasedForCausalLM.from_llama(make_teacher("mistral, short window"), layers=layers)
+@pytest.mark.parametrize("window", [0, 4])
+def test_generation_with_replaced_layers_needs_no_cache(layers, window):
+    teacher = make_teacher("mistral, short window")
+    model = RebasedForCausalLM.from_llama(teacher, layers=layers, linear_attention_window=window)
     input_ids = tokens(2, 9)
     mask = torch.ones_like(input_ids)
     mask[0, :3] = 0
     options = {"attention_mask": mask, "max_new_tokens": 10, "do_sample": False}
 
     assert torch.equal(model.generate(input_ids, **options), model.generate(input_ids, use_cache=False, **options))
+
+
+@few_families
+@pytest.mark.parametrize("feature_dim", [3, 20])
+def test_maps_start_as_the_principal_directions_of_queries_and_keys(family, feature_dim):
+    teacher, input_ids = make_teacher(family), tokens(3, 14)
+    model = RebasedForCausalLM.from_llama(teacher, [0, 2], input_ids=input_ids, feature_dim=feature_dim)
+    seen = {}
+    for i in (0, 2):
+        teacher.model.layers[i].self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs, i=i: seen.update({i: kwargs}), with_kwargs=True
+        )
+    with torch.no_grad():
+        teacher(input_ids)
+
+    for i in (0, 2):
+        mixer, kept = model.model.layers[i].self_attn, min(feature_dim, model.config.head_dim)
+        query, key, _ = mixer.project(seen[i]["hidden_states"], seen[i]["position_embeddings"])
+        group = query.shape[1] // key.shape[1]
+        for head in range(key.shape[1]):
+            queries = query[:, head * group : (head + 1) * group].reshape(-1, query.shape[-1])
+            rows = torch.cat([queries / group**0.5, key[:, head].reshape(-1, query.shape[-1])])
+            captured = (rows @ mixer.k_map.weight[head][:, :kept]).square().sum()
+            best = torch.linalg.svdvals(rows)[:kept].square().sum()
+            torch.testing.assert_close(captured, best, rtol=1e-4, atol=1e-4)
+        shared = mixer.k_map.weight[..., :kept].repeat_interleave(group, dim=0)
+        assert torch.equal(mixer.q_map.weight[..., :kept], shared)
+    assert not teacher.training
+
+
+def test_what_attention_did_is_recorded_while_the_context_is_open():
+    teacher, input_ids = make_teacher("qwen3"), tokens(2, 9)
+    with torch.no_grad(), recorded_attention(teacher, [1]) as calls:
+        teacher(input_ids)
+        call = calls[1]
+        teacher(tokens(1, 4))
+    again, _ = teacher.model.layers[1].self_attn(call.hidden_states, call.position_embeddings, None)
+
+    assert list(calls) == [1] and calls[1].output.shape == (1, 4, 32)
+    # Without a mask, transformers' attention is causal.
+    torch.testing.assert_close(again, call.output, **EQUAL)
+
+
+@pytest.mark.parametrize(
+    ("layers", "options", "sentence"),
+    [
+        ([1], {"hidden_size": 3}, "options may be feature_dim, .*, linear_attention_window, got hidden_size"),
+        ([], {"feature_dim": 8}, "feature_dim are options of replaced layers, of which there are none; give layers"),
+        ([1], {"linear_attention_window": -1}, "linear_attention_window must be at least 0, got -1"),
+        ([1], {"kernel": "softmax"}, "kernel must be one of rebased, taylor, got 'softmax'"),
+    ],
+)
+def test_options_of_replaced_layers_are_checked(layers, options, sentence):
+    with pytest.raises((ValueError, StrictDataclassError), match=sentence):
+        RebasedForCausalLM.from_llama(make_teacher("llama"), layers, **options)
 
 
 def with_adapter():

@@ -26,6 +26,8 @@ LAYER_TYPES = {
     "hybrid": ["conv", "linear_attention", "sliding_attention"],
     "attention_first": ["linear_attention", "conv"],
     "llama": ["full_attention", "linear_attention", "sliding_attention", "full_attention"],
+    "converted": ["linear_attention", "full_attention", "linear_attention"],
+    "converted_window": ["linear_attention", "full_attention", "linear_attention"],
 }
 OPTIONS = {
     "llama": {
@@ -36,6 +38,8 @@ OPTIONS = {
         "use_softmax_qk_norm": True,
     }
 }
+OPTIONS["converted"] = {**OPTIONS["llama"], "use_feature_map": True}
+OPTIONS["converted_window"] = {**OPTIONS["converted"], "linear_attention_window": 6}
 # Float32 sums of some dozen terms of order one, in another order, through a few layers.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 

@@ -18,9 +18,16 @@ LAYERS = {
     "full attention": {"layer_types": ["full_attention", "full_attention"]},
     "all": {"layer_types": ["conv", "linear_attention", "sliding_attention", "conv"]},
     "llama": {"layer_types": ["full_attention", "linear_attention", "sliding_attention"], **ROTARY},
+    "converted": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "use_feature_map": True,
+        "linear_attention_window": 6,
+        **ROTARY,
+    },
 }
 every_kind = pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS.keys())
-mixes = pytest.mark.parametrize("layers", [LAYERS["all"], LAYERS["llama"]], ids=["all", "llama"])
+MIXES = ["all", "llama", "converted"]
+mixes = pytest.mark.parametrize("layers", [LAYERS[name] for name in MIXES], ids=MIXES)
 LENGTHS = (5, 7, 18)
 # float64: of early tokens whose denominators are near zero, float32 keeps three digits
 TOLERANCE = {"rtol": 1e-8, "atol": 1e-8}

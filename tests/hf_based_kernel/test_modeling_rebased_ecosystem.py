@@ -24,7 +24,8 @@ LLAMA = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
     "use_softmax_qk_norm": True,
 }
-mixes = pytest.mark.parametrize("mix", [{}, LLAMA], ids=["paper", "llama"])
+CONVERTED = {**LLAMA, "use_feature_map": True, "linear_attention_window": 6}
+mixes = pytest.mark.parametrize("mix", [{}, LLAMA, CONVERTED], ids=["paper", "llama", "converted"])
 
 
 def tiny_model(**options):
