@@ -12,7 +12,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 AUTO_CLASSES = {
     "AutoModel": "RebasedModel",
     "AutoModelForCausalLM": "RebasedForCausalLM",
+    "AutoModelForQuestionAnswering": "RebasedForQuestionAnswering",
     "AutoModelForSequenceClassification": "RebasedForSequenceClassification",
+    "AutoModelForTokenClassification": "RebasedForTokenClassification",
 }
 LAYER_TYPES = ("conv", "linear_attention", "sliding_attention", "full_attention")
 

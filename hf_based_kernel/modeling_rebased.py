@@ -12,7 +12,12 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
@@ -21,6 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_rebased import RebasedCache
 from .configuration_rebased import LAYER_TYPES, RebasedConfig
+from .convolution_rebased import RebasedBaseConv, RebasedCausalConv, RebasedGatedConv
 from .linear_attention_rebased import (
     RebasedFeatureMap,
     RebasedFeatureNorm,
@@ -39,95 +45,6 @@ def _make_norm(config: RebasedConfig) -> nn.Module:
     return (RebasedRMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm)(
         config.hidden_size, eps=config.norm_eps
     )
-
-
-class RebasedCausalConv(nn.Module):
-    """y_i = Σ_t weight_t x_(i + t - kernel_size + 1) per channel, over the tokens of the same segment."""
-
-    def __init__(self, channels: int, config: RebasedConfig, layer_idx: int, bias: bool):
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.weight = nn.Parameter(torch.empty(config.conv_kernel_size, channels))
-        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        *,
-        attention_mask: torch.Tensor | None = None,
-        segment_ids: torch.Tensor | None = None,
-        past_key_values: RebasedCache | None = None,
-    ) -> torch.Tensor:
-        """x: (batch, seq, channels) -> same"""
-        if attention_mask is not None:
-            x = x.masked_fill(~attention_mask[..., None].bool(), 0)
-        seq_len, past_len = x.shape[1], self.weight.shape[0] - 1
-        past = None if past_key_values is None else past_key_values.get_conv_state(self.layer_idx)
-        extended = F.pad(x, (0, 0, past_len, 0)) if past is None else torch.cat([past.mT, x], dim=1)
-        if segment_ids is not None:
-            # What was cached belongs to the segment of the first token.
-            extended_ids = torch.cat([segment_ids[:, :1].expand(-1, past_len), segment_ids], dim=1)
-        if past_key_values is not None:
-            kept = extended[:, seq_len:]
-            if segment_ids is not None:
-                kept = kept.masked_fill((extended_ids[:, seq_len:] != segment_ids[:, -1:])[..., None], 0)
-            past_key_values.update_conv_state(kept.mT, self.layer_idx)
-        out: Any = self.bias
-        for tap in range(past_len + 1):
-            window = extended[:, tap : tap + seq_len]
-            if segment_ids is not None:
-                # Selected, not multiplied: another sequence's NaN must stay there.
-                window = window.masked_fill((extended_ids[:, tap : tap + seq_len] != segment_ids)[..., None], 0)
-            out = window * self.weight[tap] if out is None else torch.addcmul(out, window, self.weight[tap])
-        return out
-
-
-class RebasedGatedConv(nn.Module):
-    """Short convolution of one half of a widened stream, gated by the other: out(conv(a) · silu(b))."""
-
-    def __init__(self, config: RebasedConfig, layer_idx: int):
-        super().__init__()
-        width = 2 * config.hidden_size
-        self.in_proj = nn.Linear(config.hidden_size, 2 * width)
-        self.conv = RebasedCausalConv(width, config, layer_idx, bias=False)
-        self.out_proj = nn.Linear(width, config.hidden_size)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        *,
-        attention_mask: torch.Tensor | None = None,
-        segment_ids: torch.Tensor | None = None,
-        past_key_values: RebasedCache | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
-        # The mask comes after the projection, whose bias would otherwise leak from the padding.
-        x = self.conv(x, attention_mask=attention_mask, segment_ids=segment_ids, past_key_values=past_key_values)
-        return self.out_proj(x * F.silu(gate))
-
-
-class RebasedBaseConv(nn.Module):
-    """Short convolution of the stream times a projection of it, as in the paper's recall models."""
-
-    def __init__(self, config: RebasedConfig, layer_idx: int):
-        super().__init__()
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.conv = RebasedCausalConv(config.hidden_size, config, layer_idx, bias=True)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        *,
-        attention_mask: torch.Tensor | None = None,
-        segment_ids: torch.Tensor | None = None,
-        past_key_values: RebasedCache | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        convolved = self.conv(
-            hidden_states, attention_mask=attention_mask, segment_ids=segment_ids, past_key_values=past_key_values
-        )
-        return convolved * self.proj(hidden_states)
 
 
 class RebasedMLP(nn.Module):
@@ -656,6 +573,7 @@ class RebasedForCausalLM(RebasedPreTrainedModel, GenerationMixin):
         )
 
 
+# The mixins' own `__init__` would look the base model up among the registered ones, where remote code is not.
 class RebasedForSequenceClassification(GenericForSequenceClassification, RebasedPreTrainedModel):
     """
     [`RebasedModel`] with a classifier on the last token that is not padding.
@@ -665,7 +583,6 @@ class RebasedForSequenceClassification(GenericForSequenceClassification, Rebased
     """
 
     def __init__(self, config: RebasedConfig):
-        # The mixin would look the base model up among the registered ones, where remote code is not.
         super(GenericForSequenceClassification, self).__init__(config)
         self.num_labels = config.num_labels
         self.model = RebasedModel(config)
@@ -673,10 +590,45 @@ class RebasedForSequenceClassification(GenericForSequenceClassification, Rebased
         self.post_init()
 
 
+class RebasedForTokenClassification(GenericForTokenClassification, RebasedPreTrainedModel):
+    """
+    [`RebasedModel`] with a classifier on every token, which has seen the tokens before it.
+
+    Args:
+        config (`RebasedConfig`): Sizes, kernel and the mixer of each layer; `num_labels` classes, and `classifier_dropout`
+            before the classifier (0.1 by default).
+    """
+
+    def __init__(self, config: RebasedConfig):
+        super(GenericForTokenClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = RebasedModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.1))
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+
+class RebasedForQuestionAnswering(GenericForQuestionAnswering, RebasedPreTrainedModel):
+    """
+    [`RebasedModel`] with two numbers for every token: whether an answer starts there, and whether it ends.
+
+    Args:
+        config (`RebasedConfig`): Sizes, kernel and the mixer of each layer.
+    """
+
+    def __init__(self, config: RebasedConfig):
+        super(GenericForQuestionAnswering, self).__init__(config)
+        self.model = RebasedModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
 __all__ = [
     "RebasedCache",
     "RebasedForCausalLM",
+    "RebasedForQuestionAnswering",
     "RebasedForSequenceClassification",
+    "RebasedForTokenClassification",
     "RebasedModel",
     "RebasedPreTrainedModel",
 ]

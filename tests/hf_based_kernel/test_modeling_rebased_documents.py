@@ -274,15 +274,17 @@ def test_a_causal_checkpoint_names_every_class_that_can_start_from_it(tmp_path):
         "AutoConfig": "configuration_rebased.RebasedConfig",
         "AutoModel": "modeling_rebased.RebasedModel",
         "AutoModelForCausalLM": "modeling_rebased.RebasedForCausalLM",
+        "AutoModelForQuestionAnswering": "modeling_rebased.RebasedForQuestionAnswering",
         "AutoModelForSequenceClassification": "modeling_rebased.RebasedForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_rebased.RebasedForTokenClassification",
     }
 
 
 ISOLATED = """
-import sys
-from transformers import AutoModel, AutoModelForSequenceClassification
+import transformers
 
-for auto_class in (AutoModel, AutoModelForSequenceClassification):
+for head in ("", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"):
+    auto_class = getattr(transformers, f"AutoModel{{head}}")
     print(type(auto_class.from_pretrained({path!r}, trust_remote_code=True)).__name__)
 """
 
@@ -293,6 +295,7 @@ def test_a_causal_checkpoint_starts_a_classifier_without_our_package(tmp_path, r
 
     names = run_isolated(ISOLATED.format(path=str(tmp_path / "causal"))).split()
 
-    assert names == ["RebasedModel", "RebasedForSequenceClassification"]
+    heads = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
+    assert names == ["RebasedModel", *(f"RebasedFor{head}" for head in heads)]
     assert isinstance(AutoModel.from_pretrained(tmp_path / "causal"), torch.nn.Module)
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "causal").score.weight.isfinite().all()
