@@ -126,7 +126,7 @@ class RebasedMappedAttention(RebasedProjections):
         self.q_map = RebasedFeatureMap(config, config.num_attention_heads)
         self.k_map = RebasedFeatureMap(config, config.num_key_value_heads)
         if config.linear_attention_window:
-            self.gate_proj = nn.Linear(config.hidden_size, config.num_attention_heads)
+            self.window_gate = nn.Linear(config.hidden_size, config.num_attention_heads)
 
     def forward(
         self,
@@ -155,7 +155,7 @@ class RebasedMappedAttention(RebasedProjections):
             past_key_values=past_key_values,
         )
         if beside is not None:
-            out = torch.lerp(out, beside, self.gate_proj(hidden_states).sigmoid()[..., None].to(out.dtype))
+            out = torch.lerp(out, beside, self.window_gate(hidden_states).sigmoid()[..., None].to(out.dtype))
         return self.o_proj(out.flatten(-2))
 
     def _last_tokens(

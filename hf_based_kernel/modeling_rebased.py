@@ -20,7 +20,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -491,7 +491,14 @@ class RebasedForCausalLM(RebasedPreTrainedModel, GenerationMixin):
         ```
         """
         config, state_dict = read_llama(model, layers, options)
-        converted = cls.from_pretrained(None, config=config, state_dict=state_dict, dtype=model.dtype).to(model.device)
+        verbosity = logging.get_verbosity()
+        # That the new maps are in no checkpoint needs no report.
+        logging.set_verbosity_error()
+        try:
+            converted = cls.from_pretrained(None, config=config, state_dict=state_dict, dtype=model.dtype)
+        finally:
+            logging.set_verbosity(verbosity)
+        converted = converted.to(model.device)
         # A model that was cast after loading has frequencies in its own dtype.
         frequencies = model.get_decoder().rotary_emb.original_inv_freq
         for name in ("inv_freq", "original_inv_freq"):

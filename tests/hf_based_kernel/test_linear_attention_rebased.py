@@ -47,7 +47,7 @@ def by_hand(layer, x, rotations):
         features.append(normalise(mapped, feature_map.norm, config.qk_norm_per_head))
     q, k = features
     window, out = config.linear_attention_window, []
-    gates = (x @ layer.gate_proj.weight.T + layer.gate_proj.bias).sigmoid() if window else None
+    gates = (x @ layer.window_gate.weight.T + layer.window_gate.bias).sigmoid() if window else None
     for i in range(len(x)):
         heads = []
         for head in range(4):
@@ -84,7 +84,7 @@ def test_a_mapped_layer_is_its_formula(window, per_head):
 @pytest.mark.parametrize("gate", [-torch.inf, torch.inf])
 def test_a_closed_gate_leaves_one_of_the_two(gate):
     model, layer = make_layer(linear_attention_window=4)
-    torch.nn.init.constant_(layer.gate_proj.bias, gate)
+    torch.nn.init.constant_(layer.window_gate.bias, gate)
     inputs = torch.randn(1, 12, 24, dtype=torch.float64)
     before = model(inputs_embeds=inputs).last_hidden_state[0, -1]
     # Five tokens before the last is outside of the window.

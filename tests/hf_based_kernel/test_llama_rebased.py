@@ -22,6 +22,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.utils import logging
 
 from hf_based_kernel import RebasedCache, RebasedForCausalLM
 from hf_based_kernel.llama_rebased import recorded_attention
@@ -250,7 +251,7 @@ def test_a_replaced_layer_keeps_all_projections_and_trains(family, window, tmp_p
     new, old = (x.model.layers[1].self_attn.state_dict() for x in (model, teacher))
     assert all(torch.equal(new[name], old[name]) for name in old)
     assert {name.split(".")[0] for name in new.keys() - old.keys()} == {"q_map", "k_map"} | (
-        {"gate_proj"} if window else set()
+        {"window_gate"} if window else set()
     )
     assert new["k_map.weight"].shape == (2, model.config.head_dim, 6)
     model(tokens(2, 12), labels=tokens(2, 12)).loss.backward()
@@ -300,6 +301,14 @@ def test_maps_start_as_the_principal_directions_of_queries_and_keys(family, feat
         shared = mixer.k_map.weight[..., :kept].repeat_interleave(group, dim=0)
         assert torch.equal(mixer.q_map.weight[..., :kept], shared)
     assert not teacher.training
+
+
+def test_new_maps_are_no_missing_weights(capfd):
+    verbosity = logging.get_verbosity()
+    RebasedForCausalLM.from_llama(make_teacher("llama"), layers=[1])
+
+    assert "MISSING" not in "".join(capfd.readouterr())
+    assert logging.get_verbosity() == verbosity
 
 
 def test_what_attention_did_is_recorded_while_the_context_is_open():
