@@ -78,6 +78,7 @@ def parse_arguments():
     parser.add_argument("--seq_len", type=int, default=512, help="tokens of a row (512)")
     parser.add_argument("--batch_size", type=int, help="rows of a step and process")
     parser.add_argument("--eval_texts", type=int, default=12, help="texts held out, a row of each (12)")
+    parser.add_argument("--question", default="Why is the sky blue?", help="which every model answers, to be read")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the text (0)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/converted"), help="(outputs/converted)")
     arguments = parser.parse_args()
@@ -304,11 +305,21 @@ def distill(arguments, teacher, weights, rows, layers):
     return model.eval()
 
 
-def measure(arguments, teacher, model, held_out):
-    """A row of the table: this model, and the same with nothing but the windows."""
+def measure(arguments, teacher, tokenizer, model, held_out):
+    """A row of the table: this model, the same with nothing but the windows, and its answer to a question."""
     number = model.config.layer_types.count("linear_attention")
     measured = fidelity(model, teacher, held_out, arguments.window if number else 0)
-    return {"replaced": number, **{name: spread(values) for name, values in measured.items()}}
+    measured = {name: spread(values) for name, values in measured.items()}
+    return {"replaced": number, **measured, "answer": answer(model, tokenizer, arguments.question)}
+
+
+def answer(model, tokenizer, question):
+    messages = [{"role": "user", "content": question}]
+    if tokenizer.chat_template:
+        question = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(question, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def write_report(arguments, results, seconds, text_name):
@@ -326,6 +337,8 @@ def write_report(arguments, results, seconds, text_name):
                     for key in ("perplexity", "kl", "agreement", "recall", "copying")
                 ]
                 lines.append(f"| {result['replaced']}{', window only' if name else ''} | {' | '.join(cells)} |")
+    lines += ["", f"Asked: {arguments.question}", ""]
+    lines += [f"- {result['replaced']} replaced: {' '.join(result['answer'].split())}" for result in results]
     table = "\n".join(lines) + "\n"
     (arguments.output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (arguments.output_dir / "results.md").write_text(table)
@@ -371,11 +384,11 @@ def main():
     rows, held_out, text_name = read_rows(arguments, tokenizer)
     weights = transfer(arguments, teacher, rows)
     order = order_layers(arguments, teacher, weights, held_out)
-    results = [measure(arguments, teacher, RebasedForCausalLM.from_llama(teacher).eval(), held_out)]
+    results = [measure(arguments, teacher, tokenizer, RebasedForCausalLM.from_llama(teacher).eval(), held_out)]
     for number in sorted(arguments.replace):
         model = distill(arguments, teacher, weights, rows, order[:number])
         tokenizer.save_pretrained(arguments.output_dir / str(number))
-        results.append(measure(arguments, teacher, model, held_out))
+        results.append(measure(arguments, teacher, tokenizer, model, held_out))
         if PartialState().is_main_process:
             write_report(arguments, results, time.time() - started, text_name)
 
