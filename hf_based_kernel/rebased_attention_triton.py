@@ -143,6 +143,7 @@ def _constants(
     full_precision = "ieee" if torch.version.hip else "tf32x3"
     return {
         "H": q.shape[2],
+        "G": q.shape[2] // v.shape[2],
         "SEGMENTED": segments is not None,
         "V": v.shape[-1],
         "P": state_size(feature_dim, coefficients),
@@ -176,6 +177,9 @@ def _span_states(
     The state before each span, as sums and totals, and that after the last; or the gradients after each, and the first.
     """
     batch_size, seq_len, num_heads, _ = x.shape
+    # Every key is added to a state of its own head, every query to the gradient of the one that its group reads.
+    constants = constants | {"H": num_heads, "G": constants["G"] if of_queries else 1}
+    num_heads //= constants["G"]
     sizes = _sizes(x, "span_sums")
     del sizes["K"]
     starts = _row_starts(constants["P"], sizes.pop("R"))
@@ -200,7 +204,7 @@ def _span_states(
         span_tokens,
         **constants | sizes | {"OF_QUERIES": of_queries, "STARTS": starts},
     )
-    shared = {name: constants[name] for name in ("H", "V", "P", "SEGMENTED", "KERNEL", "OPERAND")}
+    shared = {name: constants[name] for name in ("V", "P", "SEGMENTED", "KERNEL", "OPERAND")}
     scan_kernel[(batch_size * num_heads, triton.cdiv(rows * (columns + 1), 1024))](
         sums_of_spans,
         states,
@@ -211,7 +215,8 @@ def _span_states(
         seq_len,
         span_tokens,
         spans,
-        **shared | {"HAS_STATE": boundary is not None, "OF_QUERIES": of_queries, "BLOCK": 1024, "AHEAD": 8},
+        **shared
+        | {"H": num_heads, "HAS_STATE": boundary is not None, "OF_QUERIES": of_queries, "BLOCK": 1024, "AHEAD": 8},
     )
     return states, totals, result
 
@@ -276,17 +281,17 @@ def _empty_results(
     return_state: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows = state_size(q.shape[-1], coefficients)
-    state_shape = (q.shape[0], q.shape[2], rows, v.shape[-1] + 1) if return_state else (0,)
+    state_shape = (v.shape[0], v.shape[2], rows, v.shape[-1] + 1) if return_state else (0,)
     return (
-        torch.empty_like(v, memory_format=torch.contiguous_format),
+        v.new_empty((*q.shape[:3], v.shape[-1])),
         q.new_empty(q.shape[:3], dtype=torch.float32),
         q.new_empty(state_shape, dtype=torch.float32),
     )
 
 
-def _blocks(q: torch.Tensor, v: torch.Tensor, sizes: dict[str, int]) -> tuple[int, int]:
-    """The grid of the kernels over blocks of tokens: neighbours share a span, and so its state."""
-    batch_size, seq_len, num_heads, feature_dim = q.shape
+def _blocks(x: torch.Tensor, v: torch.Tensor, sizes: dict[str, int]) -> tuple[int, int]:
+    """The grid of the kernels over blocks of queries or keys x: neighbours share a span, and so its state."""
+    batch_size, seq_len, num_heads, feature_dim = x.shape
     value_blocks = triton.cdiv(v.shape[-1], _value_block(feature_dim, v.shape[-1]))
     return batch_size * num_heads * triton.cdiv(seq_len, sizes["C"]), value_blocks
 
@@ -334,7 +339,7 @@ def _backward(
                 q, grad_out, denominators, deltas, boundary=grad_state, scale=scale, of_queries=True, **shared
             )
             grad_initial = grad_initial if initial_state is None else first
-        inputs, sizes = (q, k, v, q if segments is None else segments), (scale, q.shape[1], span_tokens, q.numel())
+        inputs, sizes = (q, k, v, q if segments is None else segments), (scale, q.shape[1], span_tokens)
         query_gradient_kernel[_blocks(q, v, of_queries)](
             *inputs,
             deltas if before is None else before,
@@ -344,9 +349,10 @@ def _backward(
             deltas,
             grad_q,
             *sizes,
+            q.numel(),
             **constants | of_queries | {"HAS_STATE": before is not None},
         )
-        key_value_gradient_kernel[_blocks(q, v, of_keys)](
+        key_value_gradient_kernel[_blocks(k, v, of_keys)](
             *inputs,
             deltas if after is None else after,
             totals_after,
@@ -356,6 +362,7 @@ def _backward(
             grad_k,
             grad_v,
             *sizes,
+            k.numel(),
             **constants | of_keys | {"HAS_STATE": after is not None},
         )
     if blocks > 1:
@@ -397,7 +404,7 @@ def _call_backward(
 ) -> tuple:
     q, k, v, initial_state, *others = ctx.saved_tensors
     if grad_out is None:
-        grad_out = torch.zeros_like(v)
+        grad_out = v.new_zeros((*q.shape[:3], v.shape[-1]))
     # A state that was not wanted is empty, and so is what torch.library's checks hand back for it.
     if grad_state is not None and grad_state.numel() == 0:
         grad_state = None

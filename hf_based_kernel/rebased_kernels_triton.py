@@ -1,8 +1,8 @@
 """
 Triton kernels of ReBased and Taylor attention: linear in the sequence length.
 
-B batch, L tokens, H heads, D feature_dim, V head_dim, P rows of a state, N spans. C tokens of a block, K of the blocks
-that it is compared with, BV values of a block. KERNEL is (D, padded D, c0, c1, c2, floor, number of products of two elements) of the kernel c0 + c1 s +
+B batch, L tokens, H heads of queries, of which G each share one of the H/G heads of keys, values and states, D feature_dim,
+V head_dim, P rows of a state, N spans. C tokens of a block, K of the blocks that it is compared with, BV values of a block. KERNEL is (D, padded D, c0, c1, c2, floor, number of products of two elements) of the kernel c0 + c1 s +
 c2 (s² + floor |q|² |k|²), where |q| is scaled as s is. In memory a state is its sums of features times values (P, V), as
 float32 or as a bfloat16 number and the bfloat16 rest (2, P, V), and its sums of features (P).
 
@@ -43,11 +43,11 @@ from .rebased_state_triton import (
 @triton.jit
 def forward_kernel(
     q,  # (B, L, H, D)
-    k,  # (B, L, H, D)
-    v,  # (B, L, H, V)
+    k,  # (B, L, H/G, D)
+    v,  # (B, L, H/G, V)
     segments,  # (B, L)
-    states,  # (B, H, N, P, V) or (B, H, N, 2, P, V): before each span
-    totals,  # (B, H, N, P)
+    states,  # (B, H/G, N, P, V) or (B, H/G, N, 2, P, V): before each span
+    totals,  # (B, H/G, N, P)
     out,  # (B, L, H, V)
     denominators,  # (B, L, H)
     scale,
@@ -55,6 +55,7 @@ def forward_kernel(
     L,
     span_tokens,
     H: tl.constexpr,
+    G: tl.constexpr,
     V: tl.constexpr,
     P: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -77,7 +78,7 @@ def forward_kernel(
     scale, kernel_scale = split_scale(scale, KERNEL)
     value, total = tl.zeros([C, BV], tl.float32), tl.zeros([C], tl.float32)
     if HAS_STATE:
-        span = _span_number(batch_head, first_token, L, span_tokens)
+        span = _span_number(batch_head // G, first_token, L, span_tokens)
         value, total = read_state(
             states, totals, span, queries, column, scale, P, V, WHOLE, R, BV, KERNEL, OPERAND, STATE_PRECISION
         )
@@ -86,13 +87,13 @@ def forward_kernel(
             value, total = tl.where(uses_state[:, None], value, 0.0), tl.where(uses_state, total, 0.0)
     for key_start in range(first_token, start, K):
         value, total = _attend(
-            value, total, queries, ids, k, v, segments, token, start, key_start, head, element, column, scale, L,
-            H, V, SEGMENTED, SEGMENTED, KERNEL, C, K, WHOLE, OPERAND, PRECISION,
+            value, total, queries, ids, k, v, segments, token, start, key_start, head // G, element, column,
+            scale, L, H // G, V, SEGMENTED, SEGMENTED, KERNEL, C, K, WHOLE, OPERAND, PRECISION,
         )  # fmt: skip
     for block in tl.static_range(C // K):
         value, total = _attend(
-            value, total, queries, ids, k, v, segments, token, start, start + block * K, head, element, column, scale, L,
-            H, V, True, SEGMENTED, KERNEL, C, K, WHOLE, OPERAND, PRECISION,
+            value, total, queries, ids, k, v, segments, token, start, start + block * K, head // G, element,
+            column, scale, L, H // G, V, True, SEGMENTED, KERNEL, C, K, WHOLE, OPERAND, PRECISION,
         )  # fmt: skip
     total = total * kernel_scale + eps
     store(out, value * (kernel_scale / total)[:, None], token, start, head, column, L, H, V, C, WHOLE)
@@ -147,11 +148,11 @@ def _attend(
 @triton.jit
 def query_gradient_kernel(
     q,  # (B, L, H, D)
-    k,  # (B, L, H, D)
-    v,  # (B, L, H, V)
+    k,  # (B, L, H/G, D)
+    v,  # (B, L, H/G, V)
     segments,  # (B, L)
-    states,  # (B, H, N, P, V) or (B, H, N, 2, P, V): before each span
-    totals,  # (B, H, N, P)
+    states,  # (B, H/G, N, P, V) or (B, H/G, N, 2, P, V): before each span
+    totals,  # (B, H/G, N, P)
     grad_out,  # (B, L, H, V)
     denominators,  # (B, L, H)
     deltas,  # (B, L, H): grad_out · out
@@ -161,6 +162,7 @@ def query_gradient_kernel(
     span_tokens,
     value_block_stride,
     H: tl.constexpr,
+    G: tl.constexpr,
     V: tl.constexpr,
     P: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -188,7 +190,7 @@ def query_gradient_kernel(
     # Transposed: Triton 3.6 miscompiles Hopper's product of 64 rows that is 16 columns wide.
     grad = tl.zeros([element.shape[0], C], tl.float32)
     if HAS_STATE:
-        span = _span_number(batch_head, first_token, L, span_tokens)
+        span = _span_number(batch_head // G, first_token, L, span_tokens)
         _, grad = read_state_backward(
             0.0, grads, -delta, states, totals, span, queries, column, scale, P, V, WHOLE, R, KERNEL, OPERAND,
             STATE_PRECISION, True,
@@ -199,13 +201,13 @@ def query_gradient_kernel(
     inner, length = tl.zeros([element.shape[0], C], tl.float32), tl.zeros([C], tl.float32)
     for key_start in range(first_token, start, K):
         inner, length = _pull(
-            inner, length, queries, grads, delta, ids, k, v, segments, token, start, key_start, head, element, column, scale, L,
-            H, V, SEGMENTED, SEGMENTED, KERNEL, C, K, WHOLE, OPERAND, PRECISION,
+            inner, length, queries, grads, delta, ids, k, v, segments, token, start, key_start, head // G, element, column,
+            scale, L, H // G, V, SEGMENTED, SEGMENTED, KERNEL, C, K, WHOLE, OPERAND, PRECISION,
         )  # fmt: skip
     for block in tl.static_range(C // K):
         inner, length = _pull(
-            inner, length, queries, grads, delta, ids, k, v, segments, token, start, start + block * K, head, element, column,
-            scale, L, H, V, True, SEGMENTED, KERNEL, C, K, WHOLE, OPERAND, PRECISION,
+            inner, length, queries, grads, delta, ids, k, v, segments, token, start, start + block * K, head // G, element,
+            column, scale, L, H // G, V, True, SEGMENTED, KERNEL, C, K, WHOLE, OPERAND, PRECISION,
         )  # fmt: skip
     if KERNEL[5] != 0:
         inner += tl.trans((2.0 * KERNEL[4] * KERNEL[5]) * scale * length[:, None] * queries.to(tl.float32))
@@ -268,21 +270,22 @@ def _pull(
 @triton.jit
 def key_value_gradient_kernel(
     q,  # (B, L, H, D)
-    k,  # (B, L, H, D)
-    v,  # (B, L, H, V)
+    k,  # (B, L, H/G, D)
+    v,  # (B, L, H/G, V)
     segments,  # (B, L)
-    grad_states,  # (B, H, N, P, V) or (B, H, N, 2, P, V): gradient of the state after each span
-    grad_totals,  # (B, H, N, P)
+    grad_states,  # (B, H/G, N, P, V) or (B, H/G, N, 2, P, V): gradient of the state after each span
+    grad_totals,  # (B, H/G, N, P)
     grad_out,  # (B, L, H, V)
     denominators,  # (B, L, H)
     deltas,  # (B, L, H): grad_out · out
-    grad_k,  # (value blocks, B, L, H, D)
-    grad_v,  # (B, L, H, V)
+    grad_k,  # (value blocks, B, L, H/G, D)
+    grad_v,  # (B, L, H/G, V)
     scale,
     L,
     span_tokens,
     value_block_stride,
     H: tl.constexpr,
+    G: tl.constexpr,
     V: tl.constexpr,
     P: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -297,10 +300,10 @@ def key_value_gradient_kernel(
     PRECISION: tl.constexpr,
     STATE_PRECISION: tl.constexpr,
 ):
-    batch_head, start, first_token, token, head = _block_of_program(L, span_tokens, H, C)
+    batch_head, start, first_token, token, head = _block_of_program(L, span_tokens, H // G, C)
     column, element = tl.program_id(1) * BV + tl.arange(0, BV), tl.arange(0, KERNEL[1])
-    keys = load(k, token, start, head, element, L, H, KERNEL[0], C, WHOLE).to(OPERAND)
-    values = load(v, token, start, head, column, L, H, V, C, WHOLE).to(OPERAND)
+    keys = load(k, token, start, head, element, L, H // G, KERNEL[0], C, WHOLE).to(OPERAND)
+    values = load(v, token, start, head, column, L, H // G, V, C, WHOLE).to(OPERAND)
     ids, valid = load_segments(segments, token, start, L, C, SEGMENTED)
     is_first_block = tl.program_id(1) == 0
     stop = tl.minimum(first_token + span_tokens, L)
@@ -320,23 +323,25 @@ def key_value_gradient_kernel(
         grad_value = tl.where(in_state[:, None], grad_value, 0.0)
         grad_key = tl.where(in_state[None, :], grad_key, 0.0)
     inner, length = tl.zeros([element.shape[0], C], tl.float32), tl.zeros([C], tl.float32)
-    for block in tl.static_range(C // K):
-        grad_value, inner, length = _push(
-            grad_value, inner, length, keys, values, ids, valid, q, grad_out, segments, denominators, deltas, token,
-            start + block * K, start, head, element, column, scale, kernel_scale, L, H, V, True, SEGMENTED, KERNEL, C, K,
-            WHOLE, OPERAND, PRECISION,
-        )  # fmt: skip
-    for query_start in range(start + C, stop, K):
-        grad_value, inner, length = _push(
-            grad_value, inner, length, keys, values, ids, valid, q, grad_out, segments, denominators, deltas, token,
-            query_start, start, head, element, column, scale, kernel_scale, L, H, V, SEGMENTED, SEGMENTED, KERNEL, C, K,
-            WHOLE, OPERAND, PRECISION,
-        )  # fmt: skip
+    for member in range(G):
+        for block in tl.static_range(C // K):
+            grad_value, inner, length = _push(
+                grad_value, inner, length, keys, values, ids, valid, q, grad_out, segments, denominators, deltas, token,
+                start + block * K, start, head * G + member, element, column, scale, kernel_scale, L, H, V, True, SEGMENTED,
+                KERNEL, C, K, WHOLE, OPERAND, PRECISION,
+            )  # fmt: skip
+    for member in range(G):
+        for query_start in range(start + C, stop, K):
+            grad_value, inner, length = _push(
+                grad_value, inner, length, keys, values, ids, valid, q, grad_out, segments, denominators, deltas, token,
+                query_start, start, head * G + member, element, column, scale, kernel_scale, L, H, V, SEGMENTED, SEGMENTED,
+                KERNEL, C, K, WHOLE, OPERAND, PRECISION,
+            )  # fmt: skip
     if KERNEL[5] != 0:
         grad_key += tl.trans(2.0 * length[:, None] * keys.to(tl.float32))
-    store(grad_v, grad_value, token, start, head, column, L, H, V, C, WHOLE)
+    store(grad_v, grad_value, token, start, head, column, L, H // G, V, C, WHOLE)
     grad_k += tl.program_id(1) * value_block_stride.to(tl.int64)
-    store(grad_k, tl.trans(grad_key + inner * scale), token, start, head, element, L, H, KERNEL[0], C, WHOLE)
+    store(grad_k, tl.trans(grad_key + inner * scale), token, start, head, element, L, H // G, KERNEL[0], C, WHOLE)
 
 
 @triton.jit
@@ -439,16 +444,17 @@ def _visible(start, key_start, ids, key_ids, valid, C: tl.constexpr, K: tl.const
 
 @triton.jit
 def span_sums_kernel(
-    x,  # (B, L, H, D): keys, or queries
+    x,  # (B, L, H, D): keys (G is 1), or queries
     values,  # (B, L, H, V): values, or gradients of the output
     segments,  # (B, L)
     denominators,  # (B, L, H), read for queries only
     deltas,  # (B, L, H), read for queries only
-    sums_of_spans,  # (B, H, N, P (V + 1)): what each span adds to the state
+    sums_of_spans,  # (B, H/G, N, P (V + 1)): what each span adds to the state
     scale,
     L,
     span_tokens,
     H: tl.constexpr,
+    G: tl.constexpr,
     V: tl.constexpr,
     P: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -464,38 +470,39 @@ def span_sums_kernel(
 ):
     spans = (L + span_tokens - 1) // span_tokens
     batch_head, first_token = (tl.program_id(0) // spans).to(tl.int64), tl.program_id(0) % spans * span_tokens
-    token, head = batch_head // H * L, batch_head % H
+    token, head = batch_head // (H // G) * L, batch_head % (H // G)
     column, element = tl.program_id(1) * BV + tl.arange(0, BV), tl.arange(0, KERNEL[1])
     stop = tl.minimum(first_token + span_tokens, L)
 
     sums, totals = empty_state(BV, STARTS)
     added = segment_of(segments, token, first_token if OF_QUERIES else stop - 1, SEGMENTED)
-    for start in range(first_token, stop, C):
-        shift = zero_shift(start, KERNEL, OPERAND)
-        rows = load(x, token, start, head, element, L, H, KERNEL[0], C, WHOLE).to(OPERAND)
-        value = load(values, token, start, head, column, L, H, V, C, WHOLE).to(OPERAND)
-        ids, valid = load_segments(segments, token, start, L, C, SEGMENTED)
-        inside = valid & (ids == added)
-        weight, total = tl.full([C], 1.0, tl.float32), inside.to(tl.float32)
-        if OF_QUERIES:
-            weight = 1.0 / load_scalars(denominators, token, start, head, L, H, 1.0, C)
-            total = -load_scalars(deltas, token, start, head, L, H, 0.0, C)
-        sums, totals = add_to_state(
-            sums,
-            totals,
-            rows,
-            shift,
-            value,
-            weight,
-            total,
-            inside,
-            STARTS,
-            KERNEL,
-            OPERAND,
-            STATE_PRECISION,
-            OF_QUERIES,
-            SEGMENTED,
-        )
+    for member in range(G):
+        for start in range(first_token, stop, C):
+            shift = zero_shift(start, KERNEL, OPERAND)
+            rows = load(x, token, start, head * G + member, element, L, H, KERNEL[0], C, WHOLE).to(OPERAND)
+            value = load(values, token, start, head * G + member, column, L, H, V, C, WHOLE).to(OPERAND)
+            ids, valid = load_segments(segments, token, start, L, C, SEGMENTED)
+            inside = valid & (ids == added)
+            weight, total = tl.full([C], 1.0, tl.float32), inside.to(tl.float32)
+            if OF_QUERIES:
+                weight = 1.0 / load_scalars(denominators, token, start, head * G + member, L, H, 1.0, C)
+                total = -load_scalars(deltas, token, start, head * G + member, L, H, 0.0, C)
+            sums, totals = add_to_state(
+                sums,
+                totals,
+                rows,
+                shift,
+                value,
+                weight,
+                total,
+                inside,
+                STARTS,
+                KERNEL,
+                OPERAND,
+                STATE_PRECISION,
+                OF_QUERIES,
+                SEGMENTED,
+            )
     state = sums_of_spans + _span_number(batch_head, first_token, L, span_tokens) * (P * (V + 1))
     store_state(state, sums, totals, column, scale, P, V, STARTS, KERNEL, OF_QUERIES)
 

@@ -67,9 +67,10 @@ def test_logits_are_those_of_the_torch_form_on_the_cpu(kernel, dtype, tolerance)
     assert relative_error(logits, expected) < tolerance
 
 
+@pytest.mark.parametrize("num_key_value_heads", [4, 2, 1])
 @torch.no_grad()
-def test_cached_decoding_matches_full_forward():
-    model, input_ids = make_model().cuda(), tokens(2, 300).cuda()
+def test_cached_decoding_matches_full_forward(num_key_value_heads):
+    model, input_ids = make_model(num_key_value_heads=num_key_value_heads).cuda(), tokens(2, 300).cuda()
     expected = model(input_ids).logits
     cache, logits = None, []
     for piece in input_ids.split([200, 1, 1, 97, 1], dim=1):

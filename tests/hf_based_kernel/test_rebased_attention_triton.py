@@ -7,6 +7,7 @@ import torch
 pytest.importorskip("triton", minversion="3.6")
 
 from hf_based_kernel import rebased_attention, taylor_attention  # noqa: E402
+from hf_based_kernel.rebased_attention_forms import rebased_attention_reference  # noqa: E402
 from hf_based_kernel.rebased_features import REBASED, TAYLOR  # noqa: E402
 from tests.hf_based_kernel.triton_form import FLOAT32_TOLERANCE, errors, load_module, make_inputs, run  # noqa: E402
 
@@ -27,12 +28,43 @@ CASES = {
     "mask": {"batch_size": 2, "with_mask": True},
     "heads": {"num_heads": 3, "seq_len": 5, "with_state": True},
     "one_token": {"seq_len": 1},
+    "shared_heads": {
+        "batch_size": 2,
+        "seq_len": 37,
+        "num_heads": 4,
+        "num_key_value_heads": 2,
+        "feature_dim": 5,
+        "head_dim": 3,
+        "with_state": True,
+        "with_mask": True,
+        "with_segments": True,
+    },
+    "one_shared_head": {"batch_size": 2, "seq_len": 17, "num_heads": 3, "num_key_value_heads": 1, "with_mask": True},
+    "shared_heads_two_value_blocks": {
+        "seq_len": 5,
+        "num_heads": 4,
+        "num_key_value_heads": 2,
+        "feature_dim": 4,
+        "head_dim": 72,
+        "with_state": True,
+    },
     "one_token_after_a_state": {"seq_len": 1, "with_state": True},
     "two_value_blocks": {"seq_len": 17, "feature_dim": 4, "head_dim": 72, "with_state": True},
     "wide_features": {"seq_len": 17, "feature_dim": 18, "head_dim": 5},
     "one_feature_one_value": {"feature_dim": 1, "head_dim": 1, "with_state": True},
     "taylor_state_mask_and_segments": {
         "batch_size": 2,
+        "feature_dim": 5,
+        "head_dim": 3,
+        "coefficients": TAYLOR,
+        "with_state": True,
+        "with_mask": True,
+        "with_segments": True,
+    },
+    "taylor_shared_heads": {
+        "batch_size": 2,
+        "num_heads": 4,
+        "num_key_value_heads": 1,
         "feature_dim": 5,
         "head_dim": 3,
         "coefficients": TAYLOR,
@@ -47,6 +79,28 @@ CASES = {
 @pytest.mark.parametrize("sizes", CASES.values(), ids=CASES.keys())
 def test_value_and_every_gradient_match_the_reference(interpreted, sizes):
     assert max(errors(interpreted, *make_inputs(**sizes))) < FLOAT32_TOLERANCE
+
+
+def test_shared_heads_give_what_copies_of_them_give(interpreted):
+    inputs, options = make_inputs(
+        batch_size=2, seq_len=50, num_heads=6, num_key_value_heads=2, feature_dim=5, head_dim=3, with_state=True
+    )
+    # three spans forward and four backward, or fewer and larger ones
+    options["chunk_size"] = 16
+    weights = torch.randn(2, 50, 6, 3), torch.randn(2, 2, inputs[3].shape[2], 4)
+    results = []
+    for copies in (1, 3):
+        q, k, v, state = tensors = [x.clone().requires_grad_() for x in inputs]
+        k, v = (x.repeat_interleave(copies, dim=2) for x in (k, v))
+        out, last = interpreted.rebased_attention_triton(
+            q, k, v, initial_state=state.repeat_interleave(copies, dim=1), return_state=True, **options
+        )
+        last = last[:, ::copies]
+        results.append([out, last, *torch.autograd.grad((out, last), tensors, weights)])
+
+    assert [x.shape for x in results[0][2:]] == [x.shape for x in inputs]
+    for shared, copied in zip(*results):
+        assert (shared - copied).abs().max() <= FLOAT32_TOLERANCE * copied.abs().max().clamp(min=1)
 
 
 @pytest.mark.parametrize("dtype", HALF_TOLERANCES, ids=str)
@@ -76,8 +130,9 @@ def test_float64_is_refused_in_a_sentence(interpreted):
         interpreted.rebased_attention_triton(*inputs, **options)
 
 
-def test_operators_obey_the_rules_of_torch_library(interpreted):
-    (q, k, v, state), options = make_inputs(seq_len=3, feature_dim=4, head_dim=4, with_state=True)
+@pytest.mark.parametrize("heads", [{}, {"num_heads": 2, "num_key_value_heads": 1}], ids=str)
+def test_operators_obey_the_rules_of_torch_library(interpreted, heads):
+    (q, k, v, state), options = make_inputs(seq_len=3, feature_dim=4, head_dim=4, with_state=True, **heads)
     inputs = [x.requires_grad_() for x in (q, k, v, state)]
     arguments = (*inputs, None, options["scale"], options["eps"], list(REBASED), 16, True)
 
@@ -111,6 +166,20 @@ def test_a_gradient_of_a_state_that_was_not_wanted_is_none(interpreted):
     assert all(map(torch.equal, with_empty, torch.autograd.grad(out.sum(), inputs)))
 
 
+def test_the_final_state_alone_has_gradients(interpreted):
+    inputs, options = make_inputs(
+        seq_len=3, num_heads=2, num_key_value_heads=1, feature_dim=4, head_dim=4, with_state=True
+    )
+    gradients = []
+    for form in (interpreted.rebased_attention_triton, rebased_attention_reference):
+        q, k, v, state = tensors = [x.clone().requires_grad_() for x in inputs]
+        _, last = form(q, k, v, initial_state=state, return_state=True, **options)
+        gradients.append(torch.autograd.grad(last.sum(), tensors, materialize_grads=True))
+
+    for got, expected in zip(*gradients):
+        torch.testing.assert_close(got, expected)
+
+
 def test_two_copies_of_the_module_live_side_by_side(interpreted):
     """As the package and a checkpoint's remote code do; and one copy may be loaded again."""
     copies = [load_module(name, interpreted=True) for name in ("a-copy_of_it", "another_copy", "another_copy")]
@@ -127,11 +196,11 @@ from hf_based_kernel import rebased_attention, taylor_attention
 
 torch.manual_seed(0)
 mask = torch.tensor([[False] + [True] * 6])
-for attention in (rebased_attention, taylor_attention):
+for attention, heads in ((rebased_attention, 2), (rebased_attention, 1), (taylor_attention, 2)):
     results = []
     for backend in ("torch", "triton"):
         torch.manual_seed(0)
-        q, k, v = (torch.randn(1, 7, 2, 4, requires_grad=True) for _ in range(3))
+        q, k, v = (torch.randn(1, 7, count, 4, requires_grad=True) for count in (2, heads, heads))
         with torch.autocast("cpu", torch.bfloat16):
             out = attention(q, k, v, attention_mask=mask, backend=backend)
         results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
@@ -153,6 +222,7 @@ def test_public_function_runs_it_under_the_interpreter_and_under_autocast(monkey
 REAL_SIZES = {
     "many_heads": {"batch_size": 2, "seq_len": 4099, "num_heads": 12},
     "one_long_head": {"batch_size": 1, "seq_len": 16384, "num_heads": 1},
+    "shared_heads": {"batch_size": 2, "seq_len": 4099, "num_heads": 12, "num_key_value_heads": 4},
     "mask_and_segments": {"batch_size": 2, "seq_len": 2048, "num_heads": 4, "with_mask": True, "with_segments": True},
     "wide": {"batch_size": 2, "seq_len": 1025, "num_heads": 4, "feature_dim": 24, "head_dim": 128},
 }

@@ -27,8 +27,21 @@ CASES = {
     "odd_widths": {"batch_size": 2, "feature_dim": 5, "head_dim": 3},
     "wide_features": {"feature_dim": 18, "head_dim": 5},
     "one_feature_one_value": {"feature_dim": 1, "head_dim": 1},
+    "shared_state": {"batch_size": 2, "num_heads": 6, "num_key_value_heads": 2, "feature_dim": 5, "head_dim": 3},
+    "shared_state_two_value_blocks": {"num_heads": 2, "num_key_value_heads": 1, "feature_dim": 4, "head_dim": 72},
+    "more_queries_than_a_program_takes": {"batch_size": 2, "num_heads": 22, "num_key_value_heads": 2, "head_dim": 3},
+    "taylor_shared_state": {
+        "num_heads": 4,
+        "num_key_value_heads": 1,
+        "feature_dim": 5,
+        "head_dim": 3,
+        "coefficients": TAYLOR,
+    },
     "taylor": {"batch_size": 2, "num_heads": 2, "feature_dim": 5, "head_dim": 3, "coefficients": TAYLOR},
 }
+
+
+HEADS = [{}, {"num_heads": 4, "num_key_value_heads": 2}]
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +85,10 @@ def test_half_precision_rounds_the_output_only(step, dtype):
     assert_close((out, state), expected, dtype)
 
 
+@pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("coefficients", [REBASED, TAYLOR], ids=["rebased", "taylor"])
-def test_padding_adds_nothing(step, coefficients):
-    inputs, options = make_inputs(seq_len=1, batch_size=2, with_state=True, coefficients=coefficients)
+def test_padding_adds_nothing(step, coefficients, heads):
+    inputs, options = make_inputs(seq_len=1, batch_size=2, with_state=True, coefficients=coefficients, **heads)
     options["attention_mask"] = torch.tensor([[True], [False]])
     inputs[:3] = [x.masked_fill(~options["attention_mask"][:, :, None, None], 0) for x in inputs[:3]]
     results, expected = run_both(step.rebased_attention_step_triton, inputs, options)
@@ -122,8 +136,9 @@ def test_float64_is_refused_in_a_sentence(step):
         step.rebased_attention_step_triton(*inputs, return_state=True, **options)
 
 
-def test_operator_obeys_the_rules_of_torch_library(step):
-    (q, k, v, state), options = make_inputs(seq_len=1, feature_dim=4, head_dim=4, with_state=True)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_operator_obeys_the_rules_of_torch_library(step, heads):
+    (q, k, v, state), options = make_inputs(seq_len=1, feature_dim=4, head_dim=4, with_state=True, **heads)
     arguments = (q, k, v, state, None, options["scale"], options["eps"], list(REBASED), True)
 
     assert set(torch.library.opcheck(step._step_operator, arguments).values()) == {"SUCCESS"}
@@ -165,7 +180,16 @@ def test_it_is_chosen_where_nothing_needs_a_gradient():
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("attention", [rebased_attention, taylor_attention])
 @pytest.mark.parametrize(
-    "sizes", [{"batch_size": 1}, {"batch_size": 64}, {"feature_dim": 24, "head_dim": 128}], ids=str
+    "sizes",
+    [
+        {"batch_size": 1},
+        {"batch_size": 64},
+        {"feature_dim": 24, "head_dim": 128},
+        {"batch_size": 1, "num_key_value_heads": 4},
+        {"batch_size": 64, "num_key_value_heads": 4},
+        {"batch_size": 64, "num_key_value_heads": 1},
+    ],
+    ids=str,
 )
 def test_on_a_gpu_a_thousand_tokens_match_float64(sizes, attention, dtype):
     coefficients = REBASED if attention is rebased_attention else TAYLOR

@@ -58,6 +58,7 @@ def make_inputs(
     batch_size=1,
     seq_len=21,
     num_heads=1,
+    num_key_value_heads=None,
     feature_dim=16,
     head_dim=16,
     coefficients=REBASED,
@@ -69,7 +70,9 @@ def make_inputs(
 ):
     """Tensors in `dtype`, and the arguments that are not tensors or have no gradient."""
     q, k = torch.randn(2, batch_size, seq_len, num_heads, feature_dim, device=device)
-    v = torch.randn(batch_size, seq_len, num_heads, head_dim, device=device)
+    if num_key_value_heads is not None:
+        k = torch.randn(batch_size, seq_len, num_key_value_heads, feature_dim, device=device)
+    v = torch.randn(*k.shape[:3], head_dim, device=device)
     options = {"scale": feature_dim**-0.5, "eps": 1e-6, "coefficients": coefficients}
     if with_mask:
         # The first sequence is padded on the left, the last on the right.
@@ -84,7 +87,7 @@ def make_inputs(
     inputs = [q.to(dtype), k.to(dtype), v.to(dtype)]
     if with_state:
         rows = state_size(feature_dim, coefficients)
-        inputs.append(torch.rand(batch_size, num_heads, rows, head_dim + 1, device=device))
+        inputs.append(torch.rand(batch_size, k.shape[2], rows, head_dim + 1, device=device))
     return inputs, options
 
 
