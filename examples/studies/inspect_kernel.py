@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from hf_based_kernel import RebasedForCausalLM
+from hf_based_kernel import RebasedForCausalLM, rebased_attention, taylor_attention
 from hf_based_kernel.associative_recall import IGNORED, make_recall_dataset
 
 
@@ -78,13 +78,14 @@ def attention_matrices(model, input_ids):
         outputs = model(input_ids, use_cache=False, output_attentions=bool(softmax_layers))
     for hook in hooks:
         hook.remove()
-    matrices = dict(zip(softmax_layers, outputs.attentions or ()))
+    matrices: dict[int, torch.Tensor] = dict(zip(softmax_layers, outputs.attentions or ()))
+    attend = rebased_attention if model.config.kernel == "rebased" else taylor_attention
     for index in linear_layers(model):
         q, k = features[index, "q_norm"].float(), features[index, "k_norm"].float()
         k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
         # Of the token's own number, one-hot, the average is the weights.
         numbers = torch.eye(q.shape[1]).expand(*q.shape[:1], q.shape[2], -1, -1).transpose(1, 2)
-        weights = linear_layers(model)[index].attention(q, k, numbers, eps=model.config.attention_eps)
+        weights = attend(q, k, numbers, eps=model.config.attention_eps)
         matrices[index] = weights.transpose(1, 2)
     return matrices, outputs.logits
 
