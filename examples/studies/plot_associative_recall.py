@@ -1,11 +1,12 @@
 # /// script
 # dependencies = ["matplotlib"]
 # ///
-"""Draw the sweep of train_associative_recall.py: accuracy against width for each length, and the learning curves.
+"""Draw the results of sweep_associative_recall.py: accuracy against the size of the state, and the curves.
 
     python examples/studies/plot_associative_recall.py outputs/recall/results.jsonl
 
-Of several learning rates each point shows the one with the best mean, as in the paper. Prints the table behind the plots.
+Each kernel is shown at its own best learning rate, by the mean of the seeds, as in the paper. Prints the table behind the
+plots, with the means at all rates.
 """
 
 import argparse
@@ -27,6 +28,7 @@ KERNELS = {
     "gamma_x2": "(γx)²",
     "gamma_beta_x2": "(γx + β)²",
 }
+TASK = ("seq_len", "num_pairs", "vocab_size", "max_steps")
 LEARNT = 0.9
 
 
@@ -38,28 +40,43 @@ def parse_arguments():
     if not arguments.results.is_file():
         parser.error(
             f"results: expected the results.jsonl of a sweep, got {arguments.results}, which does not exist; "
-            "run train_associative_recall.py with --preset first"
+            "run sweep_associative_recall.py first"
         )
     return arguments
 
 
 def read_cells(path):
-    """Runs that differ in nothing but their seed, at the best learning rate: {(task, width, kernel): [run, …]}."""
-    by_rate = defaultdict(list)
+    """Runs that differ in nothing but rate and seed: {(task, width, feature_dim, kernel): {learning rate: [run, …]}}."""
+    cells = defaultdict(lambda: defaultdict(list))
     for line in path.read_text().splitlines():
         run = json.loads(line)
-        task = (run["seq_len"], run["num_pairs"], run["vocab_size"], run["max_steps"])
-        by_rate[task, run["hidden_size"], run["kernel"], run["learning_rate"]].append(run)
-    cells = {}
-    for (*cell, _), runs in by_rate.items():
-        best = cells.get(tuple(cell))
-        if best is None or accuracy(runs) > accuracy(best):
-            cells[tuple(cell)] = runs
-    return dict(sorted(cells.items(), key=lambda item: (*item[0][:2], list(KERNELS).index(item[0][2]))))
+        task = tuple(run[name] for name in TASK)
+        cells[task, run["hidden_size"], run["feature_dim"], run["kernel"]][run["learning_rate"]].append(run)
+    in_order = sorted(cells.items(), key=lambda item: (*item[0][:3], list(KERNELS).index(item[0][3])))
+    return {
+        cell: {rate: sorted(rates[rate], key=lambda run: run["seed"]) for rate in sorted(rates)}
+        for cell, rates in in_order
+    }
+
+
+def at_best_rate(cells):
+    """{(task, width, feature_dim, kernel): [run, …]} at the learning rate whose seeds have the best mean."""
+    return {cell: max(rates.values(), key=accuracy) for cell, rates in cells.items()}
 
 
 def accuracy(runs):
     return mean(run["accuracy"] for run in runs)
+
+
+def state_size(run):
+    """Numbers that a layer has to keep of a sequence: sums of features (products once each) and with values; or keys, values."""
+    width, d = run["hidden_size"], run["feature_dim"]
+    if run["kernel"] == "attention":
+        return 2 * run["seq_len"] * width
+    if run["kernel"] == "mamba2":
+        return 64 * 2 * width
+    features = d * (d + 1) // 2 + (1 + d if run["kernel"] == "taylor" else 0)
+    return features * (width + run["num_attention_heads"])
 
 
 def steps_to_learn(run):
@@ -72,19 +89,21 @@ def describe(task):
 
 
 def print_table(cells):
-    print(
-        f"| task | width | kernel | parameters | rate | seeds | accuracy | lowest – highest | steps to {LEARNT} by seed |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    for (task, width, kernel), runs in cells.items():
-        runs = sorted(runs, key=lambda run: run["seed"])
+    columns = ["task", "width", "feature_dim", "kernel", "parameters", "state", "seeds", "accuracy by rate"]
+    columns += ["accuracy at the best", "lowest – highest", f"steps to {LEARNT} by seed"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for (cell, rates), runs in zip(cells.items(), at_best_rate(cells).values()):
+        task, width, feature_dim, kernel = cell
+        by_rate = ", ".join(f"{rate:g}: {accuracy(tried):.3f}" for rate, tried in rates.items())
         reached = [run["accuracy"] for run in runs]
         steps = ", ".join(str(steps_to_learn(run) or "never") for run in runs)
         print(
-            f"| {describe(task)} | {width} | {KERNELS[kernel]} | {runs[0]['parameters']:,} | {runs[0]['learning_rate']:g} | "
-            f"{len(runs)} | {mean(reached):.3f} | {min(reached):.3f} – {max(reached):.3f} | {steps} |"
+            f"| {describe(task)} | {width} | {feature_dim} | {KERNELS[kernel]} | {runs[0]['parameters']:,} | "
+            f"{state_size(runs[0]):,} | {len(runs)} | {by_rate} | {mean(reached):.3f} | "
+            f"{min(reached):.3f} – {max(reached):.3f} | {steps} |"
         )
-    print(f"\n{sum(run['cpu_seconds'] for runs in cells.values() for run in runs) / 60:.0f} CPU-minutes of training")
+    runs = [run for rates in cells.values() for tried in rates.values() for run in tried]
+    print(f"\n{len(runs)} runs, {sum(run['cpu_seconds'] for run in runs) / 60:.0f} CPU-minutes of training")
 
 
 def color(kernel):
@@ -103,48 +122,53 @@ def add_legend(figure):
 def plot_accuracy(cells, path):
     from matplotlib import pyplot
 
-    tasks = list(dict.fromkeys(task for task, _, _ in cells))
+    tasks = list(dict.fromkeys(cell[0] for cell in cells))
     figure, panels = pyplot.subplots(
-        1, len(tasks), figsize=(4.5 * len(tasks), 4), sharey=True, squeeze=False, layout="constrained"
+        1, len(tasks), figsize=(6.5 * len(tasks), 4.5), sharey=True, squeeze=False, layout="constrained"
     )
+    bottom = max(0, min(run["accuracy"] for runs in cells.values() for run in runs) - 0.1)
     for panel, task in zip(panels[0], tasks):
-        kernels = [kernel for kernel in KERNELS if any(cell[0] == task and cell[2] == kernel for cell in cells)]
-        for offset, kernel in enumerate(kernels):
-            widths = [cell[1] for cell in cells if cell[0] == task and cell[2] == kernel]
-            reached = [[run["accuracy"] for run in cells[task, width, kernel]] for width in widths]
-            middle = [mean(values) for values in reached]
-            bars = [[m - min(v) for m, v in zip(middle, reached)], [max(v) - m for m, v in zip(middle, reached)]]
-            # Apart by 2 %, so that bars at the same width do not cover one another.
-            shifted = [width * 1.02 ** (offset - len(kernels) / 2) for width in widths]
-            panel.errorbar(shifted, middle, bars, marker="o", capsize=3, color=color(kernel), label=KERNELS[kernel])
+        for offset, kernel in enumerate(KERNELS):
+            found = [runs for cell, runs in cells.items() if (cell[0], cell[-1]) == (task, kernel)]
+            if found:
+                draw_seeds(panel, sorted(found, key=lambda runs: state_size(runs[0])), kernel, 1.04**offset)
         panel.axhline(1 / task[1], color="gray", linestyle="--")
-        widths = sorted({cell[1] for cell in cells if cell[0] == task})
         panel.set_xscale("log", base=2)
-        panel.set_xticks(widths, [str(width) for width in widths])
-        panel.set_ylim(0, 1.02)
-        panel.set_title(describe(task), fontsize="medium")
-        panel.set_xlabel("width of the model")
-        panel.set_xlim(widths[0] / 1.3, widths[-1] * 1.3)
+        panel.set_ylim(bottom, 1.02)
+        panel.set_title(f"{describe(task)} (guessing: {1 / task[1]:.3f})", fontsize="medium")
+        panel.set_xlabel("numbers in a layer's state")
         panel.grid(alpha=0.3)
     add_legend(figure)
-    panels[0][0].set_ylabel("recall accuracy: mean, lowest, highest seed\n(dashed: a value of the sequence at random)")
+    panels[0][0].set_ylabel("recall accuracy: mean, every seed")
     figure.savefig(path, dpi=110)
+
+
+def draw_seeds(panel, found, kernel, shift):
+    """A line through the means, a bar from the lowest to the highest seed and a dash for each; found: [[run, …], …]."""
+    # shifted, so that bars at states of one size stand side by side
+    sizes = [state_size(runs[0]) * shift for runs in found]
+    reached = [[run["accuracy"] for run in runs] for runs in found]
+    middle = [mean(values) for values in reached]
+    bars = [[m - min(v) for m, v in zip(middle, reached)], [max(v) - m for m, v in zip(middle, reached)]]
+    panel.errorbar(sizes, middle, bars, marker="o", color=color(kernel), label=KERNELS[kernel])
+    for size, values in zip(sizes, reached):
+        panel.plot([size] * len(values), values, "_", color=color(kernel))
 
 
 def plot_curves(cells, path):
     from matplotlib import pyplot
 
-    places = list(dict.fromkeys((task, width) for task, width, _ in cells))
-    columns = min(3, len(places))
+    places = list(dict.fromkeys(cell[:3] for cell in cells))
+    columns = min(2, len(places))
     rows = -(-len(places) // columns)
     figure, panels = pyplot.subplots(
-        rows, columns, figsize=(4.2 * columns, 3.2 * rows), sharey=True, squeeze=False, layout="constrained"
+        rows, columns, figsize=(5.5 * columns, 3.6 * rows), sharey=True, squeeze=False, layout="constrained"
     )
     for panel in panels.flat[len(places) :]:
         panel.remove()
     for panel, place in zip(panels.flat, places):
-        for (task, width, kernel), runs in cells.items():
-            if (task, width) != place:
+        for (*where, kernel), runs in cells.items():
+            if tuple(where) != place:
                 continue
             curves = [dict(run["curve"]) for run in runs]
             steps = sorted(set.intersection(*map(set, curves)))
@@ -158,7 +182,7 @@ def plot_curves(cells, path):
                 alpha=0.15,
                 linewidth=0,
             )
-        panel.set_title(f"width {place[1]}: {describe(place[0])}", fontsize="small")
+        panel.set_title(f"width {place[1]}, feature_dim {place[2]}: {describe(place[0])}", fontsize="small")
         panel.set_ylim(0, 1.02)
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
@@ -172,9 +196,10 @@ def main():
     arguments = parse_arguments()
     matplotlib.use("Agg")
     cells = read_cells(arguments.results)
+    best = at_best_rate(cells)
     folder = arguments.output_dir or arguments.results.parent
-    plot_accuracy(cells, folder / "recall_accuracy.png")
-    plot_curves(cells, folder / "recall_curves.png")
+    plot_accuracy(best, folder / "recall_accuracy.png")
+    plot_curves(best, folder / "recall_curves.png")
     print_table(cells)
     print(f"Pictures: {folder / 'recall_accuracy.png'}  {folder / 'recall_curves.png'}")
 

@@ -17,6 +17,8 @@ def run_line(kernel, seed, accuracy, learning_rate=1e-3, hidden_size=32, seq_len
             "kernel": kernel,
             "seq_len": seq_len,
             "num_pairs": 8,
+            "feature_dim": 4,
+            "num_attention_heads": 2,
             "vocab_size": 1024,
             "hidden_size": hidden_size,
             "max_steps": 20,
@@ -48,12 +50,27 @@ def test_table_has_the_best_rate_and_every_seed(monkeypatch, tmp_path, capsys):
     run(monkeypatch, path)
 
     said = capsys.readouterr().out
-    assert "| 32 | ReBased | 1,000 | 0.001 | 2 | 0.900 | 0.850 – 0.950 | never, 20 |" in said
-    assert said.index("| 16 | Based |") < said.index("| 32 | ReBased |") < said.index("| 32 | Based |")
-    assert said.index("| x² |") < said.index("| 16 | Based |"), "shorter tasks come first"
-    assert "0.01" not in said.split()
+    row = "| 32 | 4 | ReBased | 1,000 | 340 | 2 | 0.001: 0.900, 0.01: 0.400 | 0.900 | 0.850 – 0.950 | never, 20 |"
+    assert row in said
+    assert said.index("| 16 | 4 | Based |") < said.index("| 32 | 4 | ReBased |") < said.index("| 32 | 4 | Based |")
+    assert said.index("| x² |") < said.index("| 16 | 4 | Based |"), "shorter tasks come first"
+    assert "7 runs, 7 CPU-minutes of training" in said
     for name in ("recall_accuracy.png", "recall_curves.png"):
         assert (tmp_path / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("kernel", "numbers"),
+    [
+        ("rebased", 10 * 2 * (16 + 1)),
+        ("taylor", 15 * 2 * (16 + 1)),
+        ("attention", 2 * 64 * 32),
+        ("mamba2", 2 * 32 * 64),
+    ],
+)
+def test_state_counts_what_a_layer_keeps(kernel, numbers):
+    script = runpy.run_path(str(SCRIPT))
+    assert script["state_size"](json.loads(run_line(kernel, 0, 1.0))) == numbers
 
 
 def test_missing_results_are_one_clear_sentence(monkeypatch, tmp_path, capsys):

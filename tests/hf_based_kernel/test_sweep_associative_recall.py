@@ -5,6 +5,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -134,9 +135,20 @@ def test_presets_are_the_grids_that_they_are_called_after(monkeypatch):
     assert {(run.seq_len, run.num_pairs) for run in paper} == {
         (128, 16), (256, 64), (512, 128), (1024, 256), (2048, 512), (256, 32), (2048, 32)
     }  # fmt: skip
-    minutes = runs("--preset", "minutes")
-    assert {(run.seq_len, run.vocab_size, run.max_steps) for run in minutes} == {(64, 1024, 1600), (32, 256, 1500)}
-    assert {run.seed for run in minutes} == {0, 1, 2}
+    for name, feature_dims, widths in (("minutes", {4, 5, 6}, {32}), ("hours", {4, 5, 8}, {16, 32, 64})):
+        preset = runs("--preset", name)
+        cells = Counter((run.kernel, run.seq_len, run.feature_dim, run.hidden_size) for run in preset)
+        assert set(cells.values()) == {3 * 5}, "each kernel has three rates, and five seeds at each"
+        assert {(run.feature_dim, run.hidden_size) for run in preset} == {(d, w) for d in feature_dims for w in widths}
+        assert {"rebased", "taylor", "attention"} <= {run.kernel for run in preset}
+    assert len(runs("--preset", "minutes", "--kernel", "rebased", "--feature_dim", "5")) == 3 * 5, "no run twice"
+
+
+def test_sweep_takes_the_recipe_of_the_example(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--hidden_size", "16", "--num_attention_heads", "2"])
+    script = runpy.run_path(str(SCRIPT))
+    config = script["make_model"](script["parse_arguments"]()[0]).config
+    assert (config.initializer_range, config.use_position_embeddings) == (0.125, False)
 
 
 @pytest.mark.parametrize(
