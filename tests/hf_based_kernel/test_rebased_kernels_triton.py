@@ -1,25 +1,22 @@
 """The Triton kernels: spans and segments interpreted on the CPU, and all compiled for GPUs that need not be there."""
 
-import contextlib
-import re
-import subprocess
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
 
 
-triton = pytest.importorskip("triton", minversion="3.6")
-
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+pytest.importorskip("triton", minversion="3.6")
 
 from hf_based_kernel.rebased_features import TAYLOR  # noqa: E402
-from tests.hf_based_kernel.triton_form import FLOAT32_TOLERANCE, errors, load_module, make_inputs  # noqa: E402
-
-
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+from tests.hf_based_kernel.triton_form import (  # noqa: E402
+    FLOAT32_TOLERANCE,
+    TARGETS,
+    compile_launch,
+    errors,
+    load_module,
+    make_inputs,
+    record_kernels,
+    stack_bytes,
+)
 
 
 @pytest.mark.parametrize(
@@ -79,42 +76,11 @@ def test_a_sequence_that_is_not_finite_leaves_the_others_alone(interpreted):
 
 # Compiling for a GPU without one. The launcher runs on fake tensors, so what is compiled is what it would launch.
 
-TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
-    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
-}
-TYPE_NAMES = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int32: "*i32",
-    int: "i32",
-    float: "fp32",
-}
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
-
-
-class Recorder:
-    """Stands for a kernel and notes how it is launched."""
-
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        def launch(*args, **constants):
-            self.launches.append((self.kernel, args, constants))
-
-        return launch
-
 
 def record_launches(monkeypatch, *, hip, spans, dtype, with_segments=True, num_key_value_heads=12):
     """The launches of a forward and a backward pass, with an initial and a final state, on a GPU that is not there."""
-    module, launches = load_module("rebased_attention_to_compile", interpreted=False), []
-    for name, member in list(vars(module).items()):
-        if name.endswith("_kernel"):
-            monkeypatch.setattr(module, name, Recorder(member, launches))
-    monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
+    module = load_module("rebased_attention_to_compile", interpreted=False)
+    launches = record_kernels(monkeypatch, module)
     monkeypatch.setattr(torch.version, "hip", "7.0" if hip else None)
     with torch._subclasses.FakeTensorMode():
         (q, k, v, state), options = make_inputs(
@@ -137,33 +103,6 @@ def record_launches(monkeypatch, *, hip, spans, dtype, with_segments=True, num_k
         saved = (q, k, v, state, segments, out, denominators)
         backward(out, final_state, *saved, options["scale"], kernel, span_tokens)
     return launches
-
-
-def compile_launch(kernel, args, constants, target):
-    options = {name: constants.pop(name) for name in OPTIONS if name in constants}
-    positional = dict(zip(kernel.arg_names, args))
-    signature, attributes = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        value = positional.get(name)
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        signature[name] = TYPE_NAMES[value.dtype if isinstance(value, torch.Tensor) else type(value)]
-        if isinstance(value, torch.Tensor) or value % 16 == 0:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options=options)
-
-
-def stack_bytes(compiled):
-    """Bytes of a thread's registers that were spilled to memory."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage = subprocess.run(
-            [CUOBJDUMP, "-res-usage", cubin.name], capture_output=True, text=True, check=True
-        ).stdout
-    return int(re.search(r"STACK:(\d+)", usage)[1])
 
 
 @pytest.mark.slow
@@ -209,3 +148,27 @@ def test_registers_of_an_h100_hold_what_the_kernels_work_on(monkeypatch, num_key
     assert len(launches) == 10
     spills = [(kernel.fn.__name__, stack_bytes(compile_launch(kernel, *rest, gpu))) for kernel, *rest in launches]
     assert [(name, count) for name, count in spills if count > spilled.get(name, 0)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_key_value_heads", [12, 4, 1])
+@pytest.mark.parametrize("batch_size", [1, 256])
+def test_registers_of_an_h100_hold_what_the_step_works_on(monkeypatch, num_key_value_heads, batch_size):
+    module = load_module("step_to_compile", interpreted=False, module="rebased_step_triton")
+    launches = record_kernels(monkeypatch, module)
+    with torch._subclasses.FakeTensorMode():
+        (q, k, v, state), options = make_inputs(
+            batch_size=batch_size,
+            seq_len=1,
+            num_heads=12,
+            num_key_value_heads=num_key_value_heads,
+            head_dim=64,
+            with_state=True,
+            dtype=torch.bfloat16,
+            device="cuda",
+        )
+        mask = torch.ones(batch_size, 1, dtype=torch.bool, device="cuda")
+        module._step(q, k, v, state, mask, options["scale"], options["eps"], list(options["coefficients"]), True)
+
+    (launch,) = launches
+    assert stack_bytes(compile_launch(*launch, TARGETS["sm_90"][0])) == 0

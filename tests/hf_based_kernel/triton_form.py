@@ -2,13 +2,18 @@
 
 import contextlib
 import importlib
+import re
+import subprocess
 import sys
+import tempfile
 import types
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
@@ -116,3 +121,73 @@ def errors(module, inputs, options):
     results = run(module.rebased_attention_triton, inputs, options, dtypes)
     assert [x.dtype for x in results] == [dtypes[0], torch.float32, *dtypes]
     return [((x - y).abs().max() / y.abs().max().clamp(min=1)).item() for x, y in zip(results, expected)]
+
+
+# Compiling for a GPU without one.
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+TYPE_NAMES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+    int: "i32",
+    float: "fp32",
+}
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+
+class Recorder:
+    """Stands for a kernel and notes how it is launched."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            self.launches.append((self.kernel, args, constants))
+
+        return launch
+
+
+def record_kernels(monkeypatch, module):
+    """The list to which the module's kernels, instead of running, add their launches."""
+    launches = []
+    for name, member in list(vars(module).items()):
+        if name.endswith("_kernel"):
+            monkeypatch.setattr(module, name, Recorder(member, launches))
+    monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
+    return launches
+
+
+def compile_launch(kernel, args, constants, target):
+    options = {name: constants.pop(name) for name in OPTIONS if name in constants}
+    positional = dict(zip(kernel.arg_names, args))
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        value = positional.get(name)
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = TYPE_NAMES[value.dtype if isinstance(value, torch.Tensor) else type(value)]
+        if isinstance(value, torch.Tensor) or value % 16 == 0:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=target, options=options)
+
+
+def stack_bytes(compiled):
+    """Bytes of a thread's registers that were spilled to memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run(
+            [CUOBJDUMP, "-res-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    return int(re.search(r"STACK:(\d+)", usage)[1])
