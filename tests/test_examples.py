@@ -1,7 +1,6 @@
 """What every example script promises: one file, its command in its docstring, declared dependencies, helpful --help."""
 
 import ast
-import importlib.util
 import json
 import re
 import subprocess
@@ -11,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from tests.example_module import load_example
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -87,9 +88,7 @@ def cut(path):
     ids=["no state", "state", "weights", "optimizer", "no optimizer", "no step"],
 )
 def test_examples_go_on_from_the_newest_checkpoint_that_was_written_to_its_end(tmp_path, damage):
-    specification = importlib.util.spec_from_file_location("interrupts", SHARED / "interrupts.py")
-    interrupts = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(interrupts)
+    interrupts = load_example("shared/interrupts.py")
     for step in (5, 40, 100):
         checkpoint = tmp_path / f"checkpoint-{step}"
         checkpoint.mkdir()

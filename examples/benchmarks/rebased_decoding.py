@@ -71,14 +71,20 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which (all)")
     parser.add_argument(
-        "--contexts", type=int, nargs="+", default=[128, 2048, 8192, 32_768], help="(128 2048 8192 32768)"
+        "--contexts",
+        type=int,
+        nargs="+",
+        default=[128, 2048, 8192, 32_768],
+        help="tokens before (128 2048 8192 32768)",
     )
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8], help="sequences decoded at once (1 8)")
     parser.add_argument("--tokens", type=int, default=8, help="tokens of a round (8)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that the medians are taken over (5)")
     parser.add_argument("--most_cache_gib", type=float, default=4, help="leave out where keys and values are more (4)")
     parser.add_argument("--output", type=Path, default=Path("outputs/rebased_decoding.md"), help="file for the table")
-    parser.add_argument("--contestant", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--contestant", nargs=3, metavar=("MODEL", "CONTEXT", "BATCH"), help="be one of the processes that take turns"
+    )
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""How much of a teacher is left in a model that was made of it."""
+"""A Llama whose attention is replaced: what is learned of it, and how much of it is left."""
 
 from collections import defaultdict
 from collections.abc import Generator
@@ -7,10 +7,92 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
+from interrupts import StopOnInterrupt, last_checkpoint
+from packed_text import read_texts
+from torch.utils.data import StackDataset
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+from hf_based_kernel.llama_rebased import recorded_attention
+from hf_based_kernel.window_attention_rebased import make_window_mask
 
 
 # Tokens of a random sequence that has to be repeated, and how many sequences.
 COPIED, COPIES = 96, 16
+
+
+class AttentionTransfer(torch.nn.Module):
+    """The replaced layers of a model, each learning what its teacher layer gives for the teacher's own inputs."""
+
+    def __init__(self, teacher, model):
+        super().__init__()
+        # A tuple hides it: its weights are not part of this module's.
+        self.teacher = (teacher,)
+        self.mixers = torch.nn.ModuleList(layer.self_attn for layer in model.model.layers)
+        self.window = model.config.linear_attention_window
+        for name, parameter in self.mixers.named_parameters():
+            parameter.requires_grad_(any(part in name for part in ("_map.", "window_gate.")))
+
+    def forward(self, input_ids):
+        """The sum over layers of a token's squared error, relative to the square of what is to be learned."""
+        with torch.no_grad(), recorded_attention(self.teacher[0], range(len(self.mixers))) as calls:
+            self.teacher[0].get_decoder()(input_ids, use_cache=False)
+        losses = []
+        for i, call in calls.items():
+            out = self.attend(i, call.hidden_states, call.position_embeddings)
+            # Some tokens have outputs a thousand times larger than others: each counts by its own size.
+            losses.append(((out - call.output).square().sum(-1) / call.output.square().sum(-1)).mean())
+        return {"loss": torch.stack(losses).sum()}
+
+    def attend(self, i, hidden_states, position_embeddings):
+        sizes = {"seen_tokens": 0, "first_tokens": None, "attention_mask": None, "device": hidden_states.device}
+        mask = make_window_mask(self.window, hidden_states.shape[1], **sizes) if self.window else None
+        return self.mixers[i](hidden_states, position_embeddings=position_embeddings, window_mask=mask)
+
+    @contextmanager
+    def in_place_of(self, layers):
+        """These layers of the teacher give what their replacements do, while the context is open."""
+
+        def replace(i, call):
+            return self.attend(i, call["hidden_states"], call["position_embeddings"]), None
+
+        handles = [
+            self.teacher[0]
+            .get_decoder()
+            .layers[i]
+            .self_attn.register_forward_hook(
+                lambda module, args, call, output, i=i: replace(i, call), with_kwargs=True
+            )
+            for i in layers
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def divergences(self, texts, choices):
+        """For each choice of layers, KL of the teacher's next token from its own with these replaced, nats; texts: (texts, seq)"""
+        texts = texts.to(self.teacher[0].device)
+        expected = [log_probabilities(self.teacher[0], row) for row in texts]
+        for layers in choices:
+            with self.in_place_of(layers):
+                found = [divergence(log_probabilities(self.teacher[0], row), kl) for row, kl in zip(texts, expected)]
+            yield torch.stack(found).mean().item()
+
+
+class DistillationTrainer(Trainer):
+    """Stock `Trainer` with KL(teacher ‖ model) of the next token as the loss."""
+
+    teacher = None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        with torch.no_grad():
+            expected = self.teacher(**inputs, use_cache=False).logits.log_softmax(-1)
+        outputs = model(**inputs, use_cache=False)
+        loss = divergence(outputs.logits.log_softmax(-1).flatten(0, 1), expected.flatten(0, 1))
+        return (loss, outputs) if return_outputs else loss
 
 
 @contextmanager
@@ -89,3 +171,70 @@ def spread(values: list[torch.Tensor]) -> tuple[float, float]:
     numbers = torch.stack(values).cpu().double()
     numbers = numbers[~numbers.isnan()]
     return numbers.mean().item(), 1.96 * numbers.std().item() / len(numbers) ** 0.5
+
+
+def train(arguments, trainer_class, model, rows, folder, steps, learning_rate, teacher=None):
+    """Train to the end, from the last checkpoint in the folder if there is one; ends the program after a Ctrl-C."""
+    training = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=arguments.batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 20),
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        seed=arguments.seed,
+        logging_steps=max(1, steps // 20),
+        save_steps=max(1, steps // 4),
+        save_total_limit=1,
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+    )
+    trainer = trainer_class(
+        model=model, args=training, train_dataset=StackDataset(input_ids=rows), data_collator=default_data_collator
+    )
+    trainer.teacher = teacher
+    interrupt = StopOnInterrupt()
+    trainer.add_callback(interrupt)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    if interrupt.interrupted:
+        raise SystemExit(f"Stopped at step {trainer.state.global_step} of {steps}; the same command goes on.")
+    return [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def read_rows(arguments, tokenizer):
+    """Rows (rows, seq_len) to train on, one row of each text held out, and what the text is called."""
+    texts, name = read_texts(arguments, arguments.seed)
+    steps = max(arguments.transfer_steps, arguments.distill_steps)
+    # Several times what is needed: out of many texts, not all rows of a few.
+    wanted = 8 * steps * arguments.batch_size * PartialState().num_processes
+    train, held_out = [], []
+    for text in texts:
+        ids = tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
+        rows = [ids[i : i + arguments.seq_len] for i in range(0, len(ids) - arguments.seq_len + 1, arguments.seq_len)]
+        if rows and len(held_out) < arguments.eval_texts:
+            held_out.append(rows[len(rows) // 2])
+        else:
+            train += rows
+        if len(train) >= wanted:
+            break
+    if len(held_out) < arguments.eval_texts or not train:
+        raise SystemExit(
+            f"{name} has {len(held_out)} texts for --eval_texts {arguments.eval_texts} and {len(train)} rows besides of "
+            f"--seq_len {arguments.seq_len} tokens; give more text or lower these"
+        )
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(arguments.seed))
+    return torch.tensor(train)[order], torch.tensor(held_out), name
+
+
+def answer(model, tokenizer, question):
+    messages = [{"role": "user", "content": question}]
+    if tokenizer.chat_template:
+        question = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(question, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

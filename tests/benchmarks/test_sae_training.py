@@ -1,6 +1,5 @@
 """The benchmark of training on CPU: contestants in processes of their own, which run one round at a time."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import textwrap
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.example_module import load_example
 
 
 SCRIPT = REPOSITORY / "examples" / "benchmarks" / "sae_training.py"
@@ -16,10 +16,7 @@ SHARED = REPOSITORY / "examples" / "shared"
 
 
 def load_turns():
-    specification = importlib.util.spec_from_file_location("turns", SHARED / "turns.py")
-    turns = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(turns)
-    return turns
+    return load_example("shared/turns.py")
 
 
 def contestant(name: str, log) -> list[str]:

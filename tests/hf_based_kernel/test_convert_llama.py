@@ -3,24 +3,23 @@
 import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_based_kernel import RebasedForCausalLM
-
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from tests.example_module import load_example
 
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("convert_llama", EXAMPLES / "hf_based_kernel" / "convert_llama.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("hf_based_kernel/convert_llama.py")
+
+
+@pytest.fixture(scope="module")
+def study():
+    return load_example("studies/compare_conversions.py")
 
 
 @pytest.fixture(scope="module")
@@ -48,37 +47,72 @@ def run(example, monkeypatch, folder, *options):
     texts = [str(path) for path in sorted(folder.glob("*.txt"))]
     given = ["--model", str(folder / "teacher"), "--text_files", *texts, "--output_dir", str(folder / "out")]
     sizes = ["--seq_len", "16", "--eval_texts", "2", "--transfer_steps", "12", "--distill_steps", "4"]
-    monkeypatch.setattr(sys, "argv", ["convert_llama.py", *given, *sizes, "--replace", "1", "3", *options])
+    monkeypatch.setattr(sys, "argv", ["convert_llama.py", *given, *sizes, *options])
     example.main()
-    return json.loads((folder / "out" / "results.json").read_text())
 
 
-@pytest.mark.parametrize("options", [("--window", "4"), ("--window", "0", "--distill", "lora")])
-def test_a_llama_becomes_rebased_models_that_are_measured(example, teacher, monkeypatch, options):
-    results = run(example, monkeypatch, teacher, *options)
+def test_a_llama_becomes_a_rebased_model(example, teacher, monkeypatch, capsys):
+    run(example, monkeypatch, teacher, "--window", "0", "--distill", "lora", "--replace", "2")
+
+    curve = json.loads((teacher / "out" / "transfer.json").read_text())
+    assert curve[-1][1] < curve[0][1]
+    model = AutoModelForCausalLM.from_pretrained(teacher / "out" / "2")
+    assert isinstance(model, RebasedForCausalLM)
+    harm = json.loads((teacher / "out" / "order.json").read_text())
+    worst = max(harm, key=harm.get)
+    kinds = ["full_attention" if str(i) == worst else "linear_attention" for i in range(3)]
+    assert model.config.layer_types == kinds
+    assert "Left of it: the same next token for" in capsys.readouterr().out
+
+
+def test_more_and_more_layers_are_measured(study, teacher, monkeypatch):
+    run(study, monkeypatch, teacher, "--window", "4", "--replace", "3", "1")
+    results = json.loads((teacher / "out" / "results.json").read_text())
 
     assert [result["replaced"] for result in results] == [0, 1, 3]
     assert results[0]["kl"][0] < 1e-6 and results[0]["agreement"][0] == 1.0
-    assert ("window only, kl" in results[1]) == (options[1] != "0")
-    curve = json.loads((teacher / "out" / "transfer.json").read_text())
-    assert curve[-1][1] < curve[0][1]
-    model = AutoModelForCausalLM.from_pretrained(teacher / "out" / "3")
-    assert isinstance(model, RebasedForCausalLM)
-    assert model.config.layer_types == ["linear_attention"] * 3
-    assert "| 3 |" in (teacher / "out" / "results.md").read_text()
+    assert all(result["window only, kl"][0] > 0 and result["answer"] for result in results[1:])
+    curves = json.loads((teacher / "out" / "after_transfer.json").read_text())
+    harm = json.loads((teacher / "out" / "order.json").read_text())
+    assert curves[""][0] == pytest.approx(min(harm.values()))
+    assert [len(curve) for curve in curves.values()] == [3, 3]
+    table = (teacher / "out" / "results.md").read_text()
+    assert "| 3 |" in table and "| 3, window only |" in table
     assert (teacher / "out" / "conversion.png").exists()
+    # What is there is not done again.
+    monkeypatch.setattr(study.example, "train", None)
+    with pytest.raises(SystemExit, match="was begun with other options: give another --output_dir, or delete it"):
+        run(study, monkeypatch, teacher, "--window", "5", "--replace", "3", "1")
+    run(study, monkeypatch, teacher, "--window", "4", "--replace", "3", "1")
+    assert json.loads((teacher / "out" / "results.json").read_text()) == results
 
 
-def test_what_is_there_is_not_done_again(example, teacher, monkeypatch):
-    first = run(example, monkeypatch, teacher, "--window", "4")
-    monkeypatch.setattr(example, "train", None)
+@torch.no_grad()
+def test_a_layer_in_place_of_the_teachers_is_the_replaced_model(example, measures):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    teacher = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, initializer_range=0.3)).eval()
+    every = RebasedForCausalLM.from_llama(teacher, range(3), linear_attention_window=4)
+    some = RebasedForCausalLM.from_llama(teacher, [0, 2], linear_attention_window=4)
+    for i in (0, 2):
+        some.model.layers[i].self_attn.load_state_dict(every.model.layers[i].self_attn.state_dict())
+    row = torch.randint(50, (1, 14))
+    before = teacher(row).logits
+    with measures.AttentionTransfer(teacher, every).in_place_of([0, 2]):
+        torch.testing.assert_close(teacher(row).logits, some(row).logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(teacher(row).logits, before)
 
-    assert run(example, monkeypatch, teacher, "--window", "4") == first
 
-
-def test_layers_that_the_model_lacks_are_refused(example, teacher, monkeypatch):
-    with pytest.raises(SystemExit, match="--replace: expected numbers from 1 to 3, the layers of the model"):
-        run(example, monkeypatch, teacher, "--replace", "4")
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--replace", "4"), "--replace: expected 1 to 3, the layers of the model, got 4"),
+        (("--seq_len", "5000"), "texts for --eval_texts 2 and 0 rows besides of --seq_len 5000 tokens"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_a_sentence(example, teacher, monkeypatch, options, sentence):
+    with pytest.raises(SystemExit, match=sentence):
+        run(example, monkeypatch, teacher, *options)
 
 
 def test_recall_hits_end_a_pair_of_before_beyond_the_window(example, measures):

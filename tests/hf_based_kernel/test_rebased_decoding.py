@@ -1,6 +1,5 @@
 """The benchmark of whole models that decode, at tiny sizes."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -9,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.example_module import load_example
+
 
 FILE = Path(__file__).parents[2] / "examples" / "benchmarks" / "rebased_decoding.py"
 
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    spec = importlib.util.spec_from_file_location("rebased_decoding", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_example("benchmarks/rebased_decoding.py")
     small = {"vocab_size": 64, "hidden_size": 36, "intermediate_size": 40, "num_hidden_layers": 4}
     for sizes in (module.SMOLLM2, module.LLAMA_150M):
         for name, value in small.items():

@@ -1,12 +1,13 @@
 """The comparison of objectives: on planted features, on a tiny language model, and after an interruption."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
 from transformers import Trainer
+
+from tests.example_module import load_example
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "studies" / "compare_objectives.py"
@@ -30,9 +31,7 @@ BATCH_TOPK = {"BatchTopK-2", "BatchTopK-4"}
 @pytest.fixture
 def compare(monkeypatch):
     """The example as a module, and a way to run it with given arguments in this process."""
-    spec = importlib.util.spec_from_file_location("compare_objectives", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_example("studies/compare_objectives.py")
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])

@@ -1,6 +1,5 @@
 """The study that probes latents: its texts, what it reads of them, absorption where it is known, a tiny run of all of it."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel
+from tests.example_module import load_example
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "studies" / "probe_latents.py"
@@ -35,9 +35,7 @@ TINY = {
 
 @pytest.fixture
 def study(monkeypatch):
-    spec = importlib.util.spec_from_file_location("probe_latents", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_example("studies/probe_latents.py")
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])

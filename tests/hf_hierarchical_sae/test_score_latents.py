@@ -1,6 +1,5 @@
 """The example that scores latents: its labels, a tiny run with every kind of score, and its tables."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, LatentActivations
+from tests.example_module import load_example
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "studies" / "score_latents.py"
@@ -18,9 +18,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "studies" / "score_latents.py"
 @pytest.fixture
 def example(monkeypatch):
     """The example as a module, and a way to run it with given arguments in this process."""
-    spec = importlib.util.spec_from_file_location("score_latents", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_example("studies/score_latents.py")
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])

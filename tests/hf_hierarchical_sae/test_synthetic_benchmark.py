@@ -1,6 +1,5 @@
 """The study on data whose features are known: what it judges, resumes and prints."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from hf_hierarchical_sae import HierarchicalSaeModel
+from tests.example_module import load_example
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "studies" / "synthetic_benchmark.py"
@@ -29,9 +29,7 @@ TINY = {
 
 @pytest.fixture
 def study(monkeypatch):
-    spec = importlib.util.spec_from_file_location("synthetic_benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_example("studies/synthetic_benchmark.py")
     module.PRESETS["tiny"] = TINY
 
     def run(*arguments):

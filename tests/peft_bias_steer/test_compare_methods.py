@@ -1,14 +1,13 @@
 """The comparison: which processes it starts, what it makes of their results, and that it never repeats one."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.example_module import load_example
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "studies" / "compare_methods.py"
+
 # stands in for train_methods.py where only the handling of processes is tested
 RECORDER = """
 import json, pathlib, sys
@@ -26,11 +25,7 @@ if (folder / "checkpoint-1").exists() and "--resume_from_checkpoint" not in sys.
 @pytest.fixture(scope="module")
 def example():
     """The example as a module."""
-    spec = importlib.util.spec_from_file_location("compare_methods", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["compare_methods"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_example("studies/compare_methods.py")
 
 
 @pytest.fixture

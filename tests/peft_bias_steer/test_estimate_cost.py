@@ -1,6 +1,5 @@
 """The estimates against what a real training step at small size holds, writes and changes."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,18 +10,13 @@ from peft import get_peft_model
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "studies" / "estimate_cost.py"
+from tests.example_module import load_example
 
 
 @pytest.fixture(scope="module")
 def example():
     """The example as a module."""
-    spec = importlib.util.spec_from_file_location("estimate_cost", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["estimate_cost"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_example("studies/estimate_cost.py")
 
 
 def file_bytes(folder: Path) -> int:

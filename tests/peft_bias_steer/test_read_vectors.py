@@ -1,6 +1,5 @@
 """Reading an adapter with one command: every part measured once, written down, and right where it can be known."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from peft_bias_steer import BiasSteerConfig
+from tests.example_module import load_example
 
 
 STUDIES = Path(__file__).parents[2] / "examples" / "studies"
@@ -20,9 +20,7 @@ STUDIES = Path(__file__).parents[2] / "examples" / "studies"
 def example():
     """The example as a module; it imports the training script beside it."""
     sys.path.insert(0, str(STUDIES))
-    spec = importlib.util.spec_from_file_location("read_vectors", STUDIES / "read_vectors.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_example("studies/read_vectors.py")
     yield module
     sys.path.remove(str(STUDIES))
 

@@ -1,6 +1,5 @@
 """The example as a user runs it: trained, interrupted, resumed, in two processes, and given what it cannot use."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -16,6 +15,8 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.example_module import load_example
+
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = REPOSITORY / "examples" / "peft_bias_steer"
@@ -26,11 +27,7 @@ SMALL = ["--prompts_per_step", 1, "--num_generations", 2, "--eval_size", 2]
 @pytest.fixture(scope="module")
 def example():
     """The example as a module."""
-    spec = importlib.util.spec_from_file_location("train_grpo", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_grpo"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_example("peft_bias_steer/train_grpo.py")
 
 
 @pytest.fixture

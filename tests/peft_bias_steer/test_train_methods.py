@@ -15,6 +15,8 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from tests.example_module import load_example
+
 
 REPOSITORY = Path(__file__).parents[2]
 STUDIES = REPOSITORY / "examples" / "studies"
@@ -25,11 +27,7 @@ SMALL = ["--prompts_per_step", 1, "--num_generations", 2, "--eval_size", 2, "--s
 @pytest.fixture(scope="module")
 def example():
     """The example as a module."""
-    spec = importlib.util.spec_from_file_location("train_methods", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_methods"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_example("studies/train_methods.py")
 
 
 @pytest.fixture
@@ -193,10 +191,7 @@ def test_presets_name_their_dataset_unless_told_otherwise(parse):
 
 
 def test_the_comparison_passes_arguments_that_exist(parse, tmp_path):
-    spec = importlib.util.spec_from_file_location("compare_methods", STUDIES / "compare_methods.py")
-    comparison = importlib.util.module_from_spec(spec)
-    sys.modules["compare_methods"] = comparison
-    spec.loader.exec_module(comparison)
+    comparison = load_example("studies/compare_methods.py")
     runs = [run for preset in comparison.PRESETS.values() for run in comparison.list_runs(preset, tmp_path, [])]
 
     methods = [parse(*run.arguments).method for run in runs if run.method]
