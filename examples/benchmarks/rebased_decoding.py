@@ -13,6 +13,7 @@ random: the time does not depend on them. So are the keys and values of the cont
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -26,7 +27,7 @@ from turns import machine, medians_in_turns, take_turns
 
 
 # The shape of SmolLM2-135M.
-SMOLLM2 = {
+SMOLLM2: dict[str, Any] = {
     "vocab_size": 49_152,
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -37,7 +38,7 @@ SMOLLM2 = {
     "tie_word_embeddings": True,
 }
 # 151,880,448 parameters with learned positions apart: the paper's attention baseline.
-LLAMA_150M = {
+LLAMA_150M: dict[str, Any] = {
     "vocab_size": 50_280,
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -135,21 +136,24 @@ def contest(name, context, batch_size, tokens):
     take_turns(lambda: decode, warm_up=1)
 
 
-def measure(arguments, context, batch_size):
-    """Name → tokens per second of CPU time and MB of the cache; none where it would be too large."""
-    sizes, commands = {}, {}
-    for name in arguments.models:
-        model, cache = prepare(name, 1, batch_size)
-        kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * model.config.num_hidden_layers
-        pairs = 2 * batch_size * model.config.num_key_value_heads * model.config.head_dim * 4
-        grows = kinds.count("full_attention") * pairs
-        sizes[name] = cache_bytes(cache) + (context - 1) * grows
-        if sizes[name] <= arguments.most_cache_gib * 2**30:
+def cache_sizes(name):
+    """Bytes of a sequence's cache: what it always has, and what each token adds."""
+    model, cache = prepare(name, 1, 1)
+    kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * model.config.num_hidden_layers
+    each = kinds.count("full_attention") * 2 * model.config.num_key_value_heads * model.config.head_dim * 4
+    return cache_bytes(cache) - each, each
+
+
+def measure(arguments, sizes, context, batch_size):
+    """Name → tokens per second of CPU time, none where the cache would be too large, and bytes of the cache."""
+    commands, totals = {}, {name: batch_size * (fixed + context * each) for name, (fixed, each) in sizes.items()}
+    for name, total in totals.items():
+        if total <= arguments.most_cache_gib * 2**30:
             given = ["--contestant", name, str(context), str(batch_size), "--tokens", str(arguments.tokens)]
             commands[name] = [sys.executable, __file__, *given]
     answers = medians_in_turns(commands, arguments.rounds)
     rates = {name: 1000 * arguments.tokens * batch_size / answers[name]["cpu_ms"] for name in answers}
-    return {name: (rates.get(name), sizes[name] / 1e6) for name in arguments.models}
+    return {name: (rates.get(name), total) for name, total in totals.items()}
 
 
 def main():
@@ -166,9 +170,10 @@ def main():
         "|---" * (2 + 2 * len(arguments.models)) + "|",
     ]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    sizes = {name: cache_sizes(name) for name in arguments.models}
     for batch_size, context in tqdm(cells):
-        found = measure(arguments, context, batch_size)
-        row = [f"{rate:.1f} | {size:,.1f}" if rate else f"not run | {size:,.1f}" for rate, size in found.values()]
+        found = measure(arguments, sizes, context, batch_size).values()
+        row = [f"{f'{rate:.1f}' if rate else 'not run'} | {total / 1e6:,.1f}" for rate, total in found]
         lines.append(f"| {batch_size} | {context:,} | {' | '.join(row)} |")
         # Written after every row, so that a run that is cut short keeps them.
         arguments.output.write_text("\n".join(lines) + "\n")

@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -162,7 +163,7 @@ def order_layers(arguments, teacher, weights, held_out):
         harm = dict(zip(sorted(weights), tqdm(alone, desc="each layer alone", total=len(weights))))
         path.write_text(json.dumps(harm) + "\n")
     harm = {int(i): kl for i, kl in json.loads(path.read_text()).items()}
-    return sorted(harm, key=harm.get)
+    return sorted(harm, key=lambda i: harm[i])
 
 
 def distill(arguments, teacher, tokenizer, weights, rows, layers):
@@ -170,16 +171,18 @@ def distill(arguments, teacher, tokenizer, weights, rows, layers):
     folder = arguments.output_dir / str(len(layers))
     if (folder / "config.json").exists():
         return RebasedForCausalLM.from_pretrained(folder).to(teacher.device).eval()
-    model = replaced(arguments, teacher, weights, layers)
+    model: Any = replaced(arguments, teacher, weights, layers)
     if arguments.distill_steps:
+        trained, steps, rate = model, arguments.distill_steps, RATES[arguments.distill]
         if arguments.distill == "lora":
             from peft import LoraConfig, get_peft_model
 
             new, projections = ["q_map", "k_map", "window_gate"], ["q_proj", "k_proj", "v_proj", "o_proj"]
-            model = get_peft_model(model, LoraConfig(target_modules=projections, modules_to_save=new))
-        steps, rate, part = arguments.distill_steps, RATES[arguments.distill], f"distill_{len(layers)}"
-        train(arguments, DistillationTrainer, model, rows, arguments.output_dir / part, steps, rate, teacher)
-        model = model.merge_and_unload() if arguments.distill == "lora" else model
+            trained: Any = get_peft_model(model, LoraConfig(target_modules=projections, modules_to_save=new))
+        checkpoints = arguments.output_dir / f"distill_{len(layers)}"
+        train(arguments, DistillationTrainer, trained, rows, checkpoints, steps, rate, teacher)
+        if arguments.distill == "lora":
+            model: Any = trained.merge_and_unload()
     if PartialState().is_main_process:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

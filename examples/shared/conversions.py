@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +86,7 @@ class AttentionTransfer(torch.nn.Module):
 class DistillationTrainer(Trainer):
     """Stock `Trainer` with KL(teacher ‖ model) of the next token as the loss."""
 
-    teacher = None
+    teacher: Any = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with torch.no_grad():
@@ -121,9 +122,7 @@ def recall_hits(row: torch.Tensor, window: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fidelity(
-    model: torch.nn.Module, teacher: torch.nn.Module, texts: torch.Tensor, window: int
-) -> dict[str, list[torch.Tensor]]:
+def fidelity(model: Any, teacher: Any, texts: torch.Tensor, window: int) -> dict[str, list[torch.Tensor]]:
     """
     texts: (texts, seq)
 
@@ -148,7 +147,7 @@ def fidelity(
             found[f"{name}recall"].append((best == row[1:])[hits].float().mean())
     generator = torch.Generator().manual_seed(0)
     for _ in range(COPIES):
-        tokens = torch.randint(model.config.vocab_size, (COPIED,), generator=generator).repeat(2).to(device)
+        tokens = torch.randint(int(model.config.vocab_size), (COPIED,), generator=generator).repeat(2).to(device)
         for name, variant in variants.items():
             with variant():
                 best = model(tokens[None], use_cache=False, logits_to_keep=COPIED).logits[0, :-1].argmax(-1)

@@ -38,6 +38,9 @@ def test_a_made_up_context_is_decoded_on_and_counted(benchmark):
     keys_and_values = 2 * 2 * 3 * 4 * 4
     assert sizes["SmolLM2-135M", 200] == 4 * 200 * keys_and_values
     assert sizes["30 of 30 layers replaced", 200] == sizes["30 of 30 layers replaced", 1000]
+    for (name, context), total in sizes.items():
+        fixed, each = benchmark.cache_sizes(name)
+        assert 2 * (fixed + context * each) == total
 
 
 def test_layers_are_spread_over_the_depth(benchmark):

@@ -209,7 +209,7 @@ NAMES = [
     "_modules",
     "a/b",
     "..",
-    "/tmp/a",
+    "/absolute",
     "a\\b",
 ]
 NAMES += ["a\nb", "a\0"]
