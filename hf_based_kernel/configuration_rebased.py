@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -147,6 +148,11 @@ class RebasedConfig(PreTrainedConfig):
             )
         return super().from_dict(config_dict, **kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """[`PreTrainedConfig.to_dict`]; PEFT calls it before it looks up which modules an adapter without any named takes."""
+        _name_modules_for_peft(self.model_type)
+        return super().to_dict()
+
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """[`PreTrainedConfig.save_pretrained`]; remote code names every class that can start from the weights beside it."""
         if getattr(self, "auto_map", None):
@@ -216,6 +222,16 @@ class RebasedConfig(PreTrainedConfig):
         for name in ("attention_eps", "norm_eps", "initializer_range"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number that is not negative, got {getattr(self, name)}")
+
+
+def _name_modules_for_peft(model_type: str) -> None:
+    """PEFT keeps the modules that an adapter takes by default in tables of its own. Ours are Llama's, and the convolutions."""
+    tables = vars(sys.modules.get("peft.utils.constants", object))
+    for name, table in tables.items():
+        if not name.endswith("_MODULES_MAPPING") or model_type in table or "llama" not in table:
+            continue
+        modules = table["llama"]
+        table[model_type] = [*modules, "in_proj"] if "v_proj" in modules else modules
 
 
 def _check_rotation(rotation: Any) -> None:

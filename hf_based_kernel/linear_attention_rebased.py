@@ -5,12 +5,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.integrations import use_kernel_forward_from_hub
 
 from .cache_rebased import RebasedCache
 from .configuration_rebased import RebasedConfig
-from .rebased_attention_forms import rebased_attention, taylor_attention
+from .rebased_attention_forms import RebasedAttention
 from .softmax_attention_rebased import RebasedProjections
 from .window_attention_rebased import window_attention
+
+
+# The kernels library may replace the operation of a model; without the library nothing happens.
+use_kernel_forward_from_hub("RebasedAttention")(RebasedAttention)
 
 
 class RebasedFeatureNorm(nn.Module):
@@ -52,8 +57,7 @@ class RebasedFeatureMap(nn.Module):
 
 
 def _attend(
-    config: RebasedConfig,
-    layer_idx: int,
+    layer: "RebasedLinearAttention | RebasedMappedAttention",
     inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     *,
     attention_mask: torch.Tensor | None,
@@ -61,18 +65,18 @@ def _attend(
     past_key_values: RebasedCache | None,
 ) -> torch.Tensor:
     """Queries, keys and values (batch, seq, heads, dim) -> (batch, seq, num_attention_heads, head_dim); keeps the state."""
-    attention = rebased_attention if config.kernel == "rebased" else taylor_attention
-    out: Any = attention(
+    out: Any = layer.attention(
         *inputs,
-        eps=config.attention_eps,
-        initial_state=None if past_key_values is None else past_key_values.get_recurrent_state(layer_idx),
+        kernel=layer.config.kernel,
+        eps=layer.config.attention_eps,
+        initial_state=None if past_key_values is None else past_key_values.get_recurrent_state(layer.layer_idx),
         return_state=past_key_values is not None,
         attention_mask=attention_mask,
         segment_ids=segment_ids,
     )
     if past_key_values is not None:
         out, state = out
-        past_key_values.update_recurrent_state(state, layer_idx)
+        past_key_values.update_recurrent_state(state, layer.layer_idx)
     return out
 
 
@@ -90,6 +94,7 @@ class RebasedLinearAttention(nn.Module):
         self.o_proj = nn.Linear(heads * config.head_dim, config.hidden_size, bias=config.attention_out_bias)
         self.q_norm = RebasedFeatureNorm(config, heads)
         self.k_norm = RebasedFeatureNorm(config, groups)
+        self.attention = RebasedAttention()
 
     def forward(
         self,
@@ -105,8 +110,7 @@ class RebasedLinearAttention(nn.Module):
         q = self.q_norm(self.q_proj(hidden_states)).to(v.dtype)
         k = self.k_norm(self.k_proj(hidden_states)).to(v.dtype)
         out = _attend(
-            self.config,
-            self.layer_idx,
+            self,
             (q, k, v),
             attention_mask=attention_mask,
             segment_ids=segment_ids,
@@ -125,6 +129,7 @@ class RebasedMappedAttention(RebasedProjections):
         super().__init__(config, layer_idx)
         self.q_map = RebasedFeatureMap(config, config.num_attention_heads)
         self.k_map = RebasedFeatureMap(config, config.num_key_value_heads)
+        self.attention = RebasedAttention()
         if config.linear_attention_window:
             self.window_gate = nn.Linear(config.hidden_size, config.num_attention_heads)
 
@@ -147,8 +152,7 @@ class RebasedMappedAttention(RebasedProjections):
             beside = window_attention(query, *seen_keys, window_mask, dropout=dropout)
         v = value.transpose(1, 2)
         out = _attend(
-            self.config,
-            self.layer_idx,
+            self,
             (self.q_map(query).to(v.dtype), self.k_map(key).to(v.dtype), v),
             attention_mask=attention_mask,
             segment_ids=segment_ids,

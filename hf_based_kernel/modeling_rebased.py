@@ -323,7 +323,8 @@ class RebasedModel(RebasedPreTrainedModel):
             if past is None:
                 return None, None
             attention_mask = past.new_ones(batch_size, seq_len)
-        expected = {(batch_size, seq_len), (batch_size, seen_tokens + seq_len)}
+        # No set: a length of a traced graph has no hash.
+        expected = ((batch_size, seq_len), (batch_size, seen_tokens + seq_len))
         if not isinstance(attention_mask, torch.Tensor) or tuple(attention_mask.shape) not in expected:
             given = getattr(attention_mask, "shape", None)
             raise ValueError(
@@ -351,8 +352,8 @@ class RebasedModel(RebasedPreTrainedModel):
 
 
 def _is_readable(x: torch.Tensor) -> bool:
-    """Whether a number can be read: it would stop a traced graph, and a meta tensor has none."""
-    return not (x.is_meta or torch.compiler.is_compiling())
+    """Whether a number can be read: it would stop a traced graph, and a meta tensor has none, nor one that vmap batches."""
+    return not (x.is_meta or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 def _sequence_starts(

@@ -160,6 +160,42 @@ def taylor_attention(
     )
 
 
+class RebasedAttention(torch.nn.Module):
+    """
+    `rebased_attention` or `taylor_attention` as a layer of the `kernels` library: without parameters, so that it can take the
+    place of a model's own.
+    """
+
+    # What `kernels` asks of a layer.
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        kernel: str,
+        eps: float,
+        initial_state: torch.Tensor | None,
+        return_state: bool,
+        attention_mask: torch.Tensor | None,
+        segment_ids: torch.Tensor | None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        attention = rebased_attention if kernel == "rebased" else taylor_attention
+        return attention(
+            q,
+            k,
+            v,
+            eps=eps,
+            initial_state=initial_state,
+            return_state=return_state,
+            attention_mask=attention_mask,
+            segment_ids=segment_ids,
+        )
+
+
 def _attention(
     q: torch.Tensor,
     k: torch.Tensor,

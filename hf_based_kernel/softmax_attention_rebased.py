@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.integrations import use_kernel_forward_from_hub
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
@@ -12,16 +13,18 @@ from .cache_rebased import RebasedCache
 from .configuration_rebased import RebasedConfig
 
 
+@use_kernel_forward_from_hub("RMSNorm")
 class RebasedRMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps), times a weight, computed in float32."""
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
+        # The name that kernels from the Hub read.
+        self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.weight * F.rms_norm(hidden_states, self.weight.shape, eps=self.eps)
+        return self.weight * F.rms_norm(hidden_states, self.weight.shape, eps=self.variance_epsilon)
 
 
 class RebasedProjections(nn.Module):

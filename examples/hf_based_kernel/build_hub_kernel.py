@@ -33,11 +33,12 @@ MODULES = [
 ]
 INIT = '''"""Causal linear attention with a quadratic kernel (arXiv 2402.10644, arXiv 2402.18668)."""
 
+from . import rebased_attention_forms as layers
 from .rebased_attention_forms import rebased_attention, taylor_attention
 
 
 __version__ = "{version}"
-__all__ = ["rebased_attention", "taylor_attention"]
+__all__ = ["layers", "rebased_attention", "taylor_attention"]
 '''
 CARD = """---
 library_name: kernels

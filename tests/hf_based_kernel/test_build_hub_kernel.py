@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_based_kernel import RebasedConfig, RebasedForCausalLM
+
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "hf_based_kernel" / "build_hub_kernel.py"
 USE_KERNEL = """
@@ -27,6 +29,42 @@ for attention in (kernel.rebased_attention, kernel.taylor_attention):
 print(kernel.__version__)
 """
 
+USE_HOOK = """
+import inspect
+import sys
+
+import torch
+from transformers.utils import import_utils
+
+# transformers asks for a newer kernels than the pinned one, and for an accelerator; what comes after is as it is.
+inspect.unwrap(import_utils.is_kernels_available).__defaults__ = ("0.17", "0.19")
+import_utils.is_kernels_available.cache_clear()
+
+from transformers import AutoModelForCausalLM, KernelConfig
+from transformers.utils import kernel_config
+
+kernel_config.KERNELS_SUPPORTED_DEVICE_TYPES.append("cpu")
+
+
+def results(model, input_ids):
+    logits = model(input_ids).logits
+    grads = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+    return [logits, *grads, model.generate(input_ids, max_new_tokens=4, do_sample=False)]
+
+
+for path in {models!r}:
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    input_ids = torch.arange(18).view(2, 9)
+    expected = results(model, input_ids)
+    layers = {{"RebasedAttention": {kernel!r} + ":RebasedAttention"}}
+    model.set_use_kernels(True, KernelConfig(layers, use_local_kernel=True))
+    operation = model.model.layers[0].self_attn.attention
+    assert operation.forward.__func__.__module__.startswith("_rebased_attention_"), operation.forward
+    for got, wanted in zip(results(model, input_ids), expected, strict=True):
+        assert torch.equal(got, wanted)
+print("same")
+"""
+
 
 def build(path):
     command = [sys.executable, SCRIPT, "--output_dir", path]
@@ -41,6 +79,26 @@ def test_kernel_repository_loads_and_runs_without_the_package(tmp_path, monkeypa
 
     assert done.returncode == 0, done.stderr
     assert run_isolated(USE_KERNEL.format(path=str(tmp_path / "kernel"))).strip() == "0.1.0"
+
+
+@pytest.mark.pinned
+@pytest.mark.slow
+def test_a_checkpoint_without_the_package_takes_its_operation_from_a_kernel_repository(tmp_path, run_isolated):
+    assert build(tmp_path / "kernel").returncode == 0
+    options = {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "feature_dim": 4,
+    }
+    layers = ["linear_attention", "full_attention"]
+    for name, mix in {"rebased": {}, "mapped": {"use_feature_map": True}, "taylor": {"kernel": "taylor"}}.items():
+        config = RebasedConfig(**options, **mix, num_hidden_layers=2, layer_types=layers, initializer_range=0.3)
+        RebasedForCausalLM(config).save_pretrained(tmp_path / name)
+    models = [str(tmp_path / name) for name in ("rebased", "mapped", "taylor")]
+
+    assert run_isolated(USE_HOOK.format(models=models, kernel=str(tmp_path / "kernel"))).strip() == "same"
 
 
 @pytest.mark.slow

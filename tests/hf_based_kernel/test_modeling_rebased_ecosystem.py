@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import BeftConfig, IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, pipeline
 
@@ -198,6 +198,62 @@ def test_lora_finds_every_linear_layer(mix):
     trained = {name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
     convolutions = ("in", "out") if "conv" in model.config.layer_types else ()
     assert trained == {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down", *convolutions)}
+
+
+@pytest.mark.parametrize(
+    ("make_config", "modules"),
+    [
+        (LoraConfig, {"q_proj", "v_proj", "in_proj"}),
+        (IA3Config, {"k_proj", "v_proj", "down_proj", "in_proj"}),
+        (BeftConfig, {"v_proj", "in_proj"}),
+    ],
+    ids=["lora", "ia3", "beft"],
+)
+@mixes
+def test_an_adapter_without_named_modules_takes_those_of_a_llama_and_the_convolutions(make_config, modules, mix):
+    base, input_ids = tiny_model(**mix), tokens(2, 10)
+    there = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+    model = get_peft_model(base, make_config())
+    model(input_ids=input_ids, labels=input_ids).loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    assert {
+        part for name in trained for part in name.split(".") if part in there and part.endswith("_proj")
+    } == modules & there
+    model.eval().generate(input_ids=input_ids, max_new_tokens=2, do_sample=False)
+
+
+def test_transformers_own_adapters_need_no_named_modules():
+    model, input_ids = tiny_model(), tokens(2, 10)
+    expected = model(input_ids).logits
+    model.add_adapter(LoraConfig(init_lora_weights=False))
+    assert not torch.allclose(model(input_ids).logits, expected)
+    model.disable_adapters()
+    assert torch.equal(model(input_ids).logits, expected)
+
+
+def test_a_prefix_of_keys_and_values_is_refused():
+    model = get_peft_model(tiny_model(), PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="past_key_values must be a RebasedCache, got DynamicCache"):
+        model(input_ids=tokens(2, 10))
+
+
+LORA = """
+import sys
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({path!r}, trust_remote_code=True)
+assert "peft" not in sys.modules
+
+from peft import LoraConfig, get_peft_model
+
+print(sorted(get_peft_model(model, LoraConfig()).peft_config["default"].target_modules))
+"""
+
+
+@pytest.mark.slow
+def test_lora_without_named_modules_works_on_code_from_the_hub_and_loaded_before_peft(tmp_path, run_isolated):
+    tiny_model().save_pretrained(tmp_path / "model")
+    assert "['in_proj', 'q_proj', 'v_proj']" in run_isolated(LORA.format(path=str(tmp_path / "model")))
 
 
 # Pinned: torch 2.8 fails inside its own tracing.
