@@ -258,15 +258,44 @@ def test_lora_without_named_modules_works_on_code_from_the_hub_and_loaded_before
 
 # Pinned: torch 2.8 fails inside its own tracing.
 @pytest.mark.parametrize("strict", [pytest.param(False, marks=pytest.mark.pinned), True])
+@pytest.mark.parametrize("masked", [False, True])
 @mixes
-def test_a_model_that_trains_is_exported_with_any_length(strict, mix):
-    model, length = tiny_model(**mix), torch.export.Dim("length", min=2, max=512)
-    options = {"dynamic_shapes": {"input_ids": {1: length}, "use_cache": None}, "strict": strict}
-    exported = torch.export.export(model, (tokens(1, 30),), {"use_cache": False}, **options).module()
-    for seq_len in (2, 100, 300):
-        input_ids = tokens(1, seq_len)
-        got = exported(input_ids, use_cache=False).logits
-        torch.testing.assert_close(got, model(input_ids).logits, rtol=1e-4, atol=1e-5)
+def test_a_model_that_trains_is_exported_with_any_batch_and_length(strict, masked, mix):
+    model = tiny_model(**mix)
+    shape = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=2, max=512)}
+    shapes = {"input_ids": shape, "use_cache": None, **({"attention_mask": shape} if masked else {})}
+
+    def arguments(rows, seq_len):
+        # A quarter of the first row is padding on the left.
+        mask = (torch.arange(seq_len) >= torch.tensor([seq_len // 4] + [0] * (rows - 1))[:, None]).long()
+        return (tokens(rows, seq_len),), {"use_cache": False, **({"attention_mask": mask} if masked else {})}
+
+    exported = torch.export.export(model, *arguments(2, 30), dynamic_shapes=shapes, strict=strict).module()
+    for rows, seq_len in ((1, 2), (3, 100), (2, 300)):
+        inputs, options = arguments(rows, seq_len)
+        got, expected = exported(*inputs, **options).logits, model(*inputs, **options).logits
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@mixes
+def test_vmap_over_the_model_gives_each_rows_gradients(masked, mix):
+    # On padding, transformers' SDPA mask reads numbers, which vmap has not.
+    model, input_ids = tiny_model(**mix, attn_implementation="eager" if masked else "sdpa"), tokens(3, 12)
+    mask = torch.ones_like(input_ids)
+    mask[0, :4] = mask[2, 9:] = 0
+
+    def loss(parameters, row, row_mask):
+        options = {"labels": row[None], "use_cache": False, **({"attention_mask": row_mask[None]} if masked else {})}
+        return torch.func.functional_call(model, parameters, (row[None],), options).loss
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    got = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, input_ids, mask)
+    for i in range(3):
+        options = {"attention_mask": mask[i : i + 1]} if masked else {}
+        expected = gradients(model, input_ids[i : i + 1], use_cache=False, **options)
+        # The same sums in another order.
+        assert_close({name: x[i] for name, x in got.items()}, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
