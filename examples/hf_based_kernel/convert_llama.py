@@ -199,7 +199,7 @@ def main():
     model = distill(arguments, teacher, tokenizer, weights, rows, layers)
     if not PartialState().is_main_process:
         return
-    left = {name: spread(values) for name, values in fidelity(model, teacher, held_out, 0).items()}
+    left = {name: spread(values) for name, values in fidelity(model, teacher, held_out, arguments.window).items()}
     lines = [
         f"Converted:  layers {' '.join(map(str, sorted(layers)))} of {teacher.config.num_hidden_layers}, "
         f"{arguments.transfer_steps} and {arguments.distill_steps} steps of {arguments.batch_size * arguments.seq_len} tokens of "

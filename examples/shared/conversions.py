@@ -122,18 +122,20 @@ def recall_hits(row: torch.Tensor, window: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fidelity(model: Any, teacher: Any, texts: torch.Tensor, window: int) -> dict[str, list[torch.Tensor]]:
+def fidelity(
+    model: Any, teacher: Any, texts: torch.Tensor, window: int, *, windows_alone: bool = False
+) -> dict[str, list[torch.Tensor]]:
     """
     texts: (texts, seq)
 
     Returns:
         For each text: `perplexity`, `kl` (of the teacher's next token from the model's, nats), `agreement` (share of tokens with
         the same most likely next token) and `recall` (share right of `recall_hits`; not a number without any); and for each
-        of some random sequences, `copying`: the share right when it comes a second time. With a window, the same once more as
-        `window only, …`.
+        of some random sequences, `copying`: the share right when it comes a second time. With `windows_alone`, the same once more
+        as `window only, …`.
     """
     device, found = next(teacher.parameters()).device, defaultdict(list)
-    variants = {"": nullcontext, **({"window only, ": partial(window_only, model)} if window else {})}
+    variants = {"": nullcontext, **({"window only, ": partial(window_only, model)} if windows_alone else {})}
     for row in texts.to(device):
         expected = log_probabilities(teacher, row)
         hits = recall_hits(row.cpu(), window).to(device)

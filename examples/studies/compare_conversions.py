@@ -68,7 +68,8 @@ def one_more_each_time(arguments, teacher, weights, order, held_out):
 
 def measure(arguments, teacher, tokenizer, model, held_out):
     number = model.config.layer_types.count("linear_attention")
-    measured = fidelity(model, teacher, held_out, arguments.window if number else 0)
+    alone = bool(number and arguments.window)
+    measured = fidelity(model, teacher, held_out, arguments.window, windows_alone=alone)
     measured = {name: spread(values) for name, values in measured.items()}
     return {"replaced": number, **measured, "answer": answer(model, tokenizer, example.QUESTION)}
 
@@ -116,7 +117,7 @@ def plot(results, curves, path):
     left.set_ylabel("KL(teacher ‖ model), nats a token")
     right.set_ylabel("share that is right")
     for axes in (left, right):
-        axes.legend()
+        axes.legend(fontsize="small", framealpha=0.6)
     figure.savefig(path, dpi=110)
 
 

@@ -197,7 +197,8 @@ def test_lora_finds_every_linear_layer(mix):
     model(tokens(2, 10), labels=tokens(2, 10)).loss.backward()
     trained = {name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
     convolutions = ("in", "out") if "conv" in model.config.layer_types else ()
-    assert trained == {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down", *convolutions)}
+    gates = {"window_gate"} if model.config.linear_attention_window else set()
+    assert trained == {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down", *convolutions)} | gates
 
 
 @pytest.mark.parametrize(
