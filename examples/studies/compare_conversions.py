@@ -7,7 +7,7 @@
 
 Trains as `hf_based_kernel/convert_llama.py` does, with its options: stage 1 once, then a model for each number of layers. After
 stage 1 alone every number of layers is measured too. An interrupted run goes on where it stopped if the same command is given
-again.
+again, and a model that is there is not trained again for another list.
 """
 
 import argparse
