@@ -9,7 +9,7 @@ model, on text that was not harvested.
 
     accelerate launch examples/studies/compare_objectives.py --preset minutes
 
-`minutes` reads SmolLM2-135M layer 9. `larger` and `hours` have twice and four times the latents and three and ten times
+`minutes` reads SmolLM2-135M layer 9. `larger` and `hours` have twice and four times the latents and three and seven times
 the tokens, at layers 21 and 9, and fewer dictionaries of one budget. `paper` has the sizes of arXiv 2505.24473
 (Gemma-2-2B layer 12, 65,536 latents; 50M tokens, not its 1B) and is for a GPU with 250 GB of disk. `synthetic` plants
 known features and needs no language model. An interrupted run goes on where it stopped if the same command is given
@@ -79,13 +79,13 @@ PRESETS = {
     },
     "hours": {
         "learning_rate": 2e-3,
-        "steps": 3000,
+        "steps": 2000,
         "batch_size": 512,
         "model": DEMO_MODEL_NAME,
         "layer": 9,
         "dataset": None,
         "dtype": "float32",
-        "tokens": 1_500_000,
+        "tokens": 1_000_000,
         "eval_tokens": 16_384,
         "spliced_tokens": 2000,
         "d_sae": 16_384,
