@@ -7,15 +7,18 @@ and the paper's 150M model beside a Llama of its size.
     python examples/benchmarks/rebased_decoding.py --output outputs/rebased_decoding.md
 
 Every model runs in a process of its own, in turns, on one thread; a number is the median over rounds of CPU time. Weights are
-random: the time does not depend on them. So are the keys and values of the context.
+random: the time does not depend on them. So are the keys and values of the context. In brackets the time over its floor, which
+is reading the weights and the cache once, as fast as a product of a matrix and a vector reads.
 """
 
 import argparse
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -136,24 +139,42 @@ def contest(name, context, batch_size, tokens):
     take_turns(lambda: decode, warm_up=1)
 
 
-def cache_sizes(name):
-    """Bytes of a sequence's cache: what it always has, and what each token adds."""
+@torch.inference_mode()
+def read_rate():
+    """Bytes per second of CPU time that products of matrices and a vector read, one thread, out of what no cache holds."""
+    torch.set_num_threads(1)
+    matrices, vector = torch.randn(12, 3072, 4096), torch.randn(1, 4096)
+    seconds = []
+    for _ in range(5):
+        started = time.process_time()
+        for matrix in matrices:
+            F.linear(vector, matrix)
+        seconds.append(time.process_time() - started)
+    return matrices.nbytes / min(seconds)
+
+
+def sizes_of(name):
+    """Bytes of the weights, and of a sequence's cache: what it always has, and what each token adds."""
     model, cache = prepare(name, 1, 1)
     kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * model.config.num_hidden_layers
     each = kinds.count("full_attention") * 2 * model.config.num_key_value_heads * model.config.head_dim * 4
-    return cache_bytes(cache) - each, each
+    return sum(x.nbytes for x in model.parameters()), cache_bytes(cache) - each, each
 
 
-def measure(arguments, sizes, context, batch_size):
-    """Name → tokens per second of CPU time, none where the cache would be too large, and bytes of the cache."""
-    commands, totals = {}, {name: batch_size * (fixed + context * each) for name, (fixed, each) in sizes.items()}
+def measure(arguments, sizes, rate, context, batch_size):
+    """Cells of a row: tokens per second of CPU time and how often the floor, if the cache is not too large; its megabytes."""
+    commands, totals = {}, {name: batch_size * (fixed + context * each) for name, (_, fixed, each) in sizes.items()}
     for name, total in totals.items():
         if total <= arguments.most_cache_gib * 2**30:
             given = ["--contestant", name, str(context), str(batch_size), "--tokens", str(arguments.tokens)]
             commands[name] = [sys.executable, __file__, *given]
     answers = medians_in_turns(commands, arguments.rounds)
-    rates = {name: 1000 * arguments.tokens * batch_size / answers[name]["cpu_ms"] for name in answers}
-    return {name: (rates.get(name), total) for name, total in totals.items()}
+    for name, total in totals.items():
+        cell = "not run"
+        if name in answers:
+            seconds, floor = answers[name]["cpu_ms"] / 1000 / arguments.tokens, (sizes[name][0] + total) / rate
+            cell = f"{batch_size / seconds:.1f} ({seconds / floor:.1f}×)"
+        yield f"{cell} | {total / 1e6:,.1f}"
 
 
 def main():
@@ -163,17 +184,18 @@ def main():
         contest(name, int(context), int(batch_size), arguments.tokens)
         return
     cells = [(batch_size, context) for batch_size in arguments.batch_sizes for context in arguments.contexts]
+    rate = read_rate()
     lines = [
-        f"{machine()}; torch {torch.__version__}, float32, one thread, CPU time; {arguments.rounds} rounds of {arguments.tokens} tokens",
+        f"{machine()}, reads {rate / 1e9:.1f} GB/s; torch {torch.__version__}, float32, one thread, CPU time; "
+        f"{arguments.rounds} rounds of {arguments.tokens} tokens",
         "",
         "| batch | context | " + " | ".join(f"{name}, tokens/s | cache, MB" for name in arguments.models) + " |",
         "|---" * (2 + 2 * len(arguments.models)) + "|",
     ]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    sizes = {name: cache_sizes(name) for name in arguments.models}
+    sizes = {name: sizes_of(name) for name in arguments.models}
     for batch_size, context in tqdm(cells):
-        found = measure(arguments, sizes, context, batch_size).values()
-        row = [f"{f'{rate:.1f}' if rate else 'not run'} | {total / 1e6:,.1f}" for rate, total in found]
+        row = measure(arguments, sizes, rate, context, batch_size)
         lines.append(f"| {batch_size} | {context:,} | {' | '.join(row)} |")
         # Written after every row, so that a run that is cut short keeps them.
         arguments.output.write_text("\n".join(lines) + "\n")
