@@ -157,6 +157,22 @@ def fidelity(
     return dict(found)
 
 
+@torch.no_grad()
+def divergence_by_stretch(model: Any, teacher: Any, texts: torch.Tensor, seq_len: int) -> list[list[torch.Tensor]]:
+    """
+    texts: (texts, tokens)
+
+    Returns:
+        For each stretch of `seq_len` tokens of the texts, after all that comes before it in its text: the KL divergence of the
+        teacher's next token from the model's in each text, nats a token.
+    """
+    found = []
+    for row in texts.to(next(teacher.parameters()).device):
+        both = zip(log_probabilities(model, row).split(seq_len), log_probabilities(teacher, row).split(seq_len))
+        found.append([divergence(log_probs, expected) for log_probs, expected in both])
+    return [list(stretch) for stretch in zip(*found)]
+
+
 def log_probabilities(model: torch.nn.Module, row: torch.Tensor) -> torch.Tensor:
     """(seq) -> (seq - 1, vocab_size), of the next tokens"""
     return model(row[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
@@ -207,8 +223,8 @@ def train(arguments, trainer_class, model, rows, folder, steps, learning_rate, t
     return [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def read_rows(arguments, tokenizer):
-    """Rows (rows, seq_len) to train on, one row of each text held out, and what the text is called."""
+def read_rows(arguments, tokenizer, held_out_rows=1):
+    """Rows (rows, seq_len) to train on, so many rows in a row of each text held out, and what the text is called."""
     texts, name = read_texts(arguments, arguments.seed)
     steps = max(arguments.transfer_steps, arguments.distill_steps)
     # Several times what is needed: out of many texts, not all rows of a few.
@@ -217,16 +233,19 @@ def read_rows(arguments, tokenizer):
     for text in texts:
         ids = tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
         rows = [ids[i : i + arguments.seq_len] for i in range(0, len(ids) - arguments.seq_len + 1, arguments.seq_len)]
-        if rows and len(held_out) < arguments.eval_texts:
-            held_out.append(rows[len(rows) // 2])
+        if len(rows) >= held_out_rows and len(held_out) < arguments.eval_texts:
+            # From the middle: the first rows of a text are often not of its kind.
+            first = (len(rows) - held_out_rows + 1) // 2
+            held_out.append(sum(rows[first : first + held_out_rows], []))
         else:
             train += rows
         if len(train) >= wanted:
             break
     if len(held_out) < arguments.eval_texts or not train:
         raise SystemExit(
-            f"{name} has {len(held_out)} texts for --eval_texts {arguments.eval_texts} and {len(train)} rows besides of "
-            f"--seq_len {arguments.seq_len} tokens; give more text or lower these"
+            f"{name} has {len(held_out)} texts of {held_out_rows * arguments.seq_len} tokens for --eval_texts "
+            f"{arguments.eval_texts}, and {len(train)} rows besides of --seq_len {arguments.seq_len} tokens; give more text "
+            "or lower these"
         )
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(arguments.seed))
     return torch.tensor(train)[order], torch.tensor(held_out), name

@@ -1,18 +1,20 @@
 # /// script
-# dependencies = ["hf_based_kernel", "accelerate", "matplotlib"]
+# dependencies = ["hf_based_kernel", "accelerate", "lm-eval", "matplotlib"]
 # ///
 """Replace more and more of a Llama's attention, and measure how much of the teacher is left and how much of that is the window.
 
     accelerate launch examples/studies/compare_conversions.py --preset hour --replace 4 15 30
 
 Trains as `hf_based_kernel/convert_llama.py` does, with its options: stage 1 once, then a model for each number of layers. After
-stage 1 alone every number of layers is measured too. An interrupted run goes on where it stopped if the same command is given
+stage 1 alone every number of layers is measured too. With --lm_eval, lm-eval scores each model on a task that is made of the
+texts held out, the last words of their sentences (it is in OUTPUT_DIR/tasks). An interrupted run goes on where it stopped if the same command is given
 again, and a model that is there is not trained again for another list.
 """
 
 import argparse
 import contextlib
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -28,7 +30,7 @@ from hf_based_kernel import RebasedForCausalLM
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 sys.path.append(str(Path(__file__).parents[1] / "hf_based_kernel"))
 import convert_llama as example
-from conversions import AttentionTransfer, answer, fidelity, read_rows, spread, window_only
+from conversions import AttentionTransfer, answer, divergence_by_stretch, fidelity, read_rows, spread, window_only
 
 
 COLUMNS = {
@@ -39,6 +41,17 @@ COLUMNS = {
     "copying": ("copied, %", 100, 1),
 }
 VARIANTS = ("", "window only, ")
+LAST_WORD = """task: last_word
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{text}}}}"
+doc_to_target: "{{{{' ' + word}}}}"
+metric_list:
+  - metric: acc
+  - metric: perplexity
+"""
 
 
 def parse_arguments():
@@ -46,7 +59,16 @@ def parse_arguments():
     example.add_options(parser)
     parser.set_defaults(output_dir=Path("outputs/compare_conversions"))
     parser.add_argument("--replace", type=int, nargs="+", default=[4, 15, 30], help="numbers of layers (4 15 30)")
+    parser.add_argument(
+        "--long_rows",
+        type=int,
+        default=4,
+        help="held-out rows of --seq_len after one another that are read at once (4)",
+    )
+    parser.add_argument("--lm_eval", action="store_true", help="score every model with lm-eval too")
     arguments = example.complete(parser, parser.parse_args())
+    if arguments.long_rows < 1:
+        parser.error(f"--long_rows must be at least 1, got {arguments.long_rows}")
     arguments.numbers, arguments.replace = sorted(arguments.replace), max(arguments.replace)
     return arguments
 
@@ -66,12 +88,52 @@ def one_more_each_time(arguments, teacher, weights, order, held_out):
     return json.loads(path.read_text())
 
 
-def measure(arguments, teacher, tokenizer, model, held_out):
+def measure(arguments, teacher, tokenizer, model, long_texts):
     number = model.config.layer_types.count("linear_attention")
     alone = bool(number and arguments.window)
+    held_out = long_texts[:, : arguments.seq_len]
     measured = fidelity(model, teacher, held_out, arguments.window, windows_alone=alone)
-    measured = {name: spread(values) for name, values in measured.items()}
-    return {"replaced": number, **measured, "answer": answer(model, tokenizer, example.QUESTION)}
+    found = {"replaced": number, **{name: spread(values) for name, values in measured.items()}}
+    if number:
+        stretches = divergence_by_stretch(model, teacher, long_texts, arguments.seq_len)
+        found["kl_by_stretch"] = [spread(values) for values in stretches]
+    if arguments.lm_eval:
+        found["lm_eval"] = score_last_words(arguments, tokenizer, model, held_out)
+    return {**found, "answer": answer(model, tokenizer, example.QUESTION)}
+
+
+def score_last_words(arguments, tokenizer, model, held_out):
+    """lm-eval's accuracy and perplexity at the last words of sentences, as in LAMBADA."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    folder = arguments.output_dir / "tasks"
+    folder.mkdir(exist_ok=True)
+    documents = [
+        {"text": text[: word.start()].rstrip(), "word": word[1]}
+        for text in tokenizer.batch_decode(held_out, skip_special_tokens=True)
+        for word in re.finditer(r"\s([A-Za-z]+)[.?!]", text)
+        if word.start() > len(text) // 8
+    ]
+    if not documents:
+        raise SystemExit("--lm_eval: no sentence ends in the texts held out; give other texts, or longer --seq_len")
+    (folder / "last_word.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    (folder / "last_word.yaml").write_text(
+        LAST_WORD.format(data=json.dumps(str((folder / "last_word.jsonl").resolve())))
+    )
+    scored = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4),
+        tasks=["last_word"],
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    found = scored["results"]["last_word"]
+    return {
+        "documents": len(documents),
+        "accuracy": found["acc,none"],
+        "perplexity": found["perplexity,none"],
+    }
 
 
 def write_report(arguments, results, curves, heading):
@@ -85,6 +147,7 @@ def write_report(arguments, results, curves, heading):
                     for key, (_, factor, digits) in COLUMNS.items()
                 ]
                 lines.append(f"| {result['replaced']}{', window only' * bool(variant)} | {' | '.join(cells)} |")
+    lines += stretches_table(arguments, results) + last_words_table(results)
     lines += ["", f"Asked: {example.QUESTION}", ""]
     lines += [f"- {result['replaced']} replaced: {' '.join(result['answer'].split())}" for result in results]
     table = "\n".join(lines) + "\n"
@@ -92,6 +155,30 @@ def write_report(arguments, results, curves, heading):
     (arguments.output_dir / "results.md").write_text(table)
     plot(results, curves, arguments.output_dir / "conversion.png")
     return table
+
+
+def stretches_table(arguments, results):
+    """KL along texts that are longer than the rows that were trained on."""
+    ends = [arguments.seq_len * (i + 1) for i in range(arguments.long_rows)]
+    titles = [f"{end - arguments.seq_len + 1:,} – {end:,}" for end in ends]
+    lines = ["", f"| layers replaced | KL at tokens {' | '.join(titles)} |", "|---" * (1 + len(ends)) + "|"]
+    for result in results:
+        if "kl_by_stretch" in result:
+            cells = [f"{mean:.3f} ± {error:.3f}" for mean, error in result["kl_by_stretch"]]
+            lines.append(f"| {result['replaced']} | {' | '.join(cells)} |")
+    return lines
+
+
+def last_words_table(results):
+    """What lm-eval found, if it was asked."""
+    lines = ["", "| layers replaced | last words right, % | perplexity of them | sentences |", "|---" * 4 + "|"]
+    for result in results:
+        if "lm_eval" in result:
+            found = result["lm_eval"]
+            error = 1.96 * (found["accuracy"] * (1 - found["accuracy"]) / found["documents"]) ** 0.5
+            right = f"{100 * found['accuracy']:.1f} ± {100 * error:.1f}"
+            lines.append(f"| {result['replaced']} | {right} | {found['perplexity']:.1f} | {found['documents']} |")
+    return lines if len(lines) > 3 else []
 
 
 def plot(results, curves, path):
@@ -125,16 +212,17 @@ def main():
     arguments, started = parse_arguments(), time.time()
     example.begin(arguments)
     teacher, tokenizer = example.load_teacher(arguments, PartialState().device)
-    rows, held_out, text_name = read_rows(arguments, tokenizer)
+    rows, long_texts, text_name = read_rows(arguments, tokenizer, arguments.long_rows)
+    held_out = long_texts[:, : arguments.seq_len]
     weights = example.transfer(arguments, teacher, rows)
     order = example.order_layers(arguments, teacher, weights, held_out)
     curves = one_more_each_time(arguments, teacher, weights, order, held_out)
     same = RebasedForCausalLM.from_llama(teacher).eval()
-    results = [measure(arguments, teacher, tokenizer, same, held_out)]
+    results = [measure(arguments, teacher, tokenizer, same, long_texts)]
     del same
     for number in arguments.numbers:
         model = example.distill(arguments, teacher, tokenizer, weights, rows, order[:number])
-        results.append(measure(arguments, teacher, tokenizer, model, held_out))
+        results.append(measure(arguments, teacher, tokenizer, model, long_texts))
         if PartialState().is_main_process:
             heading = (
                 f"{text_name}; {arguments.transfer_steps} and {arguments.distill_steps} steps of {arguments.batch_size} x "

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import sys
 
 import pytest
@@ -39,7 +40,9 @@ def teacher(tmp_path, tiny_language_model):
     LlamaForCausalLM(config).save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")
     for i in range(4):
-        (tmp_path / f"text{i}.txt").write_text(" ".join(f"word{(i * 7 + j * j) % 50}" for j in range(400)))
+        (tmp_path / f"text{i}.txt").write_text(
+            " ".join(f"word{(i * 7 + j * j) % 50}{' to be.' * (j % 5 == 4)}" for j in range(400))
+        )
     return tmp_path
 
 
@@ -87,6 +90,57 @@ def test_more_and_more_layers_are_measured(study, teacher, monkeypatch):
     assert json.loads((teacher / "out" / "results.json").read_text()) == [results[0], results[2]]
 
 
+@pytest.mark.slow
+def test_lm_eval_scores_last_words_of_sentences(study, teacher, monkeypatch):
+    run(
+        study,
+        monkeypatch,
+        teacher,
+        "--window",
+        "4",
+        "--replace",
+        "2",
+        "--lm_eval",
+        "--long_rows",
+        "2",
+        "--seq_len",
+        "40",
+    )
+    results = json.loads((teacher / "out" / "results.json").read_text())
+    documents = [json.loads(line) for line in (teacher / "out" / "tasks" / "last_word.jsonl").read_text().splitlines()]
+
+    assert documents and all(document["word"] == "be" and document["text"].endswith(" to") for document in documents)
+    tokenizer = AutoTokenizer.from_pretrained(teacher / "teacher")
+    for result, folder in zip(results, ("teacher", "out/2")):
+        model = AutoModelForCausalLM.from_pretrained(teacher / folder).eval()
+        total, right = 0.0, 0
+        for document in documents:
+            length = len(tokenizer(document["text"])["input_ids"])
+            ids = torch.tensor([tokenizer(f"{document['text']} {document['word']}")["input_ids"]])
+            with torch.no_grad():
+                log_probs = model(ids).logits[0, length - 1 : -1].log_softmax(-1)
+            total += log_probs.gather(1, ids[0, length:, None]).sum().item()
+            right += torch.equal(log_probs.argmax(-1), ids[0, length:])
+        assert result["lm_eval"]["perplexity"] == pytest.approx(math.exp(-total / len(documents)), rel=1e-3)
+        assert result["lm_eval"]["accuracy"] == pytest.approx(right / len(documents))
+    assert "| 2 | " in (teacher / "out" / "results.md").read_text().split("last words right")[1]
+
+
+@torch.no_grad()
+def test_divergence_along_a_text_is_that_of_its_stretches(example, measures):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    teacher = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, initializer_range=0.3)).eval()
+    model = RebasedForCausalLM.from_llama(teacher, [0], linear_attention_window=4)
+    texts = torch.randint(50, (2, 12))
+
+    found = measures.divergence_by_stretch(model, teacher, texts, 5)
+    expected, log_probs = (m(texts).logits[:, :-1].log_softmax(-1) for m in (teacher, model))
+    each = (expected.exp() * (expected - log_probs)).sum(-1)
+    for stretch, (start, stop) in zip(found, ((0, 5), (5, 10), (10, 11)), strict=True):
+        torch.testing.assert_close(torch.stack(stretch), each[:, start:stop].mean(-1))
+
+
 @torch.no_grad()
 def test_a_layer_in_place_of_the_teachers_is_the_replaced_model(example, measures):
     torch.manual_seed(0)
@@ -107,7 +161,10 @@ def test_a_layer_in_place_of_the_teachers_is_the_replaced_model(example, measure
     ("options", "sentence"),
     [
         (("--replace", "4"), "--replace: expected 1 to 3, the layers of the model, got 4"),
-        (("--seq_len", "5000"), "texts for --eval_texts 2 and 0 rows besides of --seq_len 5000 tokens"),
+        (
+            ("--seq_len", "5000"),
+            "texts of 5000 tokens for --eval_texts 2, and 0 rows besides of --seq_len 5000 tokens",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_a_sentence(example, teacher, monkeypatch, options, sentence):
