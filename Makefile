@@ -13,7 +13,7 @@ export GOMP_SPINCOUNT := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help gpu gpu-tests gpu-rebased gpu-sae gpu-steer gpu-train demo demo-steer demo-sae demo-rebased model browser test test-lowest test-serving test-circuits test-peft quality style bench clean
+.PHONY: help gpu gpu-tests gpu-rebased gpu-sae gpu-steer gpu-train demo demo-steer demo-sae demo-rebased model browser test test-lowest test-serving test-circuits test-peft docs quality style bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -27,7 +27,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(wildcard */requirements.txt
 
 # Peers, servers and tools that only tests need: the demo does without.
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[examples,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[examples,dev,docs]"
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps sae-bench sae-probes xgboost-cpu zstandard
 	touch $@
 
@@ -142,6 +142,15 @@ quality: $(VENV)/.installed-dev  ## Lint, format check, type check, spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check --python $(VENV) --extra-search-path .
 	$(BIN)/codespell
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[examples,docs]"
+	touch $@
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(VENV)/.installed-docs  ## Build the documentation site in site/, without a network; warnings are errors
+	$(BIN)/mkdocs build --strict
+	@echo "Open site/index.html; for search: $(BIN)/mkdocs serve"
 
 bench: export OMP_NUM_THREADS := 1
 bench: model  ## Run every benchmark (about an hour without a GPU); tables in outputs/benchmarks

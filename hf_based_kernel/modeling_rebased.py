@@ -90,6 +90,8 @@ class RebasedDecoderLayer(GradientCheckpointingLayer):
 
 
 class RebasedPreTrainedModel(PreTrainedModel):
+    """What all ReBased models share: incomplete checkpoints are refused, and a model card goes to the Hub."""
+
     config: RebasedConfig
     config_class = RebasedConfig
     base_model_prefix = "model"

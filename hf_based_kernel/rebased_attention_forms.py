@@ -76,7 +76,7 @@ def rebased_attention(
     r"""
     ReBased attention (arXiv 2402.10644, section 3), linear in the sequence length:
 
-    out_i = Σ_{j≤i} w_ij v_j / (Σ_{j≤i} w_ij + eps),    w_ij = scale² ((q_i·k_j)² + 1e-4 |q_i|² |k_j|²)
+        out_i = Σ_{j≤i} w_ij v_j / (Σ_{j≤i} w_ij + eps),    w_ij = scale² ((q_i·k_j)² + 1e-4 |q_i|² |k_j|²)
 
     The second term is not the paper's. It keeps the output within the values, and its gradient exact, where a query is
     nearly orthogonal to all keys: float32 sums of products would leave rounding of either sign in the place of (q·k)².

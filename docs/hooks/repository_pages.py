@@ -1,0 +1,57 @@
+"""Files outside docs/ that pages link to become pages of the site, so that one set of links serves both readers."""
+
+import os
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+
+REPOSITORY = Path(__file__).parents[2]
+LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(?=[)#])")
+
+
+def place_on_site(path: str) -> str:
+    """Where a file of the repository stands among the sources of the site; code is shown on a page of its own."""
+    if path.startswith("docs/"):
+        return path.removeprefix("docs/")
+    return path if path.endswith(".md") else f"{path}.md"
+
+
+def linked_files(path: str) -> dict[str, str]:
+    """The relative links in a Markdown file of the repository that lead to a file, and this file's path."""
+    links = {
+        link: os.path.normpath(Path(path).parent / link) for link in LINK.findall((REPOSITORY / path).read_text())
+    }
+    return {link: target for link, target in links.items() if (REPOSITORY / target).is_file()}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    pages = ["README.md", *(f"docs/{file.src_uri}" for file in files.documentation_pages())]
+    for path in pages:
+        if path.endswith(".md"):
+            pages += [target for target in linked_files(path).values() if target not in pages]
+    for path in pages:
+        if not path.startswith("docs/"):
+            text = (REPOSITORY / path).read_text()
+            content = text if path.endswith(".md") else f"# {path}\n\n```{Path(path).suffix[1:]}\n{text}```\n"
+            files.append(File.generated(config, place_on_site(path), content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
+    """The page with its links to files of the repository turned into links to their pages."""
+    place = page.file.src_uri
+    path = place if page.file.generated_by else f"docs/{place}"
+    if not (REPOSITORY / path).is_file():
+        return markdown
+    targets = linked_files(path)
+    folder = Path(place).parent
+
+    def rewrite(link: re.Match) -> str:
+        target = targets.get(link[0])
+        return os.path.relpath(place_on_site(target), folder) if target else link[0]
+
+    return LINK.sub(rewrite, markdown)
