@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from tqdm import tqdm
 from transformers.utils import logging
 
 from .analysis import lens_table, logit_lens, plot_statistics, statistics_table, vector_statistics
+from .report import SCALES, adapter_report, add_to_card, read_completions, report_steps, write_report
 from .serving.base_model import (
     load_base_model,
     load_steered_model,
@@ -28,7 +30,7 @@ from .serving.gguf import export_control_vector, export_gguf
 from .serving.other_servers import export_easysteer, export_hotwire
 from .serving.routes import adapter_routes, routes_table
 from .serving.stock_checkpoint import bias_ready_checkpoint, export_stock_checkpoint
-from .vectors import load_vectors, unwrap
+from .vectors import load_vectors, steering_vectors, unwrap
 from .whole_files import check_empty_folder
 
 
@@ -40,6 +42,9 @@ examples:
 
   # tokens that each layer promotes and suppresses; loads the base model too
   bias-steer lens outputs/steer --reading cosine --top_k 8
+
+  # what it is and does, in one folder: Markdown, plots, JSON; rows are {"prompt": …, "completion": …}, the first file's what it is for
+  bias-steer report outputs/steer --data held-out.jsonl other-task.jsonl --output outputs/report --card
 
   # which servers give its answers exactly, and why the others do not; reads the config of the base model
   bias-steer routes outputs/steer
@@ -84,6 +89,30 @@ def lens(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(unwrap(model).name_or_path or args.adapter)
     lenses = logit_lens(model, tokenizer, top_k=args.top_k)
     _show(args, [asdict(layer) for layer in lenses], lens_table(lenses, args.reading, shown=args.top_k))
+
+
+def report(args: argparse.Namespace) -> None:
+    data = {Path(file).stem: read_completions(file, args.rows) for file in args.data}
+    if len(data) < len(args.data):
+        raise ValueError(f"expected files of different names, which name the data sets, got {' '.join(args.data)}")
+    other = load_vectors(args.compare_to, skip_modules=True) if args.compare_to else None
+    model = load_steered_model(args.adapter, args.base_model)
+    tokenizer = load_tokenizer(unwrap(model).name_or_path or args.adapter)
+    layers = len(steering_vectors(model))
+    with tqdm(desc="report", total=report_steps(layers, len(data), args.group_size, len(args.scales))) as bar:
+        found = adapter_report(
+            model,
+            tokenizer,
+            data,
+            group_size=args.group_size,
+            scales=tuple(args.scales),
+            top_k=args.top_k,
+            other=other,
+            on_step=bar.update,
+        )
+    print(write_report(found, args.output, title=args.adapter))
+    if args.card:
+        add_to_card(found, args.adapter, args.output)
 
 
 def export(args: argparse.Namespace) -> None:
@@ -175,10 +204,11 @@ def _show(args: argparse.Namespace, data: Any, table: Any) -> None:
 def _parser() -> argparse.ArgumentParser:
     form: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXAMPLES}
     parser = argparse.ArgumentParser(prog="bias-steer", description=__doc__, **form)
-    commands = parser.add_subparsers(required=True, metavar="inspect | lens | routes | export | run")
+    commands = parser.add_subparsers(required=True, metavar="inspect | lens | report | routes | export | run")
     summaries = {
         inspect: "norms, rank and similarity of the vectors (reads the adapter alone)",
         lens: "tokens that each layer's vector promotes and suppresses",
+        report: "what it is and does: vectors, dose, tokens, gains by scale, layer and data set; Markdown and plots",
         routes: "ways to serve it: which are exact, and why the others are not",
         export: "write the steered model, or the vectors, for other software",
         run: "run a Python program that loads it, without a line of code in that program",
@@ -188,15 +218,16 @@ def _parser() -> argparse.ArgumentParser:
         subparser = commands.add_parser(function.__name__, help=summary, description=summary, **form)
         subparser.set_defaults(run=function)
         subparsers[function] = subparser
-    for function in (inspect, lens, routes, export):
+    for function in (inspect, lens, report, routes, export):
         help_text = "folder or Hub id of the adapter (of the base model for bias-ready)"
         subparsers[function].add_argument("adapter", help=help_text)
     for function in (inspect, lens, routes):
         subparsers[function].add_argument("--json", action="store_true", help="print JSON instead of a table")
-    for function in (lens, routes, export):
+    for function in (lens, report, routes, export):
         subparsers[function].add_argument("--base_model", help="base model, if not the one the adapter names")
     subparsers[inspect].add_argument("--plot", metavar="FILE", help="draw the numbers into this image file")
     _add_lens_options(subparsers[lens])
+    _add_report_options(subparsers[report])
     _add_export_options(subparsers[export])
     subparsers[run].add_argument("-m", dest="module", action="store_true", help="the target is a module")
     subparsers[run].add_argument("target", help="module, command or script")
@@ -212,6 +243,19 @@ def _add_lens_options(parser: argparse.ArgumentParser) -> None:
         default="raw",
         help="rank by what the vector adds to the logits, by cosine, or through the final norm (default: raw)",
     )
+
+
+def _add_report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", nargs="+", required=True, metavar="FILE", help="JSON Lines: prompt and completion, or text"
+    )
+    parser.add_argument("--output", required=True, help="folder to write into")
+    parser.add_argument("--rows", type=int, help="the first so many of each file (default: all)")
+    parser.add_argument("--group_size", type=int, default=5, help="layers that are left out together (default: 5)")
+    parser.add_argument("--scales", nargs="+", type=float, default=SCALES, help="factors of the vectors")
+    parser.add_argument("--top_k", type=int, default=6, help="tokens per layer and direction (default: 6)")
+    parser.add_argument("--compare_to", metavar="ADAPTER", help="another adapter, for the cosine of the vectors")
+    parser.add_argument("--card", action="store_true", help="put the report into the adapter's README.md too")
 
 
 def _add_export_options(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,178 @@
+"""The report of an adapter: its numbers against ones worked out by another way, its files, the card, bad input."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_bias_steer import BiasSteerConfig, set_steering_vectors, steering_vectors
+from peft_bias_steer.analysis import residual_ratios
+from peft_bias_steer.cli import main
+from peft_bias_steer.report import adapter_report, completion_log_probs, read_completions, report_steps
+
+
+ROWS = [
+    {"prompt": "one and", "completion": " two"},
+    {"prompt": "three", "completion": " is more"},
+    {"text": "so it is"},
+]
+OTHER = [{"prompt": "a", "completion": "bc"}, {"prompt": "d", "completion": "e"}]
+
+
+@pytest.fixture
+def tokenizer(tiny_language_model):
+    return AutoTokenizer.from_pretrained(tiny_language_model)
+
+
+@pytest.fixture
+def model(tiny_language_model):
+    torch.manual_seed(0)
+    config = BiasSteerConfig(init_weights=False, task_type="CAUSAL_LM")
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_language_model), config).eval()
+
+
+@torch.no_grad()
+def mean_log_prob(model, prompt_ids, completion_ids):
+    """One token at a time."""
+    total, ids = 0.0, list(prompt_ids)
+    for token in completion_ids:
+        total += model(input_ids=torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)[token].item()
+        ids.append(token)
+    return total / len(completion_ids)
+
+
+def test_log_probabilities_are_those_of_a_loop_over_the_tokens(model, tokenizer):
+    encode = lambda text: tokenizer(text)["input_ids"]  # noqa: E731
+    text = encode("so it is")
+    expected = [
+        mean_log_prob(model, encode("one and"), encode(" two")),
+        mean_log_prob(model, encode("three"), encode(" is more")),
+        mean_log_prob(model, text[:1], text[1:]),
+    ]
+
+    torch.testing.assert_close(
+        completion_log_probs(model, tokenizer, ROWS), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_messages_go_through_the_chat_template(model, tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    row = {"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "you"}]}
+    plain = {"prompt": "<user>hi;<assistant>", "completion": "you;"}
+
+    chat, text = completion_log_probs(model, tokenizer, [row, plain])
+
+    assert chat == pytest.approx(text.item())
+
+
+def test_gains_are_differences_of_the_same_completions(model, tokenizer):
+    vectors, steps = steering_vectors(model), []
+    report = adapter_report(
+        model,
+        tokenizer,
+        {"task": ROWS, "other": OTHER},
+        group_size=1,
+        scales=(0.0, 0.5, 1.0),
+        other={0: -vectors[0]},
+        on_step=lambda: steps.append(1),
+    )
+
+    with model.disable_adapter():
+        base = completion_log_probs(model, tokenizer, ROWS)
+    for kept, gain, error in (
+        ((0, 1), report.gains["task"].mean, report.gains["task"].error),
+        ((0, 1), report.scales[1.0].mean, report.scales[1.0].error),
+        ((0,), report.ablation.kept[0], report.errors["kept"][0]),
+        ((1,), report.ablation.left_out[0], report.errors["left_out"][0]),
+    ):
+        set_steering_vectors(model, {i: v if i in kept else 0 * v for i, v in vectors.items()})
+        difference = completion_log_probs(model, tokenizer, ROWS) - base
+        assert gain == pytest.approx(difference.mean().item())
+        assert error == pytest.approx(1.96 * difference.std().item() / math.sqrt(3))
+    set_steering_vectors(model, vectors)
+    model.base_model.set_scale("default", 0.5)
+    half = completion_log_probs(model, tokenizer, ROWS) - base
+    assert report.scales[0.5].mean == pytest.approx(half.mean().item(), rel=1e-4)
+    assert report.scales[0.0].mean == pytest.approx(0, abs=1e-6)
+    model.base_model.set_scale("default", 1.0)
+    texts = ["one and two", "three is more", "so it is"]
+    assert report.doses == pytest.approx(residual_ratios(model, tokenizer, texts))
+    assert report.cosines == pytest.approx({0: -1.0})
+    assert report.completions == {"task": 3, "other": 2}
+    assert len(steps) == report_steps(2, 2, 1, 3)
+
+
+def test_a_report_leaves_the_adapter_as_it_was_even_if_it_fails(model, tokenizer):
+    vectors, calls = steering_vectors(model), iter(range(4))
+    with pytest.raises(StopIteration):
+        adapter_report(model, tokenizer, {"task": ROWS}, on_step=lambda: next(calls))
+
+    assert all(torch.equal(vector, vectors[index]) for index, vector in steering_vectors(model).items())
+
+
+@pytest.fixture
+def files(model, tmp_path):
+    model.save_pretrained(tmp_path / "adapter")
+    for name, rows in (("task", ROWS), ("other", OTHER)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    return tmp_path
+
+
+def test_the_command_writes_text_plots_and_numbers(files, capsys):
+    data = [str(files / "task.jsonl"), str(files / "other.jsonl")]
+    main(["report", str(files / "adapter"), "--data", *data, "--output", str(files / "out"), "--rows", "2"])
+
+    text, numbers = (files / "out" / "report.md").read_text(), json.loads((files / "out" / "report.json").read_text())
+    assert capsys.readouterr().out.strip() == text.strip()
+    assert f"| task | 2 | {numbers['base']['task']:.3f} | {numbers['gains']['task']['mean']:+.3f} ± " in text
+    assert f"| 0 – 1 | {numbers['ablation']['kept'][0]:+.3f} ± " in text and "| other | 2 |" in text
+    for name in ("vectors.png", "gains.png"):
+        assert (files / "out" / name).read_bytes().startswith(b"\x89PNG") and f"({name})" in text
+
+
+def test_the_card_holds_the_last_report_once(files):
+    adapter = files / "adapter"
+    before = (adapter / "README.md").read_text()
+    for name in ("task", "other"):
+        data = ["--data", str(files / f"{name}.jsonl"), "--output", str(files / "out"), "--card"]
+        main(["report", str(adapter), *data])
+
+    after = (adapter / "README.md").read_text()
+    assert after.startswith(before.rstrip()) and after.count("## What the vectors do") == 1
+    assert "on other:" in after and "on task:" not in after
+    assert (adapter / "gains.png").exists() and (adapter / "vectors.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("{", "expected JSON in line 1 of"),
+        ("3", 'expected "prompt" and "completion", or "text", in line 1 of .*, got int'),
+        ('{"prompt": "a"}', "in line 1 of .*, got \\['prompt'\\]"),
+        ("", "expected rows with a prompt and a completion in .*, got an empty file"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path, line, sentence):
+    (tmp_path / "rows.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=sentence):
+        read_completions(tmp_path / "rows.jsonl")
+
+
+def test_what_cannot_be_measured_is_refused(model, tokenizer, files):
+    with pytest.raises(ValueError, match="at least one token in the prompt and in the completion"):
+        completion_log_probs(model, tokenizer, [{"prompt": "a", "completion": ""}])
+    with pytest.raises(ValueError, match="expected at least one data set, got none"):
+        adapter_report(model, tokenizer, {})
+    with pytest.raises(ValueError, match="group_size must be at least 1, got 0"):
+        adapter_report(model, tokenizer, {"task": ROWS}, group_size=0)
+    same = str(files / "task.jsonl")
+    with pytest.raises(SystemExit, match="files of different names"):
+        main(["report", str(files / "adapter"), "--data", same, same, "--output", str(files / "out")])
+    (files / "adapter" / "README.md").unlink()
+    with pytest.raises(SystemExit, match="expected the folder of an adapter with a README.md"):
+        main(["report", str(files / "adapter"), "--data", same, "--output", str(files / "out"), "--card"])
+    assert Path(files / "out" / "report.md").exists()
