@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from tqdm import tqdm
 from transformers.utils import logging
 
 from .analysis import lens_table, logit_lens, plot_statistics, statistics_table, vector_statistics
-from .report import SCALES, adapter_report, add_to_card, read_completions, report_steps, write_report
+from .report import SCALES, adapter_report, add_to_card, read_completions, write_report
 from .serving.base_model import (
     load_base_model,
     load_steered_model,
@@ -30,7 +29,7 @@ from .serving.gguf import export_control_vector, export_gguf
 from .serving.other_servers import export_easysteer, export_hotwire
 from .serving.routes import adapter_routes, routes_table
 from .serving.stock_checkpoint import bias_ready_checkpoint, export_stock_checkpoint
-from .vectors import load_vectors, steering_vectors, unwrap
+from .vectors import load_vectors, unwrap
 from .whole_files import check_empty_folder
 
 
@@ -98,18 +97,16 @@ def report(args: argparse.Namespace) -> None:
     other = load_vectors(args.compare_to, skip_modules=True) if args.compare_to else None
     model = load_steered_model(args.adapter, args.base_model)
     tokenizer = load_tokenizer(unwrap(model).name_or_path or args.adapter)
-    layers = len(steering_vectors(model))
-    with tqdm(desc="report", total=report_steps(layers, len(data), args.group_size, len(args.scales))) as bar:
-        found = adapter_report(
-            model,
-            tokenizer,
-            data,
-            group_size=args.group_size,
-            scales=tuple(args.scales),
-            top_k=args.top_k,
-            other=other,
-            on_step=bar.update,
-        )
+    found = adapter_report(
+        model,
+        tokenizer,
+        data,
+        group_size=args.group_size,
+        scales=tuple(args.scales),
+        top_k=args.top_k,
+        other=other,
+        show_progress=True,
+    )
     print(write_report(found, args.output, title=args.adapter))
     if args.card:
         add_to_card(found, args.adapter, args.output)

@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .analysis import (
@@ -86,6 +87,8 @@ def read_completions(path: str | os.PathLike, limit: int | None = None) -> list[
     Raises:
         ValueError: If a row is no such thing, or there is none.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"expected at least one row to read, got {limit}")
     rows = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         if limit is not None and len(rows) == limit:
@@ -158,7 +161,7 @@ def adapter_report(
     scales: tuple[float, ...] = SCALES,
     top_k: int = 6,
     other: dict[int, torch.Tensor] | None = None,
-    on_step: Callable[[], object] = lambda: None,
+    show_progress: bool = False,
 ) -> AdapterReport:
     """
     Measures an adapter by how much likelier it makes given completions, for instance right answers to held-out questions.
@@ -173,7 +176,7 @@ def adapter_report(
         scales (`tuple[float]`, *optional*): Factors of the vectors.
         top_k (`int`, *optional*, defaults to 6): Tokens of each ranking.
         other (`dict[int, torch.Tensor]`, *optional*): Vectors of another adapter to compare the directions with.
-        on_step (`Callable`, *optional*): Called after each of the [`report_steps`] measurements.
+        show_progress (`bool`, *optional*, defaults to `False`): Show a bar.
 
     Raises:
         ValueError: If there is no data, or `group_size` or `top_k` does not fit.
@@ -182,14 +185,16 @@ def adapter_report(
         raise ValueError("expected at least one data set, got none: give rows with prompts and completions")
     if group_size < 1:
         raise ValueError(f"group_size must be at least 1, got {group_size}")
-    vectors = steering_vectors(model, model.active_adapter)
+    vectors, first = steering_vectors(model, model.active_adapter), next(iter(data))
+    groups = list(_groups(list(vectors), group_size))
+    # Each data set with and without; then, of the first, each scale, and each group alone and left out, beside none and all.
+    bar = tqdm(desc="report", total=2 * len(data) + len(scales) + 2 * len(groups) + 2, disable=not show_progress)
 
     def log_probs(name: str) -> torch.Tensor:
         found = completion_log_probs(model, tokenizer, data[name])
-        on_step()
+        bar.update()
         return found
 
-    first = next(iter(data))
     with model.disable_adapter():
         without = {name: log_probs(name) for name in data}
     gains = {name: _gain(log_probs(name) - without[name]) for name in data}
@@ -207,8 +212,8 @@ def adapter_report(
         measured.append(_gain(log_probs(first) - without[first]))
         return measured[-1].mean
 
-    groups = list(_groups(list(vectors), group_size))
     ablation = layer_ablation(model, metric, model.active_adapter, groups)
+    bar.close()
     # layer_ablation asks for none and all first.
     errors = [gain.error for gain in measured[2:]]
     texts = [tokenizer.decode(_tokens_of(tokenizer, row)[1]) for row in data[first]]
@@ -224,11 +229,6 @@ def adapter_report(
         errors={"left_out": errors[: len(groups)], "kept": errors[len(groups) :]},
         cosines={} if other is None else adapter_cosines(vectors, other),
     )
-
-
-def report_steps(num_layers: int, num_data_sets: int, group_size: int, num_scales: int) -> int:
-    """How often [`adapter_report`] passes over a data set."""
-    return 2 * num_data_sets + num_scales + 2 + 2 * -(-num_layers // group_size)
 
 
 def _groups(layers: list[int], size: int) -> Iterator[list[int]]:

@@ -407,6 +407,7 @@ COMMANDS = {
     bias_steer: {
         "inspect": ["--plot"],
         "lens": ["--top_k", "--reading", "--base_model"],
+        "report": ["--data", "--output", "--rows", "--group_size", "--scales", "--top_k", "--compare_to"],
         "routes": ["--base_model"],
         "export": ["--format", "--output", "--gguf_in"],
     },

@@ -9,10 +9,10 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_bias_steer import BiasSteerConfig, set_steering_vectors, steering_vectors
+from peft_bias_steer import BiasSteerConfig, report, set_steering_vectors, steering_vectors
 from peft_bias_steer.analysis import residual_ratios
 from peft_bias_steer.cli import main
-from peft_bias_steer.report import adapter_report, completion_log_probs, read_completions, report_steps
+from peft_bias_steer.report import adapter_report, completion_log_probs, read_completions
 
 
 ROWS = [
@@ -69,25 +69,25 @@ def test_messages_go_through_the_chat_template(model, tokenizer):
     assert chat == pytest.approx(text.item())
 
 
-def test_gains_are_differences_of_the_same_completions(model, tokenizer):
-    vectors, steps = steering_vectors(model), []
-    report = adapter_report(
+def test_gains_are_differences_of_the_same_completions(model, tokenizer, capsys):
+    vectors = steering_vectors(model)
+    found = adapter_report(
         model,
         tokenizer,
         {"task": ROWS, "other": OTHER},
         group_size=1,
         scales=(0.0, 0.5, 1.0),
         other={0: -vectors[0]},
-        on_step=lambda: steps.append(1),
+        show_progress=True,
     )
 
     with model.disable_adapter():
         base = completion_log_probs(model, tokenizer, ROWS)
     for kept, gain, error in (
-        ((0, 1), report.gains["task"].mean, report.gains["task"].error),
-        ((0, 1), report.scales[1.0].mean, report.scales[1.0].error),
-        ((0,), report.ablation.kept[0], report.errors["kept"][0]),
-        ((1,), report.ablation.left_out[0], report.errors["left_out"][0]),
+        ((0, 1), found.gains["task"].mean, found.gains["task"].error),
+        ((0, 1), found.scales[1.0].mean, found.scales[1.0].error),
+        ((0,), found.ablation.kept[0], found.errors["kept"][0]),
+        ((1,), found.ablation.left_out[0], found.errors["left_out"][0]),
     ):
         set_steering_vectors(model, {i: v if i in kept else 0 * v for i, v in vectors.items()})
         difference = completion_log_probs(model, tokenizer, ROWS) - base
@@ -96,20 +96,27 @@ def test_gains_are_differences_of_the_same_completions(model, tokenizer):
     set_steering_vectors(model, vectors)
     model.base_model.set_scale("default", 0.5)
     half = completion_log_probs(model, tokenizer, ROWS) - base
-    assert report.scales[0.5].mean == pytest.approx(half.mean().item(), rel=1e-4)
-    assert report.scales[0.0].mean == pytest.approx(0, abs=1e-6)
+    assert found.scales[0.5].mean == pytest.approx(half.mean().item(), rel=1e-4)
+    assert found.scales[0.0].mean == pytest.approx(0, abs=1e-6)
     model.base_model.set_scale("default", 1.0)
     texts = ["one and two", "three is more", "so it is"]
-    assert report.doses == pytest.approx(residual_ratios(model, tokenizer, texts))
-    assert report.cosines == pytest.approx({0: -1.0})
-    assert report.completions == {"task": 3, "other": 2}
-    assert len(steps) == report_steps(2, 2, 1, 3)
+    assert found.doses == pytest.approx(residual_ratios(model, tokenizer, texts))
+    assert found.cosines == pytest.approx({0: -1.0})
+    assert found.completions == {"task": 3, "other": 2}
+    assert "report: 100%" in capsys.readouterr().err
 
 
-def test_a_report_leaves_the_adapter_as_it_was_even_if_it_fails(model, tokenizer):
-    vectors, calls = steering_vectors(model), iter(range(4))
+@pytest.mark.parametrize("passes", [3, 8])
+def test_a_report_leaves_the_adapter_as_it_was_even_if_it_fails(model, tokenizer, monkeypatch, passes):
+    vectors, left = steering_vectors(model), iter(range(passes))
+
+    def stop(*arguments):
+        next(left)
+        return completion_log_probs(*arguments)
+
+    monkeypatch.setattr(report, "completion_log_probs", stop)
     with pytest.raises(StopIteration):
-        adapter_report(model, tokenizer, {"task": ROWS}, on_step=lambda: next(calls))
+        adapter_report(model, tokenizer, {"task": ROWS}, scales=(0.5, 2.0), group_size=1)
 
     assert all(torch.equal(vector, vectors[index]) for index, vector in steering_vectors(model).items())
 
