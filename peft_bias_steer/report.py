@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -149,13 +149,14 @@ def _tokens_of(tokenizer: PreTrainedTokenizerBase, row: dict) -> tuple[int, list
         ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"], **chat)
     if not 0 < prompt < len(ids):
         raise ValueError(f"expected at least one token in the prompt and in the completion, got the row {row}")
-    return prompt, list(ids)
+    return prompt, cast(list[int], ids)
 
 
 def adapter_report(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     data: dict[str, list[dict]],
+    adapter_name: str = "default",
     *,
     group_size: int = 5,
     scales: tuple[float, ...] = SCALES,
@@ -172,6 +173,7 @@ def adapter_report(
         data (`dict[str, list[dict]]`):
             Data sets by name, each what [`read_completions`] returns: the first is what the adapter is for; on the others, gains
             say what it does elsewhere.
+        adapter_name (`str`, *optional*, defaults to `"default"`): Name of the adapter.
         group_size (`int`, *optional*, defaults to 5): Layers that are left out, or kept, together.
         scales (`tuple[float]`, *optional*): Factors of the vectors.
         top_k (`int`, *optional*, defaults to 6): Tokens of each ranking.
@@ -185,7 +187,7 @@ def adapter_report(
         raise ValueError("expected at least one data set, got none: give rows with prompts and completions")
     if group_size < 1:
         raise ValueError(f"group_size must be at least 1, got {group_size}")
-    vectors, first = steering_vectors(model, model.active_adapter), next(iter(data))
+    vectors, first = steering_vectors(model, adapter_name), next(iter(data))
     groups = list(_groups(list(vectors), group_size))
     # Each data set with and without; then, of the first, each scale, and each group alone and left out, beside none and all.
     bar = tqdm(desc="report", total=2 * len(data) + len(scales) + 2 * len(groups) + 2, disable=not show_progress)
@@ -202,25 +204,25 @@ def adapter_report(
     try:
         for scale in scales:
             scaled = {index: scale * vector for index, vector in vectors.items()}
-            set_steering_vectors(model, scaled, model.active_adapter)
+            set_steering_vectors(model, scaled, adapter_name)
             at_scale[scale] = _gain(log_probs(first) - without[first])
     finally:
-        set_steering_vectors(model, vectors, model.active_adapter)
+        set_steering_vectors(model, vectors, adapter_name)
     measured: list[Gain] = []
 
     def metric(_: PeftModel) -> float:
         measured.append(_gain(log_probs(first) - without[first]))
         return measured[-1].mean
 
-    ablation = layer_ablation(model, metric, model.active_adapter, groups)
+    ablation = layer_ablation(model, metric, adapter_name, groups)
     bar.close()
     # layer_ablation asks for none and all first.
     errors = [gain.error for gain in measured[2:]]
-    texts = [tokenizer.decode(_tokens_of(tokenizer, row)[1]) for row in data[first]]
+    texts = [str(tokenizer.decode(_tokens_of(tokenizer, row)[1])) for row in data[first]]
     return AdapterReport(
         statistics=vector_statistics(vectors),
-        doses=residual_ratios(model, tokenizer, texts, model.active_adapter),
-        lenses=logit_lens(model, tokenizer, model.active_adapter, top_k=top_k),
+        doses=residual_ratios(model, tokenizer, texts, adapter_name),
+        lenses=logit_lens(model, tokenizer, adapter_name, top_k=top_k),
         completions={name: len(rows) for name, rows in data.items()},
         base={name: values.mean().item() for name, values in without.items()},
         gains=gains,

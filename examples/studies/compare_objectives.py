@@ -4,8 +4,8 @@
 """
 Train one sparse autoencoder per objective on the same activations, with the same steps, and compare them at every
 sparsity budget: HierarchicalTopK (all budgets, powers of two only, with Matryoshka prefixes; each read by the strongest
-latents and by a threshold), TopK and BatchTopK for each budget, Matryoshka; with the first seed also inside the language
-model, on text that was not harvested.
+latents and by a threshold), TopK and BatchTopK for each budget, Matryoshka; in the larger presets TopK with an auxiliary
+loss for dead latents too; with the first seed also inside the language model, on text that was not harvested.
 
     accelerate launch examples/studies/compare_objectives.py --preset minutes
 
@@ -76,6 +76,7 @@ PRESETS = {
         "d_sae": 9216,
         "budgets": [8, 16, 32, 64],
         "separate": [8, 64],
+        "auxiliary": [8],
     },
     "hours": {
         "learning_rate": 2e-3,
@@ -91,6 +92,7 @@ PRESETS = {
         "d_sae": 16_384,
         "budgets": [8, 16, 32, 64],
         "separate": [8, 64],
+        "auxiliary": [8],
     },
     "paper": {
         "learning_rate": 1e-3,
@@ -146,6 +148,10 @@ def objectives(settings):
     return {
         "HierarchicalTopK": {"k": largest},
         **{f"TopK-{k}": {"k": k, "budgets": [k]} for k in separate},
+        **{
+            f"TopK-{k}, auxiliary loss": {"k": k, "budgets": [k], "aux_loss_coefficient": 1 / 32}
+            for k in settings.get("auxiliary", [])
+        },
         "HierarchicalTopK, powers of two": {"k": largest, "budgets": powers},
         **{f"BatchTopK-{k}": {"k": k, "budgets": [k], "selection": "batch_topk"} for k in separate},
         f"Matryoshka-{middle}": {"k": middle, "budgets": [middle], "matryoshka_prefixes": prefixes},
