@@ -344,7 +344,9 @@ def _range(group: list[int]) -> str:
 
 
 def _tokens(ranking: TokenRanking, side: str) -> str:
-    return " ".join(f"`{score.token!r}`".replace("|", "\\|") for score in getattr(ranking, side))
+    shown = (repr(score.token).replace("|", "\\|") for score in getattr(ranking, side))
+    # A token may be the mark that ends code.
+    return " ".join(f"`` {text} ``" if "`" in text else f"`{text}`" for text in shown)
 
 
 def plot_gains(report: AdapterReport, path: str | os.PathLike) -> None:
