@@ -4,6 +4,7 @@ import ast
 import html
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -77,4 +78,14 @@ def test_parameters_and_shapes_are_lists_and_classes_are_links(site):
     assert "<li><strong><code>scale</code></strong> (<code>float</code>, <em>optional</em>): Factor of every" in page
     assert re.search(
         r'Configuration of a <a [^>]*href="#hf_based_kernel.RebasedModel"><code>RebasedModel</code>', page
+    )
+
+
+def test_a_notebook_is_shown_with_its_outputs():
+    as_cell = runpy.run_path(str(REPOSITORY / "docs" / "hooks" / "repository_pages.py"))["as_cell"]
+    outputs = [{"text": ["2\n", "3\n"]}, {"data": {"text/plain": ["<Figure>"], "image/png": "iVBO\n"}}]
+
+    assert as_cell({"cell_type": "markdown", "source": ["# Title\n", "text"]}) == "# Title\ntext"
+    assert as_cell({"cell_type": "code", "source": ["print(2)\n", "print(3)"], "outputs": outputs}) == (
+        "```python\nprint(2)\nprint(3)\n```\n\n```text\n2\n3\n```\n\n![](data:image/png;base64,iVBO)"
     )
