@@ -211,4 +211,4 @@ style: $(VENV)/.installed-dev  ## Rewrite the code in the project's format
 	$(BIN)/ruff format .
 
 clean:  ## Delete the environment and everything that runs wrote
-	rm -rf $(VENV) $(OUT)
+	rm -rf $(VENV) $(OUT) dist site
