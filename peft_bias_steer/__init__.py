@@ -3,6 +3,7 @@
 from .analysis import logit_lens
 from .callback import BiasSteerFloat32Callback
 from .config import BiasSteerConfig
+from .extraction import extract_vectors, from_merged
 from .layer import BiasSteerLayer
 from .model import BiasSteerModel
 from .registration import register
@@ -12,7 +13,7 @@ from .serving.routes import serving_routes
 from .serving.stock_checkpoint import bias_ready_checkpoint, export_stock_checkpoint
 from .serving.trl import check_vllm_sync, prepare_for_vllm, sync_vectors_only
 from .serving.vllm import vllm_overrides
-from .vectors import load_vectors, set_steering_vectors, steering_vectors
+from .vectors import from_vectors, load_vectors, set_steering_vectors, steering_vectors
 
 
 __version__ = "0.1.0"
@@ -28,7 +29,10 @@ __all__ = [
     "export_gguf",
     "export_hotwire",
     "export_stock_checkpoint",
+    "extract_vectors",
     "from_control_vector",
+    "from_merged",
+    "from_vectors",
     "load_vectors",
     "logit_lens",
     "prepare_for_vllm",

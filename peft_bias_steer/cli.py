@@ -1,4 +1,7 @@
-"""The command `bias-steer`: look into a saved adapter, write it for other software, or run software that loads it."""
+"""
+The command `bias-steer`: look into a saved adapter, write it for other software, run software that loads it, or make one
+without training.
+"""
 
 import argparse
 import importlib.util
@@ -9,6 +12,7 @@ import runpy
 import shutil
 import struct
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,8 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from .analysis import lens_table, logit_lens, plot_statistics, statistics_table, vector_statistics
+from .extraction import METHODS, extract_vectors, from_merged
+from .layer import as_factor
 from .report import SCALES, adapter_report, add_to_card, read_completions, write_report
 from .serving.base_model import (
     load_base_model,
@@ -25,12 +31,12 @@ from .serving.base_model import (
     read_config,
     trained_modules,
 )
-from .serving.gguf import export_control_vector, export_gguf
+from .serving.gguf import export_control_vector, export_gguf, from_control_vector
 from .serving.other_servers import export_easysteer, export_hotwire
 from .serving.routes import adapter_routes, routes_table
 from .serving.stock_checkpoint import bias_ready_checkpoint, export_stock_checkpoint
-from .vectors import load_vectors, unwrap
-from .whole_files import check_empty_folder
+from .vectors import from_vectors, load_vectors, set_steering_vectors, steering_vectors, unwrap
+from .whole_files import check_empty_folder, whole_folder
 
 
 EXAMPLES = """
@@ -61,6 +67,13 @@ examples:
   bias-steer export outputs/steer --format easysteer --output steer.gguf
   bias-steer export outputs/steer --format hotwire --output steer.pt
 
+  # an adapter without training, from lines {"positive": "I am happy ...", "negative": "I am sad ..."}
+  bias-steer extract base --pairs pairs.jsonl --output outputs/happy
+  bias-steer extract base --pairs pairs.jsonl --method pca_center --scale 5 --output outputs/happy
+  # the vectors that were merged into a checkpoint, or those of a file that repeng or llama.cpp wrote
+  bias-steer extract base --merged steered-model --output outputs/steer
+  bias-steer extract base --control_vector happy.gguf --output outputs/happy
+
   # any Python program, which then knows this adapter type: a module, a command or a script, with its own arguments
   bias-steer run -m lm_eval --model hf --model_args pretrained=base,peft=outputs/steer --tasks gsm8k
   bias-steer run transformers serve with-adapter --port 8000
@@ -69,6 +82,8 @@ examples:
 MENDABLE = (ImportError, OSError, RuntimeError, SafetensorError, ValueError)
 # what torch raises at a file in its older format; these say nothing of the file
 DAMAGED = (EOFError, pickle.UnpicklingError, struct.error)
+# of `extract`; they go to extract_vectors as they are
+PAIR_OPTIONS = ("method", "layers_to_transform", "token", "batch_size")
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -153,6 +168,38 @@ def routes(args: argparse.Namespace) -> None:
     _show(args, [asdict(route) for route in found], routes_table(found))
 
 
+def extract(args: argparse.Namespace) -> None:
+    check_empty_folder(args.output)
+    scale = as_factor(args.scale, "--scale")
+    options = {name: value for name, value in vars(args).items() if name in PAIR_OPTIONS}
+    if args.pairs is None and options:
+        raise ValueError(f"--{next(iter(options))} is for --pairs, got it without: leave it out")
+    # once to its end, before a model is loaded
+    num_pairs = sum(1 for _ in _read_pairs(args.pairs)) if args.pairs is not None else 0
+    base = load_base_model(args.adapter).eval()
+    if args.pairs is not None:
+        tokenizer = load_tokenizer(args.adapter)
+        logging.enable_progress_bar()
+        pairs = logging.tqdm(_read_pairs(args.pairs), total=num_pairs, desc="extract", unit="pair")
+        model = from_vectors(extract_vectors(base, tokenizer, pairs, **options), base)
+    elif args.merged is not None:
+        model = from_merged(load_base_model(args.merged), base)
+    else:
+        model = from_control_vector(args.control_vector, base)
+    set_steering_vectors(model, {index: scale * vector for index, vector in steering_vectors(model).items()})
+    with whole_folder(args.output) as folder:
+        model.save_pretrained(str(folder))
+
+
+def _read_pairs(path: str) -> Iterator[Any]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"expected JSON in each line of {path}, got line {number}: {error}") from error
+
+
 def run(args: argparse.Namespace) -> None:
     """Runs a program in this process, as `python` would, once PEFT knows the adapter type."""
     if args.module:
@@ -201,13 +248,16 @@ def _show(args: argparse.Namespace, data: Any, table: Any) -> None:
 def _parser() -> argparse.ArgumentParser:
     form: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXAMPLES}
     parser = argparse.ArgumentParser(prog="bias-steer", description=__doc__, **form)
-    commands = parser.add_subparsers(required=True, metavar="inspect | lens | report | routes | export | run")
+    commands = parser.add_subparsers(
+        required=True, metavar="inspect | lens | report | routes | export | extract | run"
+    )
     summaries = {
         inspect: "norms, rank and similarity of the vectors (reads the adapter alone)",
         lens: "tokens that each layer's vector promotes and suppresses",
         report: "what it is and does: vectors, dose, tokens, gains by scale, layer and data set; Markdown and plots",
         routes: "ways to serve it: which are exact, and why the others are not",
         export: "write the steered model, or the vectors, for other software",
+        extract: "make an adapter without training: from pairs of prompts, a merged checkpoint, a control vector",
         run: "run a Python program that loads it, without a line of code in that program",
     }
     subparsers = {}
@@ -226,6 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_lens_options(subparsers[lens])
     _add_report_options(subparsers[report])
     _add_export_options(subparsers[export])
+    _add_extract_options(subparsers[extract])
     subparsers[run].add_argument("-m", dest="module", action="store_true", help="the target is a module")
     subparsers[run].add_argument("target", help="module, command or script")
     subparsers[run].add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments")
@@ -263,6 +314,27 @@ def _add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drop_first_layer", action="store_true", help="control-vector: give up the vector of layer 0"
     )
+
+
+def _add_extract_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", metavar="base_model", help="folder or Hub id of the base model")
+    parser.add_argument("--output", required=True, help="folder to write: it must be empty or not exist")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of all vectors (default: 1)")
+    sources = parser.add_mutually_exclusive_group(required=True)
+    sources.add_argument(
+        "--pairs",
+        metavar="FILE",
+        help='JSON lines with a "positive" and a "negative" prompt: texts, or lists of messages',
+    )
+    sources.add_argument("--merged", help="folder or Hub id of a checkpoint with merged vectors")
+    sources.add_argument("--control_vector", metavar="FILE", help="GGUF file of repeng or llama.cpp")
+    group = parser.add_argument_group("with --pairs", argument_default=argparse.SUPPRESS)
+    group.add_argument(
+        "--method", choices=METHODS, help="of the differences: their mean, or a component (default: mean)"
+    )
+    group.add_argument("--layers_to_transform", type=int, nargs="+", metavar="LAYER", help="layers (default: all)")
+    group.add_argument("--token", type=int, help="position that is read; negative from the end (default: -1)")
+    group.add_argument("--batch_size", type=int, help="pairs in a forward pass (default: 8)")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -60,7 +60,7 @@ class BiasSteerModel(BaseTuner):
             path, layers = find_layers(self.model, peft_config.layers_pattern)
             index = r"\d+"
             if peft_config.layers_to_transform is not None:
-                peft_config.layers_to_transform = _layer_indices(peft_config.layers_to_transform, len(layers))
+                peft_config.layers_to_transform = layer_indices(peft_config.layers_to_transform, len(layers))
                 index = f"({'|'.join(map(str, peft_config.layers_to_transform))})"
             if peft_config.target_modules is None:
                 peft_config.target_modules = f"{path}.{index}".replace(".", r"\.")
@@ -571,7 +571,13 @@ def _targets(config: BiasSteerConfig) -> tuple:
     return config.target_modules, config.layers_to_transform
 
 
-def _layer_indices(indices: int | list[int], num_layers: int) -> list[int]:
+def layer_indices(indices: int | list[int], num_layers: int) -> list[int]:
+    """
+    The layers that `layers_to_transform` names, counted from the first one, in order.
+
+    Raises:
+        ValueError: If there is none, or one does not exist.
+    """
     indices = [indices] if isinstance(indices, int) else list(indices)
     outside = [index for index in indices if not -num_layers <= index < num_layers]
     if outside or not indices:

@@ -4,7 +4,7 @@ from itertools import islice
 from typing import cast
 
 import torch
-from peft import PeftModel, PeftType
+from peft import PeftModel, PeftType, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import load_peft_weights
 from transformers import PreTrainedModel
@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from .config import BiasSteerConfig, as_index
 from .layer import BiasSteerLayer
 from .model import VECTOR, BiasSteerModel, check_saved_names, host_name
-from .residual import find_layers
+from .residual import find_layers, residual_width
 
 
-__all__ = ["check_vectors", "load_vectors", "set_steering_vectors", "steering_vectors"]
+__all__ = ["check_vectors", "from_vectors", "load_vectors", "set_steering_vectors", "steering_vectors"]
 
 
 def check_vectors(vectors: dict[int, torch.Tensor], *, num_layers: int, width: int) -> None:
@@ -87,6 +87,40 @@ def _steered_layers(config: BiasSteerConfig, saved: list[str]) -> list[str]:
     layers = (f"{path}.{index}" for index in range(last + 1 if config.num_vectors is None else 10_000))
     steered = (name for name in layers if config.target_modules is None or check_target_module_exists(config, name))
     return list(islice(steered, config.num_vectors))
+
+
+def from_vectors(
+    vectors: dict[int, torch.Tensor], model: PeftModel | PreTrainedModel, adapter_name: str = "default"
+) -> PeftModel:
+    """
+    Makes an adapter of given vectors. Layers that `vectors` does not name are not steered.
+
+    Args:
+        vectors (`dict[int, torch.Tensor]`): Vectors by index of their layer, each (hidden_size,).
+        model (`PeftModel` or `PreTrainedModel`): Model to steer; a `PeftModel` gets one more adapter.
+        adapter_name (`str`, *optional*, defaults to `"default"`): Name of the new adapter.
+
+    Returns:
+        `PeftModel`: The steered model.
+
+    Raises:
+        TypeError: If the index of a layer is no integer, or a vector no tensor of real numbers.
+        ValueError: If there is no vector, one does not fit, or the model has an adapter of this name. `model` is
+            unchanged then.
+    """
+    base = unwrap(model)
+    if not vectors:
+        raise ValueError("expected at least one vector, got none")
+    check_vectors(vectors, num_layers=len(find_layers(base)[1]), width=residual_width(base))
+    config = BiasSteerConfig(layers_to_transform=sorted(vectors))
+    if isinstance(model, PeftModel):
+        if adapter_name in model.peft_config:
+            raise ValueError(f"expected a new adapter name, got {adapter_name!r}, which the model has already")
+        model.add_adapter(adapter_name, config)
+    else:
+        model = get_peft_model(model, config, adapter_name=adapter_name)
+    set_steering_vectors(model, vectors, adapter_name)
+    return model
 
 
 def steering_vectors(model: PeftModel, adapter_name: str = "default") -> dict[int, torch.Tensor]:

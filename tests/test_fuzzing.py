@@ -31,7 +31,7 @@ from hf_hierarchical_sae import (
     steer,
 )
 from hf_hierarchical_sae.cli import main as hierarchical_sae
-from peft_bias_steer import BiasSteerConfig, set_steering_vectors, steering_vectors
+from peft_bias_steer import BiasSteerConfig, extract_vectors, set_steering_vectors, steering_vectors
 from peft_bias_steer.cli import main as bias_steer
 
 
@@ -175,6 +175,36 @@ def test_vectors_that_are_taken_are_the_vectors(llama, vectors):
             torch.testing.assert_close(after[index], torch.as_tensor(wanted), check_dtype=False)
     finally:
         model.unload()
+
+
+EXTRACT = {
+    "pairs": [{"positive": "ab", "negative": "b"}, {"positive": "a", "negative": "c"}],
+    "method": "mean",
+    "layers_to_transform": [0, 2],
+    "token": -1,
+    "batch_size": 2,
+}
+
+
+def letters(text):
+    return {"input_ids": [ord(letter) % 50 for letter in text]}
+
+
+@fuzzed(one_odd(EXTRACT, sizes))
+def test_pairs_that_are_taken_give_finite_vectors(llama, arguments):
+    vectors = outcome(lambda: extract_vectors(llama, letters, **arguments))
+
+    if vectors is not REFUSED:
+        assert vectors
+        assert all(vector.shape == (16,) and vector.isfinite().all() for vector in vectors.values())
+
+
+@fuzzed(st.fixed_dictionaries({"positive": odd_values, "negative": odd_values}), examples=40)
+def test_prompts_that_are_none_are_refused(llama, pair):
+    texts = isinstance(pair["positive"], str) and isinstance(pair["negative"], str)
+    taken = outcome(lambda: extract_vectors(llama, letters, [pair])) is not REFUSED
+
+    assert not taken or texts
 
 
 SAE = {

@@ -8,13 +8,12 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..architectures import GGUF_BIAS, GGUF_BIAS_ARCHITECTURE
-from ..config import BiasSteerConfig
 from ..residual import find_layers, residual_width
-from ..vectors import active_vectors, check_vectors, set_steering_vectors, unwrap
+from ..vectors import active_vectors, from_vectors, unwrap
 from ..whole_files import whole_file
 from .stock_checkpoint import refuse_trained_modules
 
@@ -81,7 +80,7 @@ def from_control_vector(
     path: str | os.PathLike, model: PeftModel | PreTrainedModel, adapter_name: str = "default"
 ) -> PeftModel:
     """
-    Reads a llama.cpp control vector as a BiasSteer adapter. The layers that the file does not name are not steered.
+    Reads a control vector of llama.cpp or repeng as a BiasSteer adapter. The layers that the file does not name are not steered.
 
     Args:
         path (`str` or `os.PathLike`): GGUF file with tensors `direction.N`.
@@ -94,7 +93,6 @@ def from_control_vector(
     Raises:
         ValueError: If the file is damaged, holds no control vector, or one of another size. `model` is unchanged then.
     """
-    base = unwrap(model)
     vectors = {}
     for tensor in _read_gguf(path).tensors:
         prefix, _, index = tensor.name.partition(".")
@@ -105,16 +103,7 @@ def from_control_vector(
         vectors[int(index)] = torch.from_numpy(tensor.data.copy())
     if not vectors:
         raise ValueError(f"expected a control vector with tensors direction.N, got none in {path}")
-    check_vectors(vectors, num_layers=len(find_layers(base)[1]), width=residual_width(base))
-    config = BiasSteerConfig(layers_to_transform=sorted(vectors))
-    if isinstance(model, PeftModel):
-        if adapter_name in model.peft_config:
-            raise ValueError(f"expected a new adapter name, got {adapter_name!r}, which the model has already")
-        model.add_adapter(adapter_name, config)
-    else:
-        model = get_peft_model(model, config, adapter_name=adapter_name)
-    set_steering_vectors(model, vectors, adapter_name)
-    return model
+    return from_vectors(vectors, model, adapter_name)
 
 
 def export_gguf(model: PeftModel, gguf_in: str | os.PathLike, gguf_out: str | os.PathLike) -> None:

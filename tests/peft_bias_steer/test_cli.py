@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_bias_steer import BiasSteerConfig, from_control_vector, steering_vectors
+from peft_bias_steer import BiasSteerConfig, extract_vectors, from_control_vector, steering_vectors
 from peft_bias_steer.analysis import vector_statistics
 from peft_bias_steer.cli import load_vectors, main
 
@@ -163,6 +163,92 @@ def test_export_writes_a_bias_ready_base(tiny_language_model, tmp_path, capsys):
     base, ready = (AutoModelForCausalLM.from_pretrained(path) for path in (tiny_language_model, tmp_path / "out"))
     assert torch.equal(logits(base), logits(ready))
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("abc").input_ids
+
+
+PAIRS = [
+    {"positive": f"I am {glad}", "negative": f"I am {sad} now"} for glad, sad in (("glad", "sad"), ("up", "down"))
+]
+
+
+@pytest.fixture
+def pairs_file(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(f"{json.dumps(pair)}\n" for pair in PAIRS))
+    return str(path)
+
+
+def test_extract_makes_an_adapter_of_pairs_of_prompts(tiny_language_model, pairs_file, tmp_path, capsys):
+    options = ["--method", "pca_diff", "--layers_to_transform", "-1", "--token", "-2", "--batch_size", "1"]
+    main(["extract", tiny_language_model, "--pairs", pairs_file, "--output", str(tmp_path / "plain")])
+    main(
+        [
+            "extract",
+            tiny_language_model,
+            "--pairs",
+            pairs_file,
+            *options,
+            "--scale",
+            "-3",
+            "--output",
+            str(tmp_path / "o"),
+        ]
+    )
+    assert "extract: 100%" in capsys.readouterr().err
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_language_model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_language_model)
+    for folder, scale, arguments in [
+        ("plain", 1, {}),
+        ("o", -3, {"method": "pca_diff", "layers_to_transform": -1, "token": -2, "batch_size": 1}),
+    ]:
+        expected, vectors = extract_vectors(base, tokenizer, PAIRS, **arguments), load_vectors(str(tmp_path / folder))
+        assert vectors.keys() == expected.keys()
+        assert all(torch.equal(vectors[index], scale * expected[index]) for index in vectors)
+    # the base model is named in it
+    assert json.loads(run(capsys, "lens", tmp_path / "o", "--json"))[0]["layer"] == 1
+
+
+def test_extract_reads_merged_checkpoints_and_control_vectors(steered, tiny_language_model, tmp_path, capsys):
+    model, folder = steered
+    vectors = steering_vectors(model)
+    run(capsys, "export", folder, "--format", "stock", "--output", tmp_path / "stock")
+    run(capsys, "export", folder, "--format", "easysteer", "--output", tmp_path / "v.gguf")
+
+    for name, source in ("--merged", "stock"), ("--control_vector", "v.gguf"):
+        run(capsys, "extract", tiny_language_model, name, tmp_path / source, "--output", tmp_path / name)
+        read = load_vectors(str(tmp_path / name))
+        assert all(torch.equal(read[index], vectors[index]) for index in vectors)
+
+
+def test_wrong_uses_of_extract_end_with_one_sentence(steered, tiny_language_model, pairs_file, tmp_path, capsys):
+    damaged = tmp_path / "damaged.jsonl"
+    damaged.write_bytes(b'{"positive": "a", "negative": "b"}\n{"positive": "a"\n')
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(b"\xff\n")
+    (tmp_path / "empty.jsonl").touch()
+    out = ["--output", str(tmp_path / "out")]
+    of_base = ["extract", tiny_language_model, *out]
+    wrong = {
+        "expected JSON in each line of .*damaged.jsonl, got line 2": [*of_base, "--pairs", str(damaged)],
+        "expected JSON in each line of .*other.jsonl, got line 1": [*of_base, "--pairs", str(other)],
+        "No such file": [*of_base, "--pairs", str(tmp_path / "no.jsonl")],
+        "at least 1 pairs for mean, got 0": [*of_base, "--pairs", str(tmp_path / "empty.jsonl")],
+        "--token is for --pairs": [*of_base, "--merged", tiny_language_model, "--token", "0"],
+        "indices in .* got .5": [*of_base, "--pairs", pairs_file, "--layers_to_transform", "5"],
+        "--scale must be a finite number, got nan": [*of_base, "--pairs", pairs_file, "--scale", "nan"],
+        "must be empty or not exist": [*of_base[:2], "--pairs", pairs_file, "--output", str(tmp_path)],
+        "expected a base model, got the adapter": ["extract", steered[1], "--pairs", pairs_file, *out],
+        "none that differ from the base model's": [*of_base, "--merged", tiny_language_model],
+        "expected a complete GGUF file": [*of_base, "--control_vector", pairs_file],
+    }
+
+    for message, arguments in wrong.items():
+        with pytest.raises(SystemExit, match=f"^bias-steer: .*{message}"):
+            main(arguments)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match="2"):
+        main([*of_base, "--pairs", pairs_file, "--merged", tiny_language_model])
+    assert "not allowed with argument" in capsys.readouterr().err
 
 
 def test_base_model_can_be_named_when_the_adapter_names_none_or_another(
@@ -358,7 +444,9 @@ def test_help_shows_examples_that_parse(capsys, monkeypatch):
         main(["--help"])
     lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("bias-steer ")]
 
-    assert {line.split()[1] for line in lines} == {"inspect", "lens", "routes", "export", "run"} and len(lines) == 12
+    assert {line.split()[1] for line in lines} == {"inspect", "lens", "routes", "export", "extract", "run"} and len(
+        lines
+    ) == 16
     parsed = [vars(cli._parser().parse_args(shlex.split(line)[1:])) for line in lines]
     assert all(arguments.get("adapter") or arguments["target"] for arguments in parsed)
 
