@@ -190,7 +190,7 @@ def letters(text):
     return {"input_ids": [ord(letter) % 50 for letter in text]}
 
 
-@fuzzed(one_odd(EXTRACT, sizes))
+@fuzzed(one_odd(EXTRACT, sizes), examples=30)
 def test_pairs_that_are_taken_give_finite_vectors(llama, arguments):
     vectors = outcome(lambda: extract_vectors(llama, letters, **arguments))
 
@@ -199,7 +199,7 @@ def test_pairs_that_are_taken_give_finite_vectors(llama, arguments):
         assert all(vector.shape == (16,) and vector.isfinite().all() for vector in vectors.values())
 
 
-@fuzzed(st.fixed_dictionaries({"positive": odd_values, "negative": odd_values}), examples=40)
+@fuzzed(st.fixed_dictionaries({"positive": odd_values, "negative": odd_values}), examples=20)
 def test_prompts_that_are_none_are_refused(llama, pair):
     texts = isinstance(pair["positive"], str) and isinstance(pair["negative"], str)
     taken = outcome(lambda: extract_vectors(llama, letters, [pair])) is not REFUSED

@@ -444,9 +444,8 @@ def test_help_shows_examples_that_parse(capsys, monkeypatch):
         main(["--help"])
     lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("bias-steer ")]
 
-    assert {line.split()[1] for line in lines} == {"inspect", "lens", "routes", "export", "extract", "run"} and len(
-        lines
-    ) == 16
+    commands = {"inspect", "lens", "report", "routes", "export", "extract", "run"}
+    assert {line.split()[1] for line in lines} == commands and len(lines) == 17
     parsed = [vars(cli._parser().parse_args(shlex.split(line)[1:])) for line in lines]
     assert all(arguments.get("adapter") or arguments["target"] for arguments in parsed)
 
