@@ -260,14 +260,15 @@ def explained(found, budget):
 
 
 def table(results, budgets):
-    """Markdown: mean over seeds, and the largest distance from it."""
+    """Markdown: mean over seeds, and the largest distance from it if there are several."""
 
     def cell(values, digits=3, factor=1.0):
         values = [value * factor for value in values if value is not None]
         if not values:
             return "–"
         mean = sum(values) / len(values)
-        return f"{mean:.{digits}f} ± {max(abs(value - mean) for value in values):.{digits}f}"
+        spread = f" ± {max(abs(value - mean) for value in values):.{digits}f}" if len(values) > 1 else ""
+        return f"{mean:.{digits}f}{spread}"
 
     lines = [
         "| objective | " + " | ".join(f"EV at {budget}" for budget in budgets) + " | dead, % | CPU s per step |",
