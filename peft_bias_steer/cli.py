@@ -112,6 +112,7 @@ def report(args: argparse.Namespace) -> None:
     other = load_vectors(args.compare_to, skip_modules=True) if args.compare_to else None
     model = load_steered_model(args.adapter, args.base_model)
     tokenizer = load_tokenizer(unwrap(model).name_or_path or args.adapter)
+    logging.enable_progress_bar()
     found = adapter_report(
         model,
         tokenizer,

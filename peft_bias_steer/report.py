@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .analysis import (
     LayerAblation,
@@ -190,7 +190,9 @@ def adapter_report(
     vectors, first = steering_vectors(model, adapter_name), next(iter(data))
     groups = list(_groups(list(vectors), group_size))
     # Each data set with and without; then, of the first, each scale, and each group alone and left out, beside none and all.
-    bar = tqdm(desc="report", total=2 * len(data) + len(scales) + 2 * len(groups) + 2, disable=not show_progress)
+    bar = logging.tqdm(
+        desc="report", total=2 * len(data) + len(scales) + 2 * len(groups) + 2, disable=not show_progress
+    )
 
     def log_probs(name: str) -> torch.Tensor:
         found = completion_log_probs(model, tokenizer, data[name])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from peft_bias_steer import BiasSteerConfig, report, set_steering_vectors, steering_vectors
 from peft_bias_steer.analysis import residual_ratios
@@ -71,6 +72,8 @@ def test_messages_go_through_the_chat_template(model, tokenizer):
 
 def test_gains_are_differences_of_the_same_completions(model, tokenizer, capsys):
     vectors = steering_vectors(model)
+    # The command line, which other tests run in this process, switches bars off.
+    logging.enable_progress_bar()
     found = adapter_report(
         model,
         tokenizer,
@@ -134,7 +137,8 @@ def test_the_command_writes_text_plots_and_numbers(files, capsys):
     main(["report", str(files / "adapter"), "--data", *data, "--output", str(files / "out"), "--rows", "2"])
 
     text, numbers = (files / "out" / "report.md").read_text(), json.loads((files / "out" / "report.json").read_text())
-    assert capsys.readouterr().out.strip() == text.strip()
+    printed = capsys.readouterr()
+    assert printed.out.strip() == text.strip() and "report: 100%" in printed.err
     assert f"| task | 2 | {numbers['base']['task']:.3f} | {numbers['gains']['task']['mean']:+.3f} ± " in text
     assert f"| 0 – 1 | {numbers['ablation']['kept'][0]:+.3f} ± " in text and "| other | 2 |" in text
     for name in ("vectors.png", "gains.png"):
