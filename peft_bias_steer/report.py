@@ -181,10 +181,13 @@ def adapter_report(
         show_progress (`bool`, *optional*, defaults to `False`): Show a bar.
 
     Raises:
-        ValueError: If there is no data, or `group_size` or `top_k` does not fit.
+        ValueError: If there is no data, or one completion alone, or `group_size` or `top_k` does not fit.
     """
     if not data:
         raise ValueError("expected at least one data set, got none: give rows with prompts and completions")
+    for name, rows in data.items():
+        if len(rows) < 2:
+            raise ValueError(f"expected at least two completions in {name}, for an interval, got {len(rows)}")
     if group_size < 1:
         raise ValueError(f"group_size must be at least 1, got {group_size}")
     vectors, first = steering_vectors(model, adapter_name), next(iter(data))
@@ -241,8 +244,7 @@ def _groups(layers: list[int], size: int) -> Iterator[list[int]]:
 
 
 def _gain(differences: torch.Tensor) -> Gain:
-    spread = differences.std().item() / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
-    return Gain(differences.mean().item(), 1.96 * spread)
+    return Gain(differences.mean().item(), 1.96 * differences.std().item() / len(differences) ** 0.5)
 
 
 def write_report(report: AdapterReport, folder: str | os.PathLike, title: str) -> str:

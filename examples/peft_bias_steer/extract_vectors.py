@@ -53,7 +53,9 @@ def parse_arguments() -> argparse.Namespace:
 @torch.no_grad()
 def log_probability(model: Any, tokenizer: Any, prompt: str, continuation: str) -> float:
     """Of all tokens of the continuation, summed."""
-    start, rest = (tokenizer(text, return_tensors="pt").input_ids for text in (prompt, continuation))
+    start = tokenizer(prompt, return_tensors="pt").input_ids
+    # No beginning of a text in the middle of one.
+    rest = tokenizer(continuation, return_tensors="pt", add_special_tokens=False).input_ids
     input_ids = torch.cat([start, rest], dim=1).to(model.device)
     log_probs = model(input_ids=input_ids).logits[0, start.shape[1] - 1 : -1].float().log_softmax(-1)
     return log_probs.gather(1, rest[0, :, None].to(model.device)).sum().item()

@@ -32,6 +32,7 @@ from sae_lens.synthetic.synthetic_model import (
     SyntheticModel,
     SyntheticModelConfig,
 )
+from safetensors.torch import load_file, save_file
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 from transformers import Trainer, set_seed
@@ -184,13 +185,13 @@ def keep_batches(truth, settings, folder):
     if 4 * sizes[0] * sizes[1] * sizes[2] > KEPT_BYTES:
         return None
     folder.mkdir(exist_ok=True)
-    path = folder / "batches.pt"
+    path = folder / "batches.safetensors"
     if not path.exists():
         made = Batches(truth, settings)
         batches = [made.batch(number).cpu() for number in tqdm(range(sizes[0]), desc="sample", unit="batch")]
         with whole_file(path) as unfinished:
-            torch.save(torch.stack(batches), unfinished)
-    return torch.load(path, mmap=True, weights_only=True)
+            save_file({"batches": torch.stack(batches)}, unfinished)
+    return load_file(path)["batches"]
 
 
 def train(options, settings, batches, seed, folder):

@@ -178,6 +178,8 @@ def test_what_cannot_be_measured_is_refused(model, tokenizer, files):
         completion_log_probs(model, tokenizer, [{"prompt": "a", "completion": ""}])
     with pytest.raises(ValueError, match="expected at least one data set, got none"):
         adapter_report(model, tokenizer, {})
+    with pytest.raises(ValueError, match="expected at least two completions in task, for an interval, got 1"):
+        adapter_report(model, tokenizer, {"other": OTHER, "task": ROWS[:1]})
     with pytest.raises(ValueError, match="group_size must be at least 1, got 0"):
         adapter_report(model, tokenizer, {"task": ROWS}, group_size=0)
     same = str(files / "task.jsonl")
