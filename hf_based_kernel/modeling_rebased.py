@@ -1,12 +1,12 @@
 """ReBased: a causal language model of short convolutions and linear attention with a learnable quadratic kernel."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, file_exists
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -89,6 +89,16 @@ class RebasedDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
+def set_metrics(card: ModelCard, metrics: Sequence[EvalResult], name: str) -> None:
+    """Puts what was measured into the metadata of a card, in the place of earlier values of the same."""
+    if metrics:
+        earlier = [
+            old for old in card.data.get("eval_results", []) if not any(map(old.is_equal_except_value, metrics))
+        ]
+        card.data["model_name"] = card.data.get("model_name", name.rpartition("/")[2])
+        card.data["eval_results"] = [*earlier, *metrics]
+
+
 class RebasedPreTrainedModel(PreTrainedModel):
     """What all ReBased models share: incomplete checkpoints are refused, and a model card goes to the Hub."""
 
@@ -140,22 +150,39 @@ class RebasedPreTrainedModel(PreTrainedModel):
             )
         return (model, info) if with_info else model
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """[`~PreTrainedModel.push_to_hub`], with a model card that shows how to use the model if there is none yet."""
+    def push_to_hub(self, repo_id: str, *, metrics: Sequence[EvalResult] = (), **kwargs: Any) -> str:
+        """
+        [`~PreTrainedModel.push_to_hub`], with a model card that shows how to use the model if there is none yet.
+
+        Args:
+            repo_id (`str`): Where to.
+            metrics (`Sequence[EvalResult]`): What was measured, for the card's metadata.
+            kwargs (*optional*): Those of transformers.
+        """
         token = kwargs.get("token")
         repo_id = create_repo(repo_id, private=kwargs.get("private"), token=token, exist_ok=True).repo_id
         if not file_exists(repo_id, "README.md", token=token):
-            self.model_card(repo_id).push_to_hub(repo_id, token=token)
+            self.model_card(repo_id, metrics).push_to_hub(repo_id, token=token)
+        elif metrics:
+            card = ModelCard.load(repo_id, token=token)
+            set_metrics(card, metrics, repo_id)
+            card.push_to_hub(repo_id, token=token)
         return super().push_to_hub(repo_id, **kwargs)
 
-    def model_card(self, repo_id: str) -> ModelCard:
-        """Model card with the facts of the config and a usage snippet, which runs once a tokenizer is there too."""
+    def model_card(self, repo_id: str, metrics: Sequence[EvalResult] = ()) -> ModelCard:
+        """
+        Model card with the facts of the config and a usage snippet, which runs once a tokenizer is there too.
+
+        Args:
+            repo_id (`str`): Where the model will be found.
+            metrics (`Sequence[EvalResult]`): What was measured, for the card's metadata (`model-index`).
+        """
         data = ModelCardData(library_name="transformers", tags=["rebased", *(self.model_tags or [])])
         generates = isinstance(self, GenerationMixin)
         auto_class = "AutoModelForCausalLM" if generates else self._auto_class or "AutoModel"
         use = "tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0])" if generates else "model(**inputs)"
         counts = ", ".join(f"{self.config.layer_types.count(kind)} {kind}" for kind in LAYER_TYPES)
-        return ModelCard(f"""---
+        card = ModelCard(f"""---
 {data.to_yaml()}
 ---
 
@@ -174,6 +201,8 @@ inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_id
 print({use})
 ```
 """)
+        set_metrics(card, metrics, repo_id)
+        return card
 
 
 class RebasedModel(RebasedPreTrainedModel):

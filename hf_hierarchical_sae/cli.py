@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import create_repo, upload_folder
+from huggingface_hub import ModelCard, create_repo, upload_folder
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError
@@ -36,6 +37,7 @@ from .dashboard import write_dashboard
 from .evaluation import evaluate_budgets, evaluate_in_model, plot_evaluations
 from .interventions import record_statistics
 from .language_model import input_device
+from .model_card_hierarchical_sae import set_metrics
 from .modeling_hierarchical_sae import HierarchicalSaeModel
 from .sites import HOOK_POINTS
 from .texts import read_dataset, read_files
@@ -115,9 +117,11 @@ def train(args: argparse.Namespace) -> None:
     trainer = train_sae(sae, dataset, sample, arguments, callbacks=[ProgressLine()], **going_on)
     if not trainer.is_world_process_zero():
         return
-    print(f"{evaluate_budgets(sae, sample)}\non training data; saved in {args.output}")
+    evaluation = evaluate_budgets(sae, sample)
+    print(f"{evaluation}\non training data; saved in {args.output}")
     if args.push_to_hub:
-        print(f"uploaded: {sae.push_to_hub(args.push_to_hub)}")
+        metrics = evaluation.metrics(sae.config.dataset_name or "unnamed text", "train")
+        print(f"uploaded: {sae.push_to_hub(args.push_to_hub, metrics=metrics)}")
 
 
 def _activations_to_train_on(args: argparse.Namespace, arguments: TrainingArguments) -> tuple[Any, Any, dict]:
@@ -203,6 +207,7 @@ class ProgressLine(TrainerCallback):
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    check_card(args)
     sae = load_autoencoder(args)
     if (args.harvest is None) == (args.model is None):
         raise ValueError("give either --harvest, or --model with --text or --dataset")
@@ -224,10 +229,24 @@ def evaluate(args: argparse.Namespace) -> None:
         evaluation = evaluate_in_model(sae, stream, args.budgets)
     if args.plot:
         plot_evaluations({str(args.sae): evaluation}, args.plot)
+    if args.card:
+        card = read_card(sae, args.sae)
+        set_metrics(card, evaluation.metrics(*_text_name(args, sae)), args.sae)
+        card.save(Path(args.sae, "README.md"))
     print(json.dumps(evaluation.to_dict(), indent=2) if args.json else evaluation)
 
 
+def _text_name(args: argparse.Namespace, sae: HierarchicalSaeModel) -> tuple[str, str | None]:
+    """What was evaluated on, as the card names it, and its split."""
+    if args.harvest is not None:
+        return sae.config.dataset_name or args.harvest.name, None
+    if args.dataset is not None:
+        return args.dataset, args.split
+    return ", ".join(file.name for file in args.text), None
+
+
 def dashboard(args: argparse.Namespace) -> None:
+    check_card(args)
     sae = load_autoencoder(args)
     texts = read_texts(args)
     model, tokenizer = load_language_model(args)
@@ -246,6 +265,30 @@ def dashboard(args: argparse.Namespace) -> None:
         f"{args.output}: {found['latents']} of {found['live_latents']} latents that fire on {found['tokens']} tokens, "
         f"{found['bytes'] / 1e6:.1f} MB"
     )
+    if args.card:
+        beside = Path(args.sae, "dashboard.html")
+        if not beside.exists() or not beside.samefile(args.output):
+            shutil.copyfile(args.output, beside)
+        card = read_card(sae, args.sae)
+        if f"]({beside.name})" not in card.text:
+            card.text = (
+                f"{card.text.rstrip()}\n\n[{beside.name}]({beside.name}) shows its latents: save it and open it.\n"
+            )
+        card.save(Path(args.sae, "README.md"))
+
+
+def check_card(args: argparse.Namespace) -> None:
+    """Raises a `ValueError` if `--card` is given and the autoencoder is in no folder."""
+    if args.card and not Path(args.sae).is_dir():
+        raise ValueError(
+            f"--card writes to the folder of an autoencoder, got {args.sae}: download it to a folder first"
+        )
+
+
+def read_card(sae: HierarchicalSaeModel, folder: str) -> ModelCard:
+    """The model card in a folder, or a new one."""
+    path = Path(folder, "README.md")
+    return ModelCard.load(path) if path.exists() else sae.model_card(Path(folder).resolve().name)
 
 
 def convert(args: argparse.Namespace) -> None:

@@ -37,6 +37,10 @@ examples:
   hierarchical-sae train states sae --k 64 --resume
   # budgets that are trained for, and an upload with a model card
   hierarchical-sae train states sae --k 64 --budgets 1 2 4 8 16 32 64 --push-to-hub user/my-sae
+  # numbers on held-out text into the card's metadata, the page beside the model, and all of it to the Hub
+  hierarchical-sae evaluate sae --model MODEL --text other_book.txt --card
+  hierarchical-sae dashboard sae --model MODEL --text book.txt --card
+  hf upload user/my-sae sae --exclude "checkpoint-*"
   # other objectives, such as BatchTopK, and the numbers in TensorBoard as well
   hierarchical-sae train states sae --k 64 --selection batch_topk --report_to tensorboard
 
@@ -206,6 +210,7 @@ def _evaluate_options(part: argparse.ArgumentParser) -> None:
     )
     _option(part, "plot", type=Path, metavar="FILE", help="draw quality against budget into this image file")
     _option(part, "json", action="store_true", help="print JSON instead of a table")
+    _option(part, "card", action="store_true", help="put the numbers into the model card in the autoencoder's folder")
 
 
 def _dashboard_options(part: argparse.ArgumentParser) -> None:
@@ -215,6 +220,9 @@ def _dashboard_options(part: argparse.ArgumentParser) -> None:
     _option(part, "output", type=Path, default=Path("dashboard.html"), help="file to write (default: dashboard.html)")
     _option(part, "latents", type=_integer(0), nargs="+", help="show these only")
     _option(part, "max_megabytes", type=_positive, default=32.0, help="largest size of the page (default: 32)")
+    _option(
+        part, "card", action="store_true", help="put the page into the autoencoder's folder, and a link into its card"
+    )
 
 
 def _convert_options(part: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
 """Quality of a sparse autoencoder at every sparsity budget, alone and inside its language model."""
 
 import math
+import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, fields
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import EvalResult
 
 from .activation_shards import ActivationShards, pieces_of
 from .activations import ActivationStream, Pass
@@ -43,6 +45,13 @@ TABLE = {
     "cross_entropy": "CE",
     "loss_recovered": "recovered",
     "kl_divergence": "KL",
+}
+
+METRICS = {
+    "explained_variance": "explained variance",
+    "latents_per_token": "latents per token",
+    "loss_recovered": "loss recovered",
+    "kl_divergence": "KL divergence, nats",
 }
 
 
@@ -91,6 +100,30 @@ class HierarchicalSaeEvaluation:
     def to_dict(self) -> dict:
         """Everything but the density of each latent, ready for JSON."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "density"}
+
+    def metrics(self, dataset_name: str, split: str | None = None) -> list[EvalResult]:
+        """
+        The numbers of each budget as a model card's metadata has them: explained variance, latents per token and, if it
+        was measured, what the language model keeps. Those that are no number are left out.
+
+        Args:
+            dataset_name (`str`): of the text; the id of a dataset on the Hub, if it is one.
+            split (`str`, *optional*): of the dataset.
+        """
+        return [
+            EvalResult(
+                task_type="feature-extraction",
+                dataset_type=re.sub(r"[^\w./-]+", "-", dataset_name),
+                dataset_name=dataset_name,
+                dataset_split=split,
+                metric_type=name,
+                metric_name=f"{title}, k = {budget}",
+                metric_value=float(f"{value:.4g}"),
+            )
+            for name, title in METRICS.items()
+            for budget, value in zip(self.budgets, getattr(self, name) or [])
+            if math.isfinite(value)
+        ]
 
     def __str__(self) -> str:
         columns = {name: title for name, title in TABLE.items() if getattr(self, name) is not None}

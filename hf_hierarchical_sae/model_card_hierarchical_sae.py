@@ -1,13 +1,17 @@
 """The model card that an autoencoder is uploaded with."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .configuration_hierarchical_sae import place_name
 
 
-def sae_card(config: Any, repo_id: str, *, tags: list[str], picture: str | None) -> ModelCard:
+def sae_card(
+    config: Any, repo_id: str, *, tags: list[str], picture: str | None, metrics: Sequence[EvalResult]
+) -> ModelCard:
     """
     The facts of an autoencoder's config, which budgets it was trained for among them, and a usage snippet that runs as it
     stands.
@@ -17,6 +21,7 @@ def sae_card(config: Any, repo_id: str, *, tags: list[str], picture: str | None)
         repo_id (`str`): where the model will be found, used in the snippet.
         tags (`list[str]`): of the model.
         picture (`str`, *optional*): file name, in the repository, of a plot of quality against budget.
+        metrics (`Sequence[EvalResult]`): what was measured, for the metadata.
     """
     data = ModelCardData(library_name="transformers", tags=tags)
     named = f"`{config.model_name}`" if config.model_name else "a model"
@@ -30,7 +35,7 @@ def sae_card(config: Any, repo_id: str, *, tags: list[str], picture: str | None)
     several = config.has_budgets and len(config.trained_budgets) > 1
     chosen = f", k={config.trained_budgets[len(config.trained_budgets) // 2]}" if several else ""
     plot = f"\n![Explained variance at every number of latents]({picture})\n" if picture else ""
-    return ModelCard(f"""---
+    card = ModelCard(f"""---
 {data.to_yaml()}
 ---
 
@@ -49,6 +54,25 @@ top_indices, top_values = sae.encode(activations{chosen})
 reconstruction = sae.decode(top_indices, top_values{also})
 ```
 """)
+    set_metrics(card, metrics, repo_id)
+    return card
+
+
+def set_metrics(card: ModelCard, metrics: Sequence[EvalResult], name: str) -> None:
+    """
+    Puts what was measured into the metadata of a card, as `model-index`, in the place of earlier values of the same.
+
+    Args:
+        card (`ModelCard`): changed in place.
+        metrics (`Sequence[EvalResult]`): the values, each with its data set.
+        name (`str`): of the model, if the card says none; of a repository id or a path the last part is taken.
+    """
+    if metrics:
+        earlier = [
+            old for old in card.data.get("eval_results", []) if not any(map(old.is_equal_except_value, metrics))
+        ]
+        card.data["model_name"] = card.data.get("model_name", Path(name).name)
+        card.data["eval_results"] = [*earlier, *metrics]
 
 
 def _objective(config: Any) -> str:

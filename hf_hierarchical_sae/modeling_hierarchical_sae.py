@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from huggingface_hub import ModelCard, create_repo, file_exists
+from huggingface_hub import EvalResult, ModelCard, create_repo, file_exists
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
 from .hierarchical_topk import choose_form, normalized_weights
 from .large_pages import keep_pages_for
-from .model_card_hierarchical_sae import sae_card
+from .model_card_hierarchical_sae import sae_card, set_metrics
 from .sparse_latents import (
     SparseEncoder,
     TangentGradient,
@@ -428,25 +428,37 @@ class HierarchicalSaeModel(PreTrainedModel):
                 if path.name not in written:
                     path.unlink()
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """[`~PreTrainedModel.push_to_hub`], with a model card that shows how to use the model if there is none yet."""
+    def push_to_hub(self, repo_id: str, *, metrics: Sequence[EvalResult] = (), **kwargs: Any) -> str:
+        """
+        [`~PreTrainedModel.push_to_hub`], with a model card that shows how to use the model if there is none yet.
+
+        Args:
+            repo_id (`str`): where to.
+            metrics (`Sequence[EvalResult]`): what [`HierarchicalSaeEvaluation.metrics`] gives, for the card's metadata.
+            kwargs (*optional*): those of transformers.
+        """
         token = kwargs.get("token")
         repo_id = create_repo(repo_id, private=kwargs.get("private"), token=token, exist_ok=True).repo_id
         if not file_exists(repo_id, "README.md", token=token):
-            self.model_card(repo_id).push_to_hub(repo_id, token=token)
+            self.model_card(repo_id, metrics=metrics).push_to_hub(repo_id, token=token)
+        elif metrics:
+            card = ModelCard.load(repo_id, token=token)
+            set_metrics(card, metrics, repo_id)
+            card.push_to_hub(repo_id, token=token)
         return super().push_to_hub(repo_id, **kwargs)
 
-    def model_card(self, repo_id: str, picture: str | None = None) -> ModelCard:
+    def model_card(self, repo_id: str, picture: str | None = None, metrics: Sequence[EvalResult] = ()) -> ModelCard:
         """
         Args:
             repo_id (`str`): where the model will be found, used in the snippet.
             picture (`str`, *optional*): file name, in the repository, of a plot of quality against budget.
+            metrics (`Sequence[EvalResult]`): what was measured, for the card's metadata.
 
         Returns:
             `ModelCard`: the facts of the config, which budgets it was trained for among them, and a usage snippet
                 that runs as it stands.
         """
-        return sae_card(self.config, repo_id, tags=list(self.model_tags or []), picture=picture)
+        return sae_card(self.config, repo_id, tags=list(self.model_tags or []), picture=picture, metrics=metrics)
 
     def _check_trainable(self) -> None:
         if not self.config.is_trainable:

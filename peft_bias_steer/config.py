@@ -12,7 +12,8 @@ import torch
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
-from .guards import add_usage_to_card, saved_shapes
+from .guards import saved_shapes
+from .model_card import complete_card
 from .whole_files import whole_file
 
 
@@ -122,7 +123,7 @@ class BiasSteerConfig(PeftConfig):
         os.makedirs(save_directory, exist_ok=True)
         with whole_file(os.path.join(save_directory, CONFIG_NAME)) as unfinished:
             unfinished.write_text(text)
-        add_usage_to_card(save_directory, self.task_type)
+        complete_card(save_directory, self.task_type, self.base_model_name_or_path)
 
 
 def as_index(value: Any, name: str) -> int:

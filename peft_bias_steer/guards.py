@@ -1,8 +1,7 @@
 """
-What works around PEFT, TRL and transformers, apart from registration. Without
+What works around PEFT, TRL and transformers, apart from registration and the model card. Without
 
 - `saved_shapes`: PEFT meets a vector that does not fit, or a damaged file, when the model is changed already;
-- `add_usage_to_card`: the card that PEFT writes loads the adapter without this package, which fails;
 - `refuse_lossy_rollout_sync`: TRL's vLLM samples from the base model, without a word;
 - `keep_biases_on_save`: `from_pretrained` drops the merged vectors, without a word.
 """
@@ -14,8 +13,6 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
-from peft import PeftModel
-from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -24,18 +21,6 @@ from transformers.utils import cached_file
 
 from .merging import MergeSite
 from .stock_forms import find_stock_form
-from .whole_files import whole_file
-
-
-USAGE = """## Usage
-
-```python
-import peft_bias_steer  # teaches PEFT this adapter type
-from peft import {auto_class}
-
-model = {auto_class}.from_pretrained(".")  # this folder, or its repository id on the Hub
-```
-"""
 
 
 def saved_shapes(folder: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> dict[str, list[int]] | None:
@@ -60,21 +45,6 @@ def saved_shapes(folder: str, subfolder: str | None, hub_kwargs: dict[str, Any])
             f"{path} should be a complete safetensors file, got {os.path.getsize(path)} bytes that do not parse "
             f"({error}): copy or download it again"
         ) from error
-
-
-def add_usage_to_card(folder: str, task_type: str | None) -> None:
-    """Appends how to load the adapter to the model card in `folder`, if there is one that does not say it."""
-    card = os.path.join(folder, "README.md")
-    if not os.path.exists(card):
-        return
-    # a card in another encoding keeps its bytes
-    with open(card, encoding="utf-8", errors="surrogateescape") as file:
-        text = file.read()
-    if "import peft_bias_steer" not in text:
-        peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task_type, PeftModel)
-        usage = USAGE.format(auto_class=f"Auto{peft_class.__name__}")
-        with whole_file(card) as unfinished:
-            unfinished.write_text(f"{text.rstrip()}\n\n{usage}", encoding="utf-8", errors="surrogateescape")
 
 
 def refuse_lossy_rollout_sync(sites: Iterable[MergeSite]) -> None:

@@ -2,7 +2,8 @@
 Makes `BIAS_STEER` a PEFT type. PEFT has no entry points: without one more member in its enum of types, no config of this
 type can be made, and no saved adapter read. Without `_disable_per_call`, a thread that disables an adapter does so for
 all others, and two that do may leave it disabled. Without `_generate_per_call`, a forward pass of `generate` looks like
-any other, and nothing tells the prompt from what was generated.
+any other, and nothing tells the prompt from what was generated. Without `_push_with_card`, `push_to_hub` writes a bare
+card over the one of `save_pretrained`, and PEFT has no hook between the two.
 """
 
 import functools
@@ -16,6 +17,7 @@ from peft.utils import PeftType, register_peft_method
 
 from .config import BiasSteerConfig
 from .model import BiasSteerModel
+from .model_card import push_adapter
 
 
 NAME = "BIAS_STEER"
@@ -64,6 +66,17 @@ def _generate_per_call(peft_class: type[PeftModel]) -> None:
     cast(Any, peft_class).generate = generate
 
 
+def _push_with_card() -> None:
+    with_bare_card = PeftModel.push_to_hub
+
+    @functools.wraps(with_bare_card)
+    def push_to_hub(self: PeftModel, repo_id: str, **kwargs: Any) -> Any:
+        push = push_adapter if isinstance(self.base_model, BiasSteerModel) else with_bare_card
+        return push(self, repo_id, **kwargs)
+
+    cast(Any, PeftModel).push_to_hub = push_to_hub
+
+
 def register() -> None:
     """
     Registers the tuner with PEFT. `import peft_bias_steer` calls this; calling it again changes nothing.
@@ -84,4 +97,5 @@ def register() -> None:
     _disable_per_call()
     for peft_class in (PeftModel, PeftModelForCausalLM):
         _generate_per_call(peft_class)
+    _push_with_card()
     register_peft_method(name=NAME.lower(), config_cls=BiasSteerConfig, model_cls=BiasSteerModel)

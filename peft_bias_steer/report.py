@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import EvalResult, ModelCard
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -25,11 +27,13 @@ from .analysis import (
     residual_ratios,
     vector_statistics,
 )
+from .model_card import set_metrics
 from .vectors import set_steering_vectors, steering_vectors
 from .whole_files import whole_file
 
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+METRIC = "log_probability_gain"
 CARD_START, CARD_END = "<!-- bias-steer report -->", "<!-- end of the report -->"
 
 
@@ -272,7 +276,8 @@ def write_report(report: AdapterReport, folder: str | os.PathLike, title: str) -
 
 def add_to_card(report: AdapterReport, adapter: str | os.PathLike, folder: str | os.PathLike) -> None:
     """
-    Puts the report into the model card of a saved adapter, in the place of an earlier one, and its plots beside it.
+    Puts the report into the model card of a saved adapter, in the place of an earlier one, its gains into the card's metadata
+    too (`model-index`), and its plots beside it.
 
     Args:
         report (`AdapterReport`): What [`adapter_report`] returned.
@@ -292,8 +297,27 @@ def add_to_card(report: AdapterReport, adapter: str | os.PathLike, folder: str |
     before, _, rest = text.partition(CARD_START)
     after = rest.partition(CARD_END)[2]
     section = f"{CARD_START}\n## What the vectors do\n\n{report_markdown(report)}{CARD_END}"
+    found = ModelCard(f"{before.rstrip()}\n\n{section}{after or chr(10)}")
+    others = [old for old in found.data.get("eval_results", []) if old.metric_type != METRIC]
+    found.data["eval_results"] = others or None
+    set_metrics(found, report_metrics(report), str(Path(adapter).resolve()))
     with whole_file(card) as unfinished:
-        unfinished.write_text(f"{before.rstrip()}\n\n{section}{after or chr(10)}", encoding="utf-8")
+        unfinished.write_text(str(found), encoding="utf-8")
+
+
+def report_metrics(report: AdapterReport) -> list[EvalResult]:
+    """The gain on each data set with its interval, as a model card's metadata has it."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=re.sub(r"[^\w.-]+", "-", name),
+            dataset_name=name,
+            metric_type=METRIC,
+            metric_name="gain in log-probability, nats per token, ± 1.96 standard errors",
+            metric_value=_cell(gain),
+        )
+        for name, gain in report.gains.items()
+    ]
 
 
 def report_markdown(report: AdapterReport) -> str:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 
 TOKEN = "hf_test"
 USER = "tester"
@@ -116,7 +118,9 @@ class Hub:
         return 200, {"type": "user", "name": USER, "fullname": USER, "orgs": [], "auth": auth}
 
     def validate_yaml(self, body):
-        return 200, {"errors": [], "warnings": []}
+        """Refuses what the real Hub refuses in the metadata of a card."""
+        errors = [] if body.get("repoType", "model") != "model" else card_errors(body["content"])
+        return (400 if errors else 200), {"errors": [{"message": message} for message in errors], "warnings": []}
 
     def preupload(self, body, kind, repo_id, revision):
         repo = self._repo(kind, repo_id)
@@ -249,6 +253,29 @@ class Hub:
         if path not in repo.commits[sha]:
             raise HubError(404, "EntryNotFound", f"no file {path}")
         return sha, repo.commits[sha][path]
+
+
+def card_errors(content: str) -> list[str]:
+    """What is wrong in a model card's metadata: https://github.com/huggingface/hub-docs/blob/main/modelcard.md."""
+    block = re.match(r"---\n(.*?)\n---\n", content, flags=re.DOTALL)
+    metadata = yaml.safe_load(block[1]) if block else {}
+    bases = metadata.get("base_model", [])
+    errors = [
+        f'"base_model" with value "{base}" is not valid. Use a model id from https://hf.co/models.'
+        for base in ([bases] if isinstance(bases, str) else bases)
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base)
+    ]
+    for model in metadata.get("model-index", []):
+        for result in model["results"]:
+            required = [(model, ["name"]), (result["task"], ["type"]), (result["dataset"], ["type", "name"])]
+            required += [(metric, ["type", "value"]) for metric in result["metrics"]]
+            errors += [
+                f'"model-index" lacks {key} in {part}'
+                for part, keys in required
+                for key in keys
+                if part.get(key) in (None, "")
+            ]
+    return errors
 
 
 ROUTES = [

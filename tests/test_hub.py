@@ -4,8 +4,8 @@ import re
 
 import pytest
 import torch
-from huggingface_hub import HfApi
-from peft import get_peft_model
+from huggingface_hub import EvalResult, HfApi, ModelCard
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -108,6 +108,22 @@ def test_snippet_of_the_model_card_runs_without_our_package(pushed, hub, run_iso
     run_isolated("\n".join(snippets))
 
 
+def test_a_second_push_keeps_the_card_and_replaces_its_metrics(tiny_language_model):
+    language_model = rebased(AutoTokenizer.from_pretrained(tiny_language_model))
+    for model in (language_model, HierarchicalSaeModel(HierarchicalSaeConfig(d_in=16, d_sae=64, k=8))):
+        repo_id = f"tester/again-{model.config.model_type}"
+        metrics = [EvalResult("text-generation", "sums", "Sums", "accuracy", value) for value in (0.25, 0.75)]
+        model.push_to_hub(repo_id, metrics=metrics[:1])
+        first = ModelCard.load(repo_id)
+        first.text += "Mine\n"
+        first.push_to_hub(repo_id)
+        model.push_to_hub(repo_id, metrics=metrics[1:])
+
+        second = ModelCard.load(repo_id)
+        assert first.data.eval_results == metrics[:1] and second.data.eval_results == metrics[1:]
+        assert second.text == first.text and second.data.model_name == repo_id.rpartition("/")[2]
+
+
 @pytest.fixture(scope="module")
 def pushed_adapter(tiny_language_model):
     """Ids of a base model and of an adapter with non-zero vectors on the hub, and the steered logits."""
@@ -146,16 +162,41 @@ def test_adapter_on_the_hub_is_one_safetensors_file(pushed_adapter, hub):
 
 
 @pytest.mark.slow
-def test_snippet_of_the_adapter_card_runs(tiny_language_model, hub, run_isolated, tmp_path):
-    # PeftModel.push_to_hub writes transformers' bare card over PEFT's, whatever the method: push the saved folder
-    base = AutoModelForCausalLM.from_pretrained(tiny_language_model)
-    model = get_peft_model(base, peft_bias_steer.BiasSteerConfig(task_type="CAUSAL_LM"))
-    model.save_pretrained(tmp_path)
-    HfApi().create_repo("tester/carded", exist_ok=True)
-    HfApi().upload_folder(repo_id="tester/carded", folder_path=tmp_path)
-    card = hub.files("tester/carded")["README.md"].decode()
-    snippets = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+def test_snippet_of_the_pushed_adapter_s_card_runs(pushed_adapter, hub, run_isolated):
+    card = hub.files(pushed_adapter[0])["README.md"].decode()
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
 
-    assert "bias-steer" in card
-    assert "import peft_bias_steer" in snippets[-1]
-    run_isolated(snippets[-1], visible=["peft_bias_steer"])
+    assert 'from_pretrained("tester/adapter")' in snippet
+    run_isolated(snippet, visible=["peft_bias_steer"])
+
+
+def test_card_of_a_pushed_adapter_says_what_it_is_and_keeps_what_others_wrote(pushed_adapter, hub, tmp_path):
+    repo_id = pushed_adapter[0]
+    card = ModelCard.load(repo_id)
+    assert card.data.library_name == "peft" and card.data.base_model == "tester/base"
+    assert {"bias-steer", "base_model:adapter:tester/base"} <= set(card.data.tags)
+    card.text = f"# Mine\n{card.text}"
+    card.push_to_hub(repo_id)
+
+    # a base in a folder has no name that the Hub would take
+    AutoModelForCausalLM.from_pretrained("tester/base").save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model = get_peft_model(base, peft_bias_steer.BiasSteerConfig(task_type="CAUSAL_LM"))
+    metrics = [EvalResult("text-generation", "sums", "Sums", "accuracy", value) for value in (0.25, 0.75)]
+    before = len(hub.repos["models", repo_id].commits)
+    for metric in metrics:
+        model.push_to_hub(repo_id, tags=["mine"], metrics=[metric], revision="other")
+
+    assert len(hub.repos["models", repo_id].commits) == before + 2
+    card = ModelCard(hub.files(repo_id, revision="other")["README.md"].decode())
+    assert card.text.startswith("# Mine\n") and card.text.count("import peft_bias_steer") == 1
+    assert card.data.base_model is None and {"bias-steer", "mine"} <= set(card.data.tags)
+    assert not [tag for tag in card.data.tags if str(tmp_path) in tag]
+    assert card.data.model_name == "adapter" and card.data.eval_results == metrics[1:]
+
+
+def test_other_methods_are_pushed_as_before(pushed_adapter, hub):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained("tester/base"), LoraConfig(task_type="CAUSAL_LM"))
+    model.push_to_hub("tester/lora")
+
+    assert "peft_bias_steer" not in hub.files("tester/lora")["README.md"].decode()

@@ -67,6 +67,19 @@ def test_listing_and_deleting_files(repo_id):
     assert [entry.path for entry in api.get_paths_info(repo_id, ["a/b.txt", "c.txt"])] == ["a/b.txt"]
 
 
+@pytest.mark.parametrize(
+    ("metadata", "sentence"),
+    [
+        ("base_model: /home/a/model", "with value .*/home/a/model.* is not valid"),
+        ("model-index: [{name: a, results: [{task: {type: b}, dataset: {type: c}, metrics: []}]}]", "lacks name in"),
+    ],
+)
+def test_a_card_with_metadata_that_the_hub_refuses_is_refused(hub, metadata, sentence):
+    card = f"---\n{metadata}\n---\n".encode()
+    with pytest.raises(ValueError, match=sentence):
+        HfApi().upload_file(repo_id="tester/refused", path_or_fileobj=card, path_in_repo="README.md")
+
+
 def test_model_card_is_validated_and_pushed(hub, repo_id):
     ModelCard("---\nlicense: apache-2.0\n---\n# Card\n").push_to_hub(repo_id)
 

@@ -18,6 +18,7 @@ from typing import Any
 import matplotlib
 import torch
 from accelerate import PartialState
+from huggingface_hub import EvalResult
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator, set_seed
 
@@ -223,6 +224,9 @@ def main():
     }
     (output / "associative_recall.json").write_text(json.dumps(result, indent=2) + "\n")
     plot(result["curve"], guessing, output / "associative_recall.png")
+    task = f"associative recall, {arguments.num_pairs} pairs in {arguments.seq_len} tokens of {arguments.vocab_size}"
+    metric = EvalResult("text-generation", "associative-recall", task, "accuracy", result["accuracy"])
+    RebasedForCausalLM.from_pretrained(output).model_card(str(output), [metric]).save(output / "README.md")
 
     lines = [
         f"Trained:    a {arguments.kernel} model, {result['parameters']:,} parameters, on associative recall "

@@ -18,15 +18,10 @@ from typing import Any
 
 import matplotlib
 import torch
+from huggingface_hub import EvalResult
 from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import StackDataset
-from transformers import (
-    AutoModelForCausalLM,
-    Trainer,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator, set_seed
 
 from hf_based_kernel import RebasedConfig, RebasedForCausalLM
 
@@ -231,6 +226,8 @@ def main():
         "seconds": round(time.time() - started, 1),
     }
     (output / "language_model.json").write_text(json.dumps(result, indent=2) + "\n")
+    metric = EvalResult("text-generation", "text", text_name, "perplexity", after, dataset_split="held out")
+    reloaded.model_card(str(output), [metric]).save(output / "README.md")
     lines = [
         f"Trained:    a ReBased language model, {result['parameters']:,} parameters, layers "
         f"{' '.join(result['layer_types'])}: {steps} steps of {result['tokens_per_step']} tokens of {text_name}, "

@@ -23,7 +23,13 @@ import torch
 from huggingface_hub import create_repo, upload_folder
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, explained_variance, iterate_activations
+from hf_hierarchical_sae import (
+    HierarchicalSaeConfig,
+    HierarchicalSaeModel,
+    evaluate_budgets,
+    explained_variance,
+    iterate_activations,
+)
 from hf_hierarchical_sae.training import starting_point, train_sae, training_arguments
 
 
@@ -175,7 +181,8 @@ def main():
     if not trainer.is_world_process_zero():
         return
 
-    after = explained_variance(sae, held_out)
+    evaluation = evaluate_budgets(sae, held_out)
+    after = dict(zip(evaluation.budgets, evaluation.explained_variance))
     reloaded = AutoModel.from_pretrained(output).state_dict()
     lost = [name for name, tensor in sae.state_dict().items() if not torch.equal(tensor.cpu(), reloaded[name])]
     if lost:
@@ -195,7 +202,8 @@ def main():
     }
     (output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     plot(before, after, output / "explained_variance.png")
-    card = sae.model_card(arguments.hub_model_id or arguments.output_dir, picture="explained_variance.png")
+    metrics = evaluation.metrics(dataset_name, "held out")
+    card = sae.model_card(arguments.hub_model_id or arguments.output_dir, "explained_variance.png", metrics)
     card.save(output / "README.md")
     if arguments.hub_model_id:
         repo_id = create_repo(arguments.hub_model_id, exist_ok=True).repo_id

@@ -27,12 +27,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from huggingface_hub import EvalResult, ModelCard
 from matplotlib.figure import Figure
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 from peft_bias_steer import BiasSteerConfig
+from peft_bias_steer.model_card import set_metrics
 from peft_bias_steer.serving.trl import check_vllm_sync, prepare_for_vllm, sync_vectors_only
 
 
@@ -142,14 +144,9 @@ def training_config(args: argparse.Namespace, accumulation: int = 1, **options: 
     same = ("max_steps", "learning_rate", "num_generations", "max_completion_length", "use_vllm", "report_to", "seed")
     recipe = {"loss_type": "dapo", "scale_rewards": "none", "beta": 0.0, "max_grad_norm": 2.0}
     settings: dict[str, Any] = {name: getattr(args, name) for name in same} | recipe
-    settings |= {
-        "lr_scheduler_type": "constant",
-        "gradient_checkpointing": False,
-        "logging_steps": 1,
-        "save_steps": 10,
-    }
+    settings |= {"lr_scheduler_type": "constant", "gradient_checkpointing": False, "logging_steps": 1}
     settings |= {"per_device_train_batch_size": samples // batches, "gradient_accumulation_steps": accumulation}
-    settings |= {"output_dir": str(args.output_dir), "bf16": torch.cuda.is_available()}
+    settings |= {"output_dir": str(args.output_dir), "bf16": torch.cuda.is_available(), "save_steps": 10}
     return GRPOConfig(**(settings | options))
 
 
@@ -237,6 +234,10 @@ def main() -> None:
     plot(rewards, dict(zip(("before", "after"), accuracies))).savefig(args.output_dir / "reward.png", dpi=120)
     result = {"model": args.model, "steps": step, "before": accuracies[0], "after": accuracies[1], "rewards": rewards}
     (args.output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    card = ModelCard.load(adapter / "README.md")
+    metric = EvalResult("text-generation", f"reasoning-gym-{args.task}", args.task, "accuracy", accuracies[1])
+    set_metrics(card, [metric], str(args.output_dir))
+    card.save(adapter / "README.md")
     summary = (
         f"Trained:    {trainable:,} of {total:,} parameters of {args.model}, {step} steps"
         f"\nHeld out:   {accuracies[0]:.1%} right before, {accuracies[1]:.1%} after ({len(held_out)} questions, greedy)"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, Trainer
 
 
@@ -46,6 +47,8 @@ def test_run_leaves_a_model_numbers_and_a_plot(monkeypatch, tmp_path, kernel):
     assert [step for step, _ in result["curve"]] == [1, 2, 3]
     assert 0 <= result["accuracy_before"] < 0.5
     assert (tmp_path / "associative_recall.png").stat().st_size > 0
+    (metric,) = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert (metric.metric_type, metric.metric_value) == ("accuracy", result["accuracy"])
     assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() == result["parameters"]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
@@ -85,6 +86,8 @@ def test_run_leaves_a_model_numbers_and_a_plot(monkeypatch, tmp_path, text_file,
     assert result["perplexity_after"] < result["perplexity_before"] / 2
     assert result["layer_types"] == ["linear_attention", "sliding_attention"]
     assert (out / "language_model.png").stat().st_size > 0
+    (metric,) = ModelCard.load(out / "README.md").data.eval_results
+    assert (metric.metric_type, metric.metric_value) == ("perplexity", result["perplexity_after"])
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     ids = tokenizer("green bottles hanging on the wall, 5 green bottles", return_tensors="pt")["input_ids"]

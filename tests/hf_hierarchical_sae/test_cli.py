@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -86,6 +87,11 @@ def test_training_ends_in_a_model_that_says_what_it_is_and_prints_its_numbers(st
     assert after > 0.5
     assert "expl. var." in capsys.readouterr().out
     assert {"config.json", "model.safetensors", "README.md"} <= set(hub.files("tester/cli-sae"))
+    results = ModelCard.load("tester/cli-sae").data.eval_results
+    measured = {result.metric_name: result.metric_value for result in results}
+    # Measured on what was trained on, which is all of it here.
+    assert measured["explained variance, k = 8"] == pytest.approx(after, abs=1e-3)
+    assert {result.dataset_split for result in results} == {"train"}
 
 
 OBJECTIVES = {
@@ -152,22 +158,35 @@ def test_evaluation_prints_a_table_or_json_from_shards_or_inside_the_language_mo
     capsys.readouterr()
     main(["evaluate", sae, "--harvest", states, "--budgets", "2", "8", "--json"])
     alone = json.loads(capsys.readouterr().out)
-    inside = ["evaluate", sae, "--model", tiny_language_model, "--text", text, "--plot", str(tmp_path / "plot.png")]
-    main([*inside, "--tokens", "500"])
-    table = capsys.readouterr().out
+    copy = shutil.copytree(sae, tmp_path / "sae")
+    (copy / "README.md").unlink(missing_ok=True)
+    inside = ["evaluate", str(copy), "--model", tiny_language_model, "--text", text, "--card"]
+    for tokens in ("300", "500"):
+        main([*inside, "--plot", str(tmp_path / "plot.png"), "--tokens", tokens])
+    table = capsys.readouterr().out.rpartition("budget")[2]
 
     assert alone["budgets"] == [2, 8] and alone["tokens"] == len(ActivationShards(states, 1))
     assert alone["cross_entropy"] is None and "recovered" in table and "clean" in table
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    data = ModelCard.load(copy / "README.md").data
+    measured = {(result.metric_type, result.metric_name): result.metric_value for result in data.eval_results}
+    row = [line.split() for line in table.splitlines()][-2]
+    assert data.model_name == "sae" and {result.dataset_name for result in data.eval_results} == {"book.txt"}
+    assert len(data.eval_results) == len(measured) == 4 * 4
+    assert row[0] == "8" and measured["explained_variance", "explained variance, k = 8"] == float(row[1])
+    assert str(measured["loss_recovered", "loss recovered, k = 8"]) in row
 
 
 @pytest.mark.slow
 def test_the_dashboard_is_one_page(sae, text, tiny_language_model, tmp_path, capsys):
-    page = tmp_path / "page.html"
-    main(["dashboard", sae, "--model", tiny_language_model, "--text", text, "--output", str(page)])
+    page, copy = tmp_path / "page.html", shutil.copytree(sae, tmp_path / "sae")
+    for _ in range(2):
+        main(["dashboard", str(copy), "--model", tiny_language_model, "--text", text, "--output", str(page), "--card"])
 
     assert page.read_text().lstrip().lower().startswith("<!doctype html>")
     assert f"{page}: " in capsys.readouterr().out
+    assert (copy / "dashboard.html").read_bytes() == page.read_bytes()
+    assert (copy / "README.md").read_text().count("](dashboard.html)") == 1
 
 
 @pytest.mark.pinned
@@ -302,6 +321,10 @@ def test_chats_go_from_harvest_to_dashboard_without_their_special_tokens(tmp_pat
             "expected a language model with its tokenizer in .*",
         ),
         ("evaluate {torn} --harvest {states}", "expected an autoencoder in .*torn, got: .*model_type"),
+        (
+            "evaluate tester/bare --harvest {states} --card",
+            "--card writes to the folder of an autoencoder, got tester/bare",
+        ),
         ("evaluate {listed} --harvest {states}", "expected an autoencoder in .*listed, got: "),
         (
             "evaluate {out}/gone --harvest {states}",

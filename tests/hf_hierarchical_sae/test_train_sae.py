@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 
@@ -52,6 +53,10 @@ def test_it_trains_saves_and_reports_every_budget(command, run, hub, tmp_path, c
     assert weights["median_norm"] > 0 and (weights["mean_activation"] > 0).any()
     card = hub.files("tester/trained")["README.md"].decode()
     assert "](explained_variance.png)" in card and 'from_pretrained("tester/trained"' in card
+    measured = {metric.metric_name: metric.metric_value for metric in ModelCard(card).data.eval_results}
+    assert all(
+        measured[f"explained variance, k = {budget}"] == pytest.approx(after[budget], abs=1e-4) for budget in after
+    )
     assert {"model.safetensors", "explained_variance.png"} <= set(hub.files("tester/trained"))
     assert not [name for name in hub.files("tester/trained") if "checkpoint" in name or name.endswith((".bin", ".pt"))]
     assert "the same after saving and loading" in capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import re
 import types
 
 import pytest
@@ -98,33 +97,3 @@ def test_steered_classifier_saves_what_it_computes(tmp_path):
 
     reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     torch.testing.assert_close(logits(reloaded), expected, **CLOSE)
-
-
-def test_model_card_shows_how_to_load_the_adapter(tiny_language_model, tmp_path, monkeypatch):
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(tiny_language_model)
-    model = get_peft_model(base, BiasSteerConfig(task_type="CAUSAL_LM"))
-    model.save_pretrained(tmp_path)
-    model.save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    snippets = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-
-    assert "- bias-steer\n" in card
-    assert len(snippets) == 1 and "import peft_bias_steer" in snippets[0]
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(snippets[0], names)
-    assert "default" in names["model"].peft_config
-
-
-@pytest.mark.parametrize("task_type", [None, "SEQ_2_SEQ_LM", "SEQ_CLS"])
-def test_model_card_names_a_class_that_exists(llama, tmp_path, task_type):
-    import peft
-
-    config = BiasSteerConfig(task_type=task_type)
-    (tmp_path / "README.md").write_text("# A card\n")
-    config.save_pretrained(tmp_path)
-    (auto_class,) = re.findall(r"from peft import (\w+)", (tmp_path / "README.md").read_text())
-
-    assert hasattr(peft, auto_class)

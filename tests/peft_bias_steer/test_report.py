@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import EvalResult, ModelCard
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -147,14 +148,22 @@ def test_the_command_writes_text_plots_and_numbers(files, capsys):
 
 def test_the_card_holds_the_last_report_once(files):
     adapter = files / "adapter"
-    before = (adapter / "README.md").read_text()
+    before = ModelCard.load(adapter / "README.md")
+    before.data.model_name = "mine"
+    before.data.eval_results = [EvalResult("text-generation", "sums", "sums", "accuracy", 0.5)]
+    before.save(adapter / "README.md")
     for name in ("task", "other"):
         data = ["--data", str(files / f"{name}.jsonl"), "--output", str(files / "out"), "--card"]
         main(["report", str(adapter), *data])
 
-    after = (adapter / "README.md").read_text()
-    assert after.startswith(before.rstrip()) and after.count("## What the vectors do") == 1
-    assert "on other:" in after and "on task:" not in after
+    after = ModelCard.load(adapter / "README.md")
+    assert after.text.startswith(before.text.rstrip()) and after.text.count("## What the vectors do") == 1
+    assert "on other:" in after.text and "on task:" not in after.text
+    gain = json.loads((files / "out" / "report.json").read_text())["gains"]["other"]
+    found = [(result.dataset_name, result.metric_type, result.metric_value) for result in after.data.eval_results]
+    shown = f"{gain['mean']:+.3f} ± {gain['error']:.3f}"
+    assert found == [("sums", "accuracy", 0.5), ("other", "log_probability_gain", shown)]
+    assert after.data.model_name == "mine"
     assert (adapter / "gains.png").exists() and (adapter / "vectors.png").exists()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from huggingface_hub import ModelCard
 from peft import PeftConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -88,6 +89,8 @@ def test_chosen_layers_are_trained_and_saved_under_the_name_of_their_base(train,
     assert result["steps"] == len(result["rewards"]) == 2
     assert len(load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")) == 1
     assert PeftConfig.from_pretrained(tmp_path / "out" / "adapter").base_model_name_or_path == tiny_language_model
+    (metric,) = ModelCard.load(tmp_path / "out" / "adapter" / "README.md").data.eval_results
+    assert (metric.metric_type, metric.metric_value) == ("accuracy", result["after"])
 
 
 @pytest.mark.slow

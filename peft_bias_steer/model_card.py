@@ -1,0 +1,163 @@
+"""
+The model card of an adapter. Without
+
+- `complete_card`: the card that PEFT writes loads the adapter without this package, which fails, and names a base model
+  in a folder, for which the Hub refuses the upload (https://github.com/huggingface/transformers/issues/33922);
+- `push_adapter`: `PeftModel.push_to_hub` uploads a bare card over it.
+"""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import (
+    CommitInfo,
+    EvalResult,
+    ModelCard,
+    create_branch,
+    create_repo,
+    file_exists,
+    hf_hub_download,
+    upload_folder,
+)
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from peft import PeftModel
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+from .whole_files import whole_file
+
+
+USAGE = """## Usage
+
+```python
+import peft_bias_steer  # teaches PEFT this adapter type
+from peft import {auto_class}
+
+model = {auto_class}.from_pretrained({place}
+```
+"""
+HERE = '".")  # this folder, or its repository id on the Hub'
+BASE_TAG = "base_model:adapter:"
+
+
+def complete_card(folder: str | os.PathLike, task_type: str | None, base_model: str | None) -> None:
+    """
+    Appends how to load the adapter to the model card in `folder`, if there is one that does not say it, and takes a base
+    model that is a folder out of its metadata.
+
+    Args:
+        folder (`str` or `os.PathLike`): Where PEFT has saved the adapter.
+        task_type (`str`, *optional*): Of the adapter's config.
+        base_model (`str`, *optional*): `base_model_name_or_path` of the config. Named in the card if it is an id.
+    """
+    card = Path(folder, "README.md")
+    if not card.exists():
+        return
+    # a card in another encoding keeps its bytes
+    old = card.read_text(encoding="utf-8", errors="surrogateescape")
+    text = _with_base_on_the_hub(old, base_model)
+    if "import peft_bias_steer" not in text:
+        peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task_type, PeftModel)
+        usage = USAGE.format(auto_class=f"Auto{peft_class.__name__}", place=HERE)
+        text = f"{text.rstrip()}\n\n{usage}"
+    if text != old:
+        with whole_file(card) as unfinished:
+            unfinished.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def _with_base_on_the_hub(text: str, base_model: str | None) -> str:
+    is_utf8 = not any("\udc80" <= character <= "\udcff" for character in text)
+    if "base_model:" not in text or not is_utf8:
+        return text
+    card, base = ModelCard(text), base_model if base_model and _is_repo_id(base_model) else None
+    if card.data.get("base_model") in (None, base):
+        return text
+    card.data["base_model"] = base
+    tags = [tag for tag in card.data.get("tags", []) if not tag.startswith(BASE_TAG)]
+    card.data["tags"] = sorted([*tags, f"{BASE_TAG}{base}"] if base else tags)
+    return str(card)
+
+
+def _is_repo_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not os.path.isdir(name)
+
+
+def push_adapter(
+    model: PeftModel,
+    repo_id: str,
+    *,
+    commit_message: str = "Upload model",
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str | None = None,
+    tags: list[str] | None = None,
+    metrics: Sequence[EvalResult] = (),
+) -> CommitInfo:
+    """
+    What `push_to_hub` of a model with a BiasSteer adapter does: one commit with the files of `save_pretrained`, its card among
+    them. A card that is in the repository already keeps its text, and gets what it lacks.
+
+    Args:
+        model (`PeftModel`): The model.
+        repo_id (`str`): Where to; the repository is made if it is not there.
+        commit_message (`str`, *optional*, defaults to `"Upload model"`): Title of the commit.
+        commit_description (`str`, *optional*): Its text.
+        private (`bool`, *optional*): Of a repository that is made.
+        token (`bool` or `str`, *optional*): By default the one of `hf auth login`.
+        revision (`str`, *optional*): Branch, which is made if it is not there.
+        create_pr (`bool`, *optional*, defaults to `False`): Open a pull request instead.
+        max_shard_size (`int` or `str`, *optional*): Not used: the adapter is one file.
+        tags (`list[str]`, *optional*): Added to the card.
+        metrics (`Sequence[EvalResult]`): What was measured; into the card's metadata, in the place of earlier values.
+
+    Returns:
+        `CommitInfo`: The commit, whose string is its URL.
+    """
+    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if file_exists(repo_id, "README.md", revision=revision, token=token):
+            hf_hub_download(repo_id, "README.md", revision=revision, token=token, local_dir=folder)
+        model.save_pretrained(folder)
+        path = Path(folder, "README.md")
+        path.write_text(path.read_text(encoding="utf-8").replace(HERE, f'"{repo_id}")'), encoding="utf-8")
+        card = ModelCard.load(path)
+        card.data["tags"] = sorted({*card.data.get("tags", []), *(tags or [])})
+        set_metrics(card, metrics, repo_id)
+        card.save(path)
+        return upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            ignore_patterns=[".cache/*"],
+        )
+
+
+def set_metrics(card: ModelCard, metrics: Sequence[EvalResult], name: str) -> None:
+    """
+    Puts what was measured into the metadata of a card, as `model-index`, in the place of earlier values of the same.
+
+    Args:
+        card (`ModelCard`): Changed in place.
+        metrics (`Sequence[EvalResult]`): The values, each with its data set.
+        name (`str`): Of the model, if the card says none. Of a repository id or a path the last part is taken.
+    """
+    if metrics:
+        earlier = [
+            old for old in card.data.get("eval_results", []) if not any(map(old.is_equal_except_value, metrics))
+        ]
+        card.data["model_name"] = card.data.get("model_name", Path(name).name)
+        card.data["eval_results"] = [*earlier, *metrics]
