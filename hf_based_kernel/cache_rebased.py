@@ -64,10 +64,56 @@ class RebasedStateLayer(LinearAttentionLayer):
                     states[index] = function(state)
 
 
+class _Room:
+    """Memory for the keys and values of more tokens than there are yet: (batch, heads, tokens, head_dim) each."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, tokens: int):
+        self.filled = keys.shape[-2]
+        self.tensors = tuple(x.new_empty(*x.shape[:-2], tokens, x.shape[-1]) for x in (keys, values))
+        for tensor, given in zip(self.tensors, (keys, values)):
+            tensor[..., : self.filled, :] = given
+
+    def fits(self, keys: torch.Tensor, new: torch.Tensor) -> bool:
+        """Whether `new` can be written after `keys`: there is memory, and no fork wrote there before."""
+        memory = self.tensors[0]
+        return (
+            keys.data_ptr() == memory.data_ptr()
+            and keys.shape[-2] == self.filled <= memory.shape[-2] - new.shape[-2]
+            and keys.stride() == memory.stride()
+            # A tensor of inference mode is written in inference mode only.
+            and memory.is_inference() <= torch.is_inference_mode_enabled()
+        )
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values, with the new ones at their end."""
+        before, self.filled = self.filled, self.filled + keys.shape[-2]
+        for tensor, new in zip(self.tensors, (keys, values)):
+            tensor[..., before : self.filled, :] = new
+        keys, values = (x[..., : self.filled, :] for x in self.tensors)
+        return keys, values
+
+
 class RebasedKeyValueLayer(DynamicLayer):
-    """The cached keys and values of softmax attention over all tokens: they grow with each."""
+    """
+    The cached keys and values of softmax attention over all tokens: they grow with each. Without gradients they grow where
+    they are, into memory for an eighth more tokens, in the place of a copy of them all at every token.
+    """
 
     is_croppable = False
+    _room: _Room | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        seen = self.get_seq_length()
+        # What a graph or a program has read stays as it was.
+        if not seen or torch.is_grad_enabled() or torch.compiler.is_compiling() or key_states.dtype != self.dtype:
+            return super().update(key_states, value_states, *args, **kwargs)
+        if self._room is None or not self._room.fits(self.keys, key_states):
+            tokens = seen + key_states.shape[-2]
+            self._room = _Room(self.keys, self.values, tokens + tokens // 8 + 64)
+        self.keys, self.values = self._room.append(key_states, value_states)
+        return self.keys, self.values
 
     def fork(self) -> "RebasedKeyValueLayer":
         """A layer with the same tensors, which goes on by itself."""
@@ -87,6 +133,8 @@ class RebasedKeyValueLayer(DynamicLayer):
 
 class RebasedWindowLayer(RebasedKeyValueLayer, DynamicSlidingWindowLayer):
     """The cached keys and values of softmax attention over a window."""
+
+    update = DynamicSlidingWindowLayer.update
 
 
 class RebasedCache(Cache):

@@ -87,6 +87,12 @@ class RebasedSoftmaxAttention(RebasedProjections):
         query, key, value = self.project(hidden_states, position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        if query.shape[2] == 1 and attention_mask is None and self.config._attn_implementation == "sdpa":
+            # The queries that share keys stand below one another, so that each key is read once.
+            rows = query.view(-1, key.shape[1], self.num_key_value_groups, query.shape[-1])
+            out = F.scaled_dot_product_attention(rows, key, value, dropout_p=dropout, scale=self.scaling)
+            return self.o_proj(out.reshape(*hidden_states.shape[:2], -1)), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         out, weights = attend(
             self,
@@ -94,7 +100,7 @@ class RebasedSoftmaxAttention(RebasedProjections):
             key,
             value,
             attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
+            dropout=dropout,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             **kwargs,

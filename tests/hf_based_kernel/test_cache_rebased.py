@@ -64,6 +64,69 @@ def test_a_branch_does_not_notice_what_becomes_of_its_origin(branch, use, option
     assert torch.equal(model(more, past_key_values=other).logits, expected)
 
 
+@pytest.mark.parametrize("first", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("then", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("branch", [RebasedCache.fork, copy.deepcopy])
+def test_two_branches_decode_on_by_themselves(first, then, branch):
+    model, prompt = make_model(), tokens(2, 9)
+    first_way = tokens(2, 84)
+    ways = first_way, torch.cat([first_way[:, :3], tokens(2, 81)], 1)
+    with first():
+        cache = after(model, prompt)
+        for i in range(3):
+            model(first_way[:, i : i + 1], past_key_values=cache)
+    other = branch(cache)
+    got = [[], []]
+    with then():
+        # In turns, with more than there is memory for at first.
+        for i in range(3, 84, 9):
+            for logits, way, past in zip(got, ways, (cache, other)):
+                logits.append(model(way[:, i : i + 9], past_key_values=past).logits)
+
+    for logits, way in zip(got, ways):
+        expected = model(torch.cat([prompt, way], 1)).logits[:, 12:]
+        torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_keys_and_values_are_not_copied_at_every_token():
+    model = make_model()
+    cache = after(model, tokens(2, 500))
+    places = set()
+    for _ in range(100):
+        model(tokens(2, 1), past_key_values=cache)
+        places.add((cache.layers[3].keys.data_ptr(), cache.layers[3].values.data_ptr()))
+
+    assert len(places) == 1
+    assert cache.layers[3].keys.untyped_storage().nbytes() <= 4 * 2 * 2 * 8 * (501 * 9 // 8 + 64)
+
+
+def test_gradients_see_the_keys_as_they_were():
+    model = make_model().requires_grad_(True)
+    cache = RebasedCache(model.config)
+    with torch.no_grad():
+        for length in (9, 1, 1):
+            model(tokens(2, length), past_key_values=cache)
+    # The graph of this step holds keys that the next one, without gradients, comes after.
+    logits = model(tokens(2, 1), past_key_values=cache).logits
+    with torch.no_grad():
+        for _ in range(3):
+            model(tokens(2, 1), past_key_values=cache)
+    logits.sum().backward()
+    assert model.model.layers[3].self_attn.q_proj.weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_another_dtype_is_promoted_as_it_is_without_memory_for_more():
+    layer = RebasedCache(make_model().config).layers[3]
+    for _ in range(3):
+        layer.update(torch.randn(1, 2, 1, 8).bfloat16(), torch.randn(1, 2, 1, 8).bfloat16())
+    new = torch.randn(1, 2, 1, 8)
+    keys, _ = layer.update(new, new)
+
+    assert torch.equal(keys[:, :, -1:], new)
+
+
 def test_a_cache_that_was_reset_is_a_new_one():
     model, prompt = make_model(), tokens(1, 9)
     cache = after(model, tokens(2, 6))
