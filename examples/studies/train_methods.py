@@ -102,10 +102,16 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
+def first_line(text: str) -> str | None:
+    """The first line, without marks around it."""
+    return text.strip().split("\n")[0].strip(" .*`\"'") or None
+
+
 ANSWER_FORMS = {
     "integer": AnswerForm(last_integer, lambda text: bool(STATES_A_RESULT.search(text))),
     "boxed": AnswerForm(last_boxed, lambda text: last_boxed(text) is not None),
     "tag": AnswerForm(extract_answer, lambda text: extract_answer(text) is not None),
+    "line": AnswerForm(first_line, lambda text: len(text.strip().split("\n")) == 1),
 }
 
 
@@ -158,7 +164,7 @@ def reasoning_gym_task(args: argparse.Namespace) -> Task:
     except (TypeError, ValueError, AssertionError) as error:
         raise SystemExit(f"--task_options do not fit the task {args.task}: {error}") from None
     train, held_out = split([{**entry["metadata"], **entry} for entry in entries], args)
-    integers = all(re.fullmatch(r"-?\d+", entry["answer"]) for entry in entries)
+    integers = all(re.fullmatch(r"-?\d+", str(entry["answer"])) for entry in entries)
     form = args.answer_form or ("integer" if integers else "tag")
 
     def check(answer: str, row: dict) -> bool:
@@ -367,7 +373,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     questions("--answer_column", help="of a dataset (answer)")
     questions("--train_split", default="train", help="of a dataset (%(default)s)")
     questions("--eval_split", help="of a dataset; by default questions are held out from --train_split")
-    questions("--answer_form", choices=ANSWER_FORMS, help="last integer, \\boxed{} or <answer> tag (default: by task)")
+    questions(
+        "--answer_form", choices=ANSWER_FORMS, help="last integer, \\boxed{}, tag or first line (default: by task)"
+    )
     questions("--system_prompt", help="in front of each question (default: by task)")
     questions(
         "--chat_template", help="chatml, plain or a Jinja file (default: the tokenizer's; ChatML without system)"

@@ -1,0 +1,198 @@
+# /// script
+# dependencies = [
+#     "peft_bias_steer", "accelerate", "trl", "datasets", "math-verify", "matplotlib", "reasoning-gym", "tensorboard"
+# ]
+# ///
+"""
+What can a model do with every task of reasoning-gym before it is trained: alone, asked for the answer alone, and after
+solved examples? Training is worth its while where samples are right now and then and no prompt does as well.
+
+    python examples/studies/search_tasks.py --model outputs/SmolLM2-135M-Instruct --bf16
+
+Questions and checks are those of train_methods.py: an answer is the last integer of a completion where all answers are
+integers, otherwise its first line. Writes a table (.md), a line for each task (.jsonl; a task that is there is not asked
+again, so an interrupted search goes on) and a plot (.png).
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from reasoning_gym.factory import DATASETS
+from tqdm import tqdm
+
+
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("shared", "peft_bias_steer", "studies")]
+import train_grpo as example
+import train_methods as study
+
+
+ALONE = "Reply with the answer and nothing else."
+PROMPTS: dict[str, list[str]] = {
+    "question": [],
+    "answer alone": ["--system_prompt", ALONE],
+    "2 examples": ["--few_shot", "2"],
+    "4 examples": ["--few_shot", "4"],
+    "8 examples": ["--few_shot", "8"],
+}
+# tokens beside the answer, for a sentence that says it
+AROUND = 16
+
+
+class LeftOut(Exception):
+    """A task that was not asked, with the reason."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id or folder (%(default)s)")
+    add("--tasks", nargs="+", choices=sorted(DATASETS), default=sorted(DATASETS), metavar="TASK", help="which (all)")
+    add("--questions", type=int, default=32, help="questions of each task (%(default)s)")
+    add("--longest_prompt", type=int, default=512, help="tokens of a question; tasks with longer ones are left out")
+    add("--longest_answer", type=int, default=32, help="tokens of an answer; tasks with longer ones are left out")
+    add("--longest_context", type=int, default=2000, help="tokens of a question and its examples (%(default)s)")
+    add("--bf16", action="store_true", help="weights in bfloat16, where that is faster")
+    add("--output_dir", type=Path, default=Path("outputs/search_tasks"), help="for all artefacts (%(default)s)")
+    args = parser.parse_args()
+    if args.questions < 1:
+        parser.error(f"--questions must be at least 1, got {args.questions}")
+    return args
+
+
+@torch.inference_mode()
+def complete(
+    model: Any, tokenizer: Any, prompts: list[str], *, max_new_tokens: int, sample: bool = False
+) -> list[str]:
+    """One completion per prompt; the tokens that all prompts begin with are read once."""
+    ids = [tokenizer(prompt).input_ids for prompt in prompts]
+    shared = os.path.commonprefix(ids)[: min(map(len, ids)) - 1]
+    options: dict[str, Any] = {
+        "do_sample": sample,
+        **({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {}),
+    }
+    rest = tokenizer.pad({"input_ids": [tokens[len(shared) :] for tokens in ids]}, return_tensors="pt").to(
+        model.device
+    )
+    if shared:
+        beginning = torch.tensor([shared], device=model.device)
+        cache = model(beginning, use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(len(prompts))
+        rest["input_ids"] = torch.cat([beginning.expand(len(prompts), -1), rest["input_ids"]], 1)
+        rest["attention_mask"] = torch.cat(
+            [beginning.expand(len(prompts), -1) >= 0, rest["attention_mask"] > 0], 1
+        ).long()
+        options["past_key_values"] = cache
+    output = model.generate(
+        **rest, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, repetition_penalty=1.0, **options
+    )
+    return tokenizer.batch_decode(output[:, rest["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def settings(args: argparse.Namespace, name: str, *extra: str) -> argparse.Namespace:
+    options = ["--model", str(args.model), "--task", name, "--eval_size", str(args.questions)]
+    return study.parse_arguments([*options, "--num_questions", str(4 * args.questions + 16), *extra])
+
+
+def load_task(args: argparse.Namespace, name: str) -> study.Task:
+    try:
+        task = study.load_task(settings(args, name, "--few_shot", "8"))
+    except SystemExit:
+        raise LeftOut("fewer distinct questions") from None
+    if task.form is study.ANSWER_FORMS["tag"]:
+        task.form, task.system_prompt = study.ANSWER_FORMS["line"], ""
+    return task
+
+
+def ask(args: argparse.Namespace, model: Any, tokenizer: Any, name: str) -> dict[str, Any]:
+    """Right answers to each kind of prompt, of `questions`; `None` where the examples are too long."""
+    task = load_task(args, name)
+    if not all(isinstance(row["answer"], str) for row in task.held_out):
+        raise LeftOut("no answer is written down")
+    longest = max(len(tokenizer(row["answer"]).input_ids) for row in [*task.held_out, *task.train[:8]])
+    if longest > args.longest_answer:
+        raise LeftOut(f"answers of {longest} tokens")
+    right: dict[str, int | None] = {}
+    for kind, extra in PROMPTS.items():
+        make_prompt = study.prompt_maker(tokenizer, task, settings(args, name, *extra))
+        prompts = [make_prompt(row) for row in task.held_out]
+        tokens = max(len(tokenizer(prompt).input_ids) for prompt in prompts)
+        if kind == "question" and tokens > args.longest_prompt:
+            raise LeftOut(f"questions of {tokens} tokens")
+        ways = {kind: False, **({f"{kind}, sampled": True} if kind == "question" else {})}
+        for way, sample in ways.items():
+            if tokens > args.longest_context:
+                right[way] = None
+                continue
+            texts = complete(model, tokenizer, prompts, max_new_tokens=longest + AROUND, sample=sample)
+            right[way] = sum(task.grade(text, row)["right"] for text, row in zip(texts, task.held_out))
+    return {"right": right, "integers": task.form is study.ANSWER_FORMS["integer"]}
+
+
+def best_prompt(result: dict[str, Any]) -> tuple[int, str]:
+    """The most right answers to a greedy prompt, and to which."""
+    return max((n, kind) for kind, n in result["right"].items() if n is not None and not kind.endswith("sampled"))
+
+
+def write_report(args: argparse.Namespace, results: list[dict[str, Any]]) -> str:
+    asked = [result for result in results if "right" in result]
+    asked.sort(key=lambda result: (-best_prompt(result)[0], -result["right"]["question, sampled"], result["task"]))
+    kinds = ["question", "question, sampled", *list(PROMPTS)[1:]]
+    lines = [f"| task | answers | {' | '.join(kinds)} | best prompt, 95 % |", "|---" * (len(kinds) + 3) + "|"]
+    for result in asked:
+        counts = [result["right"][kind] for kind in kinds]
+        shares = ["–" if n is None else f"{100 * n / args.questions:.0f}" for n in counts]
+        low, high = study.wilson_interval(best_prompt(result)[0], args.questions)
+        form = "integer" if result["integers"] else "line"
+        lines.append(f"| {result['task']} | {form} | {' | '.join(shares)} | {100 * low:.0f} to {100 * high:.0f} |")
+    left_out = [f"{result['task']} ({result['left_out']})" for result in results if "left_out" in result]
+    lines += ["", f"Right answers of {args.questions} questions, %. {len(asked)} tasks asked; left out: "]
+    lines[-1] += "; ".join(left_out) + "." if left_out else "none."
+    table = "\n".join(lines) + "\n"
+    (args.output_dir / "tasks.md").write_text(table)
+    if asked:
+        plot(args, asked).savefig(args.output_dir / "tasks.png", dpi=120)
+    return table
+
+
+def plot(args: argparse.Namespace, asked: list[dict[str, Any]]) -> Figure:
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axes = figure.subplots()
+    for result in asked:
+        x, y = (100 * n / args.questions for n in (result["right"]["question, sampled"], best_prompt(result)[0]))
+        axes.plot(x, y, "C0o", alpha=0.5)
+        if max(x, y) >= 20:
+            axes.annotate(result["task"], (x, y), fontsize=6, xytext=(3, 2), textcoords="offset points")
+    axes.plot([0, 100], [0, 100], "k:", linewidth=0.8)
+    axes.set(xlabel="right when sampled after the question alone, %", ylabel="right after the best prompt, greedy, %")
+    return figure
+
+
+def main() -> None:
+    args = parse_arguments()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    path = args.output_dir / "tasks.jsonl"
+    results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {result["task"] for result in results}
+    torch.manual_seed(0)
+    model, tokenizer = example.load(args.model)
+    model = model.eval().to(torch.bfloat16 if args.bf16 else model.dtype)
+    for name in (bar := tqdm([name for name in args.tasks if name not in done])):
+        bar.set_postfix_str(name)
+        try:
+            result = {"task": name, **ask(args, model, tokenizer, name)}
+        except LeftOut as reason:
+            result = {"task": name, "left_out": str(reason)}
+        results.append(result)
+        with path.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+    print(write_report(args, results))
+
+
+if __name__ == "__main__":
+    main()
