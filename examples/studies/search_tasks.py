@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("shared", "peft_bias_steer", "studies")]
 import train_grpo as example
-import train_methods as study
+import train_methods as study  # ty: ignore[import-not-found]  # the script beside this one
 
 
 ALONE = "Reply with the answer and nothing else."

@@ -39,7 +39,7 @@ def test_each_task_is_asked_once_or_left_out_with_a_reason(search, capsys, tmp_p
     lines, table = search(capsys, "--questions", 2, "--longest_prompt", 1500, "--tasks", *asked, "arc_agi", "boxnet")
 
     kinds = {"question", "question, sampled", *search.example.PROMPTS}
-    assert {task: set(lines[task]["right"]) for task in asked} == {task: kinds for task in asked}
+    assert {task: set(lines[task]["right"]) for task in asked} == dict.fromkeys(asked, kinds)
     assert [lines[task]["integers"] for task in asked] == [True, False]
     assert lines["boxnet"]["left_out"] == "no answer is written down"
     assert "arc_agi (answers of" in table and "2 tasks asked" in table
