@@ -13,6 +13,7 @@ from accelerate.hooks import AlignDevicesHook
 from accelerate.utils import has_offloaded_params
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .config import BiasSteerConfig
 from .merging import MergeSite, merge_sites, refuse_offloaded
@@ -105,6 +106,11 @@ def wrong_length(adapter_names: Sequence[str], rows: int) -> str:
     )
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of which FSDP2 may have given each process a part; every process has to call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 class SteeringVector(nn.Module):
     """One vector as the `weight` of a leaf module: TRL copies, and FSDP shards, modules rather than loose parameters."""
 
@@ -118,11 +124,16 @@ class SteeringVector(nn.Module):
 
     @torch.no_grad()
     def write(self, values: torch.Tensor) -> None:
-        """Overwrites the vector, (size,), also where accelerate keeps it outside the model."""
+        """Overwrites the vector, (size,), also where accelerate keeps it outside the model, or FSDP2 shards it."""
+        weight = self.weight
+        if isinstance(weight, DTensor):  # each process has all values, and takes its part
+            values = distribute_tensor(
+                values.detach().to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None
+            )
         if has_offloaded_params(self):
-            cast(Any, self._hf_hook).weights_map = {"weight": values.detach().to("cpu", self.weight.dtype, copy=True)}
+            cast(Any, self._hf_hook).weights_map = {"weight": values.detach().to("cpu", weight.dtype, copy=True)}
         else:
-            self.weight.copy_(values)
+            weight.copy_(values)
 
 
 class BiasSteerLayer(nn.Module, BaseTunerLayer):

@@ -29,14 +29,18 @@ class MergeSite:
     def bias(self) -> nn.Parameter | None:
         return getattr(self.module, self.attribute)
 
-    def write(self, original: nn.Parameter | None, vector: torch.Tensor) -> None:
-        """Makes `original + factor * vector`, (..., size), the bias; `original` itself is left untouched."""
+    def merged(self, original: torch.Tensor | None, vector: torch.Tensor) -> torch.Tensor:
+        """The bias `original + factor * vector`, (..., size), in the module's dtype."""
         bias = self.factor * vector
         # a quantised weight has no dtype that a bias could share: then it stays in float32
         weight_dtype = self.module.get_parameter("weight").dtype if original is None else original.dtype
         bias = bias if original is None else original.detach() + bias
         dtype = weight_dtype if weight_dtype.is_floating_point else torch.float32
-        setattr(self.module, self.attribute, nn.Parameter(bias.to(dtype), requires_grad=False))
+        return bias.to(dtype)
+
+    def write(self, original: nn.Parameter | None, vector: torch.Tensor) -> None:
+        """Makes the [`merged`] bias that of the module; `original` itself is left untouched."""
+        setattr(self.module, self.attribute, nn.Parameter(self.merged(original, vector), requires_grad=False))
 
     def restore(self, original: nn.Parameter | None) -> None:
         setattr(self.module, self.attribute, original)

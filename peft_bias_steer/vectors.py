@@ -10,7 +10,7 @@ from peft.utils import load_peft_weights
 from transformers import PreTrainedModel
 
 from .config import BiasSteerConfig, as_index
-from .layer import BiasSteerLayer
+from .layer import BiasSteerLayer, whole
 from .model import VECTOR, BiasSteerModel, check_saved_names, host_name
 from .residual import find_layers, residual_width
 
@@ -125,7 +125,7 @@ def from_vectors(
 
 def steering_vectors(model: PeftModel, adapter_name: str = "default") -> dict[int, torch.Tensor]:
     """
-    The vectors of one adapter by the index of their layer.
+    The vectors of one adapter by the index of their layer. Under FSDP2 every process has to call it.
 
     Args:
         model (`PeftModel`): A model with a BiasSteer adapter.
@@ -137,8 +137,8 @@ def steering_vectors(model: PeftModel, adapter_name: str = "default") -> dict[in
     Raises:
         ValueError: If there is no such adapter, or if it steers modules other than layers.
     """
-    layers = _layers_by_index(model, [adapter_name])
-    return {index: layer.bias_steer_vector[adapter_name]().detach().clone() for index, layer in layers.items()}
+    layers = layers_by_index(model, [adapter_name])
+    return {index: whole(layer.bias_steer_vector[adapter_name]().detach()).clone() for index, layer in layers.items()}
 
 
 def set_steering_vectors(model: PeftModel, vectors: dict[int, torch.Tensor], adapter_name: str = "default") -> None:
@@ -153,7 +153,7 @@ def set_steering_vectors(model: PeftModel, vectors: dict[int, torch.Tensor], ada
     Raises:
         ValueError: If a layer is not steered, a vector does not fit or the adapter is merged. Nothing is changed then.
     """
-    layers = _layers_by_index(model, [adapter_name])
+    layers = layers_by_index(model, [adapter_name])
     check_vectors(vectors, num_layers=max(layers) + 1, width=next(iter(layers.values())).size)
     unknown = sorted(set(vectors) - set(layers))
     if unknown:
@@ -166,15 +166,15 @@ def set_steering_vectors(model: PeftModel, vectors: dict[int, torch.Tensor], ada
 
 def active_vectors(model: PeftModel) -> dict[int, torch.Tensor]:
     """The active vectors, summed at their present scale, by the index of their layer; refuses what is not finite."""
-    layers = _layers_by_index(model, model.active_adapters)
+    layers = layers_by_index(model, model.active_adapters)
     sums = {index: layer.sum_vectors(model.active_adapters) for index, layer in layers.items()}
-    vectors = {index: total.detach().float().cpu() for index, total in sums.items() if total is not None}
+    vectors = {index: whole(total.detach()).float().cpu() for index, total in sums.items() if total is not None}
     if vectors:
         check_vectors(vectors, num_layers=max(layers) + 1, width=next(iter(layers.values())).size)
     return vectors
 
 
-def _layers_by_index(model: PeftModel, adapter_names: list[str]) -> dict[int, BiasSteerLayer]:
+def layers_by_index(model: PeftModel, adapter_names: list[str]) -> dict[int, BiasSteerLayer]:
     check_adapters(model, adapter_names)
     pattern = cast(BiasSteerConfig, model.peft_config[adapter_names[0]]).layers_pattern
     index_of = {host: index for index, host in enumerate(find_layers(unwrap(model), pattern)[1])}

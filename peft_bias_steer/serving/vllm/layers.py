@@ -95,10 +95,11 @@ class SteeredLayers:
         self.scales = torch.zeros(max_tokens + PADDING, 1, pin_memory=pinned)
         self.device_rows, self.device_scales = self.rows.to(device), self.scales.to(device)
         self.used = 0
-        for layer in self.layers.values():
+        # held here too: while vLLM's server takes weights from a trainer, the layers have no buffers
+        self.tables = {index: torch.zeros(num_adapters + 1, width, device=device) for index in self.layers}
+        for index, layer in self.layers.items():
             # buffers: unlike parameters they survive the engine's sleep, and no checkpoint has to hold them
-            table = torch.zeros(num_adapters + 1, width, device=device)
-            layer.register_buffer("steering_table", table, persistent=False)
+            layer.register_buffer("steering_table", self.tables[index], persistent=False)
             layer.register_buffer("steering_rows", self.device_rows, persistent=False)
             layer.register_buffer("steering_scales", self.device_scales, persistent=False)
             # the layers exist by now, made by vLLM's own model class, which knows no other
@@ -107,14 +108,14 @@ class SteeredLayers:
 
     def write(self, row: int, name: str, vectors: dict[int, torch.Tensor]) -> None:
         """Puts an adapter into a row that no request uses; layers without a vector are not steered."""
-        for index, layer in self.layers.items():
+        for index, table in self.tables.items():
             vector = vectors.get(index)
-            layer.steering_table[row] = 0.0 if vector is None else vector
+            table[row] = 0.0 if vector is None else vector
         self.rows_by_name[name] = row
 
     def vectors(self, row: int) -> dict[int, torch.Tensor]:
         """The vectors of a row, (hidden_size,) each, by index of their layer."""
-        return {index: layer.steering_table[row].cpu() for index, layer in self.layers.items()}
+        return {index: table[row].cpu() for index, table in self.tables.items()}
 
     def take_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """What a trainer sends, without the vectors in it, which become those of the adapter `policy`."""
@@ -127,8 +128,8 @@ class SteeredLayers:
                 raise ValueError(f"expected an engine with an adapter named {POLICY!r} for {name}, got none")
             index = int(match[1])
             check_vectors({index: weight}, num_layers=self.num_layers, width=self.width)
-            if index in self.layers:  # those of this pipeline stage
-                self.layers[index].steering_table[self.rows_by_name[POLICY]] = weight
+            if index in self.tables:  # those of this pipeline stage
+                self.tables[index][self.rows_by_name[POLICY]] = weight
 
     def choose(self, choices: list[tuple[int, int, int, float]], tokens: int) -> None:
         """

@@ -125,6 +125,57 @@ def test_plugin_class_is_sent_the_vectors_and_nothing_else(base, make_trainer, t
     assert check_vllm_sync(trainer) < 1e-4
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_vectors_arrive_as_a_server_takes_weights(base, make_trainer, tmp_path, model_type):
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    trainer = make_trainer(prepare_for_vllm(base(model_type), tmp_path / "ready", plugin=True))
+    sync_vectors_only(trainer)
+    generation = trainer.vllm_generation
+
+    def sync():
+        """What vLLM's NCCLWeightTransferEngine does with a transfer, but for the broadcast."""
+        engine = generation.llm.llm_engine
+        model = engine.model_executor.driver_worker.model_runner.get_model()
+        initialize_layerwise_reload(model)
+        model.load_weights(list(generation._iter_named_params()))
+        finalize_layerwise_reload(model, engine.model_config)
+        generation.llm.reset_prefix_cache()
+
+    generation.sync_weights = sync
+    assert check_vllm_sync(trainer) < 1e-4
+    trainer.train()
+    assert check_vllm_sync(trainer) < 1e-4
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_engine_that_sleeps_keeps_the_base_and_follows_the_policy(base, make_trainer, tmp_path, monkeypatch, model_type):
+    """vLLM on a CPU does not sleep: here level 2 overwrites the weights, as it drops them on a GPU."""
+
+    class Engine(vllm.LLM):
+        def __init__(self, enable_sleep_mode, **options):
+            assert enable_sleep_mode
+            super().__init__(**options, dtype="float32", enforce_eager=True)
+            self.levels = []
+
+        def sleep(self, level):
+            self.levels.append(level)
+            if level == 2:
+                self.apply_model(lambda model: [parameter.data.fill_(1e3) for parameter in model.parameters()] and None)
+            super().sleep(level=level)
+
+    ready = prepare_for_vllm(base(model_type), tmp_path / "ready")
+    monkeypatch.setattr(vllm_generation, "LLM", Engine)
+    trainer = make_trainer(ready, vllm_enable_sleep_mode=True)
+    sync_vectors_only(trainer)
+
+    assert check_vllm_sync(trainer) < 1e-4
+    trainer.train()
+    assert check_vllm_sync(trainer) < 1e-4
+    levels = trainer.vllm_generation.llm.levels
+    assert levels[0] == 2 and len(levels) > 3 and set(levels[1:]) == {1}
+
+
 def test_engine_that_lacks_the_biases_is_found_out(base, make_trainer, tmp_path):
     plain = base("llama")
     ready = prepare_for_vllm(plain, tmp_path / "ready")
