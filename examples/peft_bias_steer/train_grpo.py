@@ -162,8 +162,7 @@ def with_room_for_vectors(base: Any, tokenizer: Any, folder: Path) -> Any:
 def train(trainer: Any, args: argparse.Namespace, *, steers_vllm: bool) -> bool:
     """Trains to the end, or until Ctrl-C; returns whether it came to the end."""
     if steers_vllm:
-        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-            sync_vectors_only(trainer)
+        sync_vectors_only(trainer)
         check_vllm_sync(trainer)
     stop_on_interrupt = StopOnInterrupt()
     trainer.add_callback(stop_on_interrupt)

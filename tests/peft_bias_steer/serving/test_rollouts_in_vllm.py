@@ -149,7 +149,9 @@ def test_vectors_arrive_as_a_server_takes_weights(base, make_trainer, tmp_path, 
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
-def test_engine_that_sleeps_keeps_the_base_and_follows_the_policy(base, make_trainer, tmp_path, monkeypatch, model_type):
+def test_engine_that_sleeps_keeps_the_base_and_follows_the_policy(
+    base, make_trainer, tmp_path, monkeypatch, model_type
+):
     """vLLM on a CPU does not sleep: here level 2 overwrites the weights, as it drops them on a GPU."""
 
     class Engine(vllm.LLM):
@@ -161,7 +163,9 @@ def test_engine_that_sleeps_keeps_the_base_and_follows_the_policy(base, make_tra
         def sleep(self, level):
             self.levels.append(level)
             if level == 2:
-                self.apply_model(lambda model: [parameter.data.fill_(1e3) for parameter in model.parameters()] and None)
+                self.apply_model(
+                    lambda model: [parameter.data.fill_(1e3) for parameter in model.parameters()] and None
+                )
             super().sleep(level=level)
 
     ready = prepare_for_vllm(base(model_type), tmp_path / "ready")
