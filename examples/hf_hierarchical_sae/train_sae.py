@@ -21,7 +21,7 @@ from typing import Any
 import matplotlib
 import torch
 from huggingface_hub import create_repo, upload_folder
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, logging, set_seed
 
 from hf_hierarchical_sae import (
     HierarchicalSaeConfig,
@@ -136,6 +136,7 @@ def plot(before, after, path):
 
 
 def main():
+    logging.disable_progress_bar()  # of weights; training keeps its own
     arguments = parse_arguments()
     started, output = time.time(), Path(arguments.output_dir)
     set_seed(arguments.seed)

@@ -30,7 +30,7 @@ from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard
 from matplotlib.figure import Figure
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 from peft_bias_steer import BiasSteerConfig
@@ -99,8 +99,7 @@ def load(name: str | Path) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise SystemExit(f"--model must be a folder with a checkpoint or a hub id, got {name!r}: {reason}") from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return model, tokenizer
 
 
@@ -196,6 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     args = parser.parse_args()
+    logging.disable_progress_bar()  # of weights; training keeps its own
     state, config = PartialState(), training_config(args)
     set_seed(args.seed)
     questions, held_out = make_questions(args)
