@@ -18,7 +18,7 @@ export GOMP_SPINCOUNT := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help gpu gpu-tests gpu-rebased gpu-sae gpu-steer gpu-train demo demo-steer demo-sae demo-rebased model browser test test-lowest test-serving test-circuits test-latest latest constraints test-peft docs wheels release-check quality style bench clean
+.PHONY: help gpu gpu-tests gpu-rebased gpu-sae gpu-steer gpu-train demo demo-steer demo-sae demo-rebased model browser space notebooks test test-lowest test-serving test-circuits test-latest latest constraints test-peft docs wheels release-check quality style bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -54,7 +54,24 @@ demo-rebased: model  ## A small ReBased language model, and associative recall
 	$(LAUNCH) examples/hf_based_kernel/train_language_model.py --train_tokenizer 2048 --output_dir $(OUT)/rebased --seed $(SEED)
 	$(LAUNCH) examples/hf_based_kernel/train_associative_recall.py --output_dir $(OUT)/recall --seed $(SEED)
 
-test: $(VENV)/.installed-dev model  ## Run the whole test suite
+VENV_SPACE ?= .venv-space
+
+# gradio's pins exclude those of the development environment, whose other packages come through a .pth file.
+$(VENV_SPACE)/.installed: examples/space/README.md | $(VENV)/.installed
+	$(PYTHON) -m venv $(VENV_SPACE)
+	site=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
+	echo "import site; site.addsitedir('$$site')" > \
+		$$($(VENV_SPACE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/development.pth
+	$(VENV_SPACE)/bin/python -m pip install -q gradio==$$(sed -n 's/^sdk_version: //p' examples/space/README.md)
+	touch $@
+
+space: $(VENV_SPACE)/.installed model  ## Start the page: a chat with and without an adapter, and latents on your own sentence
+	$(VENV_SPACE)/bin/python examples/space/app.py --model $(MODEL)
+
+notebooks: $(VENV)/.installed-dev model  ## Run examples/notebooks at their own size and keep what they print
+	$(BIN)/python -m tests.notebook_runner
+
+test: $(VENV)/.installed-dev $(VENV_SPACE)/.installed model  ## Run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q --durations 15
 
 SERVING := tests/peft_bias_steer/serving
