@@ -95,6 +95,9 @@ class Page:
         )
         assert float(slider.get_property("value")) == pytest.approx(value)
 
+    def activations_in_table(self):
+        return sum(cell.count("(") for cell in self.texts("#table [role=gridcell]"))
+
     def answer(self, name):
         return (self.texts(f"#{name} .bot .prose, #{name} .bot [data-testid=bot]") or [""])[-1]
 
@@ -204,12 +207,11 @@ def test_latents_colour_a_sentence_at_every_budget(page, folders):
     page.find("#read").click()
     for budget in (K, 2):
         page.slide("budget", budget)
-        expected = int((found.ranks <= budget).sum())
-        page.wait(lambda: sum(cell.count("(") for cell in page.texts("#table [role=gridcell]")) == expected)
+        page.wait(lambda budget=budget: page.activations_in_table() == int((found.ranks <= budget).sum()))
         latent = int(page.find("#latent input").get_property("value"))
         _, _, ranks = found.latent(latent)
         lit = int((ranks <= budget).sum())
-        page.wait(lambda: len(page.driver.find_elements("css selector", "#tokens .token.highlighted")) == lit)
+        page.wait(lambda lit=lit: len(page.texts("#tokens .token.highlighted")) == lit)
     page.type("sentence", "")
     page.find("#read").click()
     page.wait(lambda: "Type a sentence first" in page.find("#latents-notice").text)
