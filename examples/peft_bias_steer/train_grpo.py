@@ -232,6 +232,7 @@ def main() -> None:
     accuracies = [sum(right) / len(held_out) for right in grades]
     plot(rewards, dict(zip(("before", "after"), accuracies))).savefig(args.output_dir / "reward.png", dpi=120)
     result = {"model": args.model, "steps": step, "before": accuracies[0], "after": accuracies[1], "rewards": rewards}
+    result["answers"] = [[row["question"], row["answer"], *two] for row, *two in zip(held_out, before, after)]
     (args.output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     card = ModelCard.load(adapter / "README.md")
     metric = EvalResult("text-generation", f"reasoning-gym-{args.task}", args.task, "accuracy", accuracies[1])

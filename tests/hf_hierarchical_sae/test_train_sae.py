@@ -12,6 +12,8 @@ import pytest
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+from tests.example_module import load_example
+
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "examples" / "hf_hierarchical_sae" / "train_sae.py"
@@ -58,6 +60,8 @@ def test_it_trains_saves_and_reports_every_budget(command, run, hub, tmp_path, c
         measured[f"explained variance, k = {budget}"] == pytest.approx(after[budget], abs=1e-4) for budget in after
     )
     assert {"model.safetensors", "explained_variance.png"} <= set(hub.files("tester/trained"))
+    rows = load_example("demo_page.py").sae(tmp_path / "out")["rows"]
+    assert rows == [[int(budget), before[budget], after[budget]] for budget in after]
     assert not [name for name in hub.files("tester/trained") if "checkpoint" in name or name.endswith((".bin", ".pt"))]
     assert "the same after saving and loading" in capsys.readouterr().out
 
