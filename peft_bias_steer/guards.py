@@ -66,8 +66,8 @@ def refuse_lossy_rollout_sync(sites: Iterable[MergeSite]) -> None:
     if frame is not None and _package(frame) == "trl" and any(site.bias is None for site in sites):
         raise RuntimeError(
             "vLLM runs a copy of the base checkpoint, which has no biases that could receive the steering vectors: it "
-            "would silently sample from the base model. Write a base with zero biases once, with "
-            "peft_bias_steer.bias_ready_checkpoint(base, output_dir), and train on that, or set use_vllm=False"
+            "would silently sample from the base model. Train on what prepare_for_vllm(base, output_dir) of "
+            "peft_bias_steer.serving.trl returns, and call sync_vectors_only(trainer) before, or set use_vllm=False"
         )
 
 
