@@ -24,7 +24,7 @@ def test_merge_inside_a_vllm_sync_raises_on_a_base_that_cannot_receive_the_vecto
     model = steer(make_base())
     expected = logits(model)
 
-    with pytest.raises(RuntimeError, match="bias_ready_checkpoint"):
+    with pytest.raises(RuntimeError, match="prepare_for_vllm"):
         call_as_trl(model.merge_adapter)
     assert not model.base_model.model.model.layers[0].bias_steer.merged
     assert torch.equal(logits(model), expected)
