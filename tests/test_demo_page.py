@@ -23,7 +23,7 @@ def outputs(monkeypatch, tmp_path):
 
 def make_page(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["demo_page.py", *map(str, arguments)])
-    load_example("demo_page.py").main()
+    load_example("studies/demo_page.py").main()
 
 
 def test_page_shows_what_was_made_and_says_what_was_not(monkeypatch, outputs, capsys):

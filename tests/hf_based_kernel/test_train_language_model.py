@@ -89,7 +89,9 @@ def test_run_leaves_a_model_numbers_and_a_plot(monkeypatch, tmp_path, text_file,
     assert (out / "language_model.png").stat().st_size > 0
     (metric,) = ModelCard.load(out / "README.md").data.eval_results
     assert (metric.metric_type, metric.metric_value) == ("perplexity", result["perplexity_after"])
-    assert f"{result['perplexity_after']:,.1f} after" in load_example("demo_page.py").language_model(out)["text"]
+    assert (
+        f"{result['perplexity_after']:,.1f} after" in load_example("studies/demo_page.py").language_model(out)["text"]
+    )
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     ids = tokenizer("green bottles hanging on the wall, 5 green bottles", return_tensors="pt")["input_ids"]

@@ -60,7 +60,7 @@ def test_it_trains_saves_and_reports_every_budget(command, run, hub, tmp_path, c
         measured[f"explained variance, k = {budget}"] == pytest.approx(after[budget], abs=1e-4) for budget in after
     )
     assert {"model.safetensors", "explained_variance.png"} <= set(hub.files("tester/trained"))
-    rows = load_example("demo_page.py").sae(tmp_path / "out")["rows"]
+    rows = load_example("studies/demo_page.py").sae(tmp_path / "out")["rows"]
     assert rows == [[int(budget), before[budget], after[budget]] for budget in after]
     assert not [name for name in hub.files("tester/trained") if "checkpoint" in name or name.endswith((".bin", ".pt"))]
     assert "the same after saving and loading" in capsys.readouterr().out

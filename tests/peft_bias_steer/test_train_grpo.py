@@ -91,7 +91,7 @@ def test_chosen_layers_are_trained_and_saved_under_the_name_of_their_base(train,
     assert PeftConfig.from_pretrained(tmp_path / "out" / "adapter").base_model_name_or_path == tiny_language_model
     (metric,) = ModelCard.load(tmp_path / "out" / "adapter" / "README.md").data.eval_results
     assert (metric.metric_type, metric.metric_value) == ("accuracy", result["after"])
-    assert load_example("demo_page.py").steer(tmp_path / "out")["rows"] == result["answers"]
+    assert load_example("studies/demo_page.py").steer(tmp_path / "out")["rows"] == result["answers"]
 
 
 @pytest.mark.slow

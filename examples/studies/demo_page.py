@@ -5,7 +5,7 @@
 One page about what `make demo` made: numbers and plots, answers before and after, the autoencoder's dashboard, and what to
 type next. It stands alone, but for the dashboard beside it, and fetches nothing.
 
-    python examples/demo_page.py --outputs outputs --model outputs/SmolLM2-135M-Instruct
+    python examples/studies/demo_page.py --outputs outputs --model outputs/SmolLM2-135M-Instruct
 
 A part that was not made is named with the command that makes it.
 """
@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+from hf_hierarchical_sae import HierarchicalSaeModel
 from hf_hierarchical_sae.dashboard import write_dashboard
 
 
-sys.path.append(str(Path(__file__).parent / "shared"))
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
 from plays import find_plays
 
 
@@ -181,7 +182,7 @@ def add_dashboard(folder: Path, model: str, max_tokens: int) -> None:
     random.Random(0).shuffle(texts)
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     write_dashboard(
-        AutoModel.from_pretrained(folder),
+        HierarchicalSaeModel.from_pretrained(folder),
         AutoModelForCausalLM.from_pretrained(model),
         tokenizer,
         texts,
