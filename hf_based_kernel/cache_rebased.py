@@ -68,29 +68,31 @@ class _Room:
     """Memory for the keys and values of more tokens than there are yet: (batch, heads, tokens, head_dim) each."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, tokens: int):
-        self.filled = keys.shape[-2]
+        # What was given last: of a fork that is not the one to write, no longer its own.
+        self.latest = keys, values
         self.tensors = tuple(x.new_empty(*x.shape[:-2], tokens, x.shape[-1]) for x in (keys, values))
-        for tensor, given in zip(self.tensors, (keys, values)):
-            tensor[..., : self.filled, :] = given
+        for tensor, given in zip(self.tensors, self.latest):
+            tensor[..., : keys.shape[-2], :] = given
 
     def fits(self, keys: torch.Tensor, new: torch.Tensor) -> bool:
         """Whether `new` can be written after `keys`: there is memory, and no fork wrote there before."""
         memory = self.tensors[0]
         return (
-            keys.data_ptr() == memory.data_ptr()
-            and keys.shape[-2] == self.filled <= memory.shape[-2] - new.shape[-2]
-            and keys.stride() == memory.stride()
+            keys is self.latest[0]
+            and keys.shape[-2] + new.shape[-2] <= memory.shape[-2]
             # A tensor of inference mode is written in inference mode only.
             and memory.is_inference() <= torch.is_inference_mode_enabled()
         )
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values, with the new ones at their end."""
-        before, self.filled = self.filled, self.filled + keys.shape[-2]
+        before = self.latest[0].shape[-2]
+        after = before + keys.shape[-2]
         for tensor, new in zip(self.tensors, (keys, values)):
-            tensor[..., before : self.filled, :] = new
-        keys, values = (x[..., : self.filled, :] for x in self.tensors)
-        return keys, values
+            tensor[..., before:after, :] = new
+        keys, values = (x[..., :after, :] for x in self.tensors)
+        self.latest = keys, values
+        return self.latest
 
 
 class RebasedKeyValueLayer(DynamicLayer):

@@ -179,11 +179,11 @@ def main() -> None:
     path = args.output_dir / "tasks.jsonl"
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {result["task"] for result in results}
-    torch.manual_seed(0)
     model, tokenizer = example.load(args.model)
     model = model.eval().to(torch.bfloat16 if args.bf16 else model.dtype)
     for name in (bar := tqdm([name for name in args.tasks if name not in done])):
         bar.set_postfix_str(name)
+        torch.manual_seed(0)  # so that a task's samples do not hang on the tasks before it
         try:
             result = {"task": name, **ask(args, model, tokenizer, name)}
         except LeftOut as reason:
