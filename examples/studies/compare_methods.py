@@ -4,15 +4,16 @@
 # ]
 # ///
 """
-Bias vectors, LoRA and full fine-tuning with GRPO: the same questions, the same number of steps, several seeds.
+Bias vectors and other methods with GRPO: the same questions, the same number of steps, several seeds.
 
     python examples/studies/compare_methods.py --preset minutes
 
 Each run is a process of train_methods.py with a folder of its own; a folder that holds a result.json is not run again, so
 an interrupted comparison goes on where it was. Writes a table (.md), the numbers (.json) and reward curves (.png).
 
-Presets: sweep (three or four learning rates per method), minutes (three seeds per method at the best rate, and the base model
-with and without solved examples), format_reward (bias vectors, rewarded for the form of the answer alone), out_of_reach
+Presets: league (all methods of grpo_methods.py, each at the best of three rates by one seed, measured on three others, and
+accuracy against the number of parameters), minutes (three of them, three seeds each, and the base model with and without
+solved examples), sweep (their learning rates), format_reward (bias vectors, rewarded for the form of the answer alone), out_of_reach
 (bias vectors on a task beyond the model), gpu (eight times as many samples a step, three times as many steps, and two
 harder tasks; `--jobs 4` shares one card), paper (the recipe of arXiv 2505.18706, for a GPU node; not run yet). What
 stands after `--` goes to train_methods.py. To see whether a new seed lands where the others say it should:
@@ -30,11 +31,15 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import matplotlib
 from tqdm import tqdm
+
+
+sys.path.append(str(Path(__file__).parent))
+from grpo_methods import LEARNING_RATES, METHODS  # ty: ignore[unresolved-import]  # beside this script
 
 
 matplotlib.use("Agg")
@@ -45,10 +50,10 @@ TRAIN = Path(__file__).with_name("train_methods.py")
 CONFIGS = Path(__file__).parents[1] / "peft_bias_steer" / "configs"
 # .975 quantiles of Student's t with 1, 2, ... degrees of freedom
 T_QUANTILES = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
-NAMES = {"bias": "bias vectors", "lora": "LoRA", "full": "full fine-tuning", "beft": "BEFT"}
 EVALUATION = ["--bf16", "--eval_size", "128", "--eval_samples", "1"]
 # the base is evaluated once, and checkpoints of full fine-tuning are large
-SHORT = ["--max_steps", "20", *EVALUATION, "--eval_steps", "10", "--skip_eval_before", "--save_steps", "1000"]
+SHORT = ["--max_steps", "20", *EVALUATION, "--skip_eval_before", "--save_steps", "1000"]
+WATCHED = [*SHORT, "--eval_steps", "10"]
 LONG_ANSWERS = ["--max_completion_length", "24"]
 LARGE_BATCHES = ["--max_steps", "60", "--prompts_per_step", "16", "--num_generations", "16"]
 LARGE_BATCHES += ["--gradient_accumulation_steps", "2", *EVALUATION, *LONG_ANSWERS]
@@ -62,7 +67,10 @@ BASE = {
 
 @dataclass
 class Preset:
-    """What is run: `methods` × rates × `seeds` × `tasks`, each with `arguments`; before that, the base models."""
+    """
+    What is run: `methods` × rates × `seeds` × `tasks`, each with `arguments`; before that, the base models. If there is a
+    `choosing_seed`, it decides on each method's rate, and the `seeds` are run at that one.
+    """
 
     methods: list[str]
     seeds: list[int]
@@ -72,11 +80,12 @@ class Preset:
     base: dict[str, list[str]] = field(default_factory=dict)
     base_arguments: list[str] = field(default_factory=list)
     note: str = ""
+    choosing_seed: int | None = None
     model: str = "outputs/SmolLM2-135M-Instruct"
     launch: list[str] = field(default_factory=lambda: [sys.executable])
 
 
-BEST = {"bias": [1e-2], "lora": [1e-3], "full": [3e-5], "beft": [1e-2]}
+BEST = {name: [rate] for name, rate in LEARNING_RATES.items()}
 RATES = {
     "bias": [3e-3, 1e-2, 3e-2],
     "lora": [3e-4, 1e-3, 3e-3, 1e-2],
@@ -84,13 +93,29 @@ RATES = {
 }
 ARITHMETIC = ["basic_arithmetic"]
 PRESETS = {
-    "sweep": Preset(["bias", "lora", "full"], [0], ARITHMETIC, RATES, SHORT),
-    "minutes": Preset(["bias", "lora", "full"], [0, 1, 2], ARITHMETIC, BEST, SHORT, BASE, EVALUATION),
+    "league": Preset(
+        [name for name in METHODS if name != "lora"],
+        [1, 2, 3],
+        ARITHMETIC,
+        {name: method.rates for name, method in METHODS.items()},
+        SHORT,
+        BASE,
+        EVALUATION,
+        choosing_seed=0,
+    ),
+    "sweep": Preset(["bias", "lora", "full"], [0], ARITHMETIC, RATES, WATCHED),
+    "minutes": Preset(["bias", "lora", "full"], [0, 1, 2], ARITHMETIC, BEST, WATCHED, BASE, EVALUATION),
     "format_reward": Preset(
-        ["bias"], [0], ARITHMETIC, BEST, [*SHORT, "--reward", "formatted"], note="reward for the form alone"
+        ["bias"], [0], ARITHMETIC, BEST, [*WATCHED, "--reward", "formatted"], note="reward for the form alone"
     ),
     "out_of_reach": Preset(
-        ["bias"], [0], ["four_digit_products"], BEST, [*SHORT, *LONG_ANSWERS], BASE_ALONE, [*EVALUATION, *LONG_ANSWERS]
+        ["bias"],
+        [0],
+        ["four_digit_products"],
+        BEST,
+        [*WATCHED, *LONG_ANSWERS],
+        BASE_ALONE,
+        [*EVALUATION, *LONG_ANSWERS],
     ),
     "gpu": Preset(
         ["bias", "lora"],
@@ -155,7 +180,7 @@ def list_runs(preset: Preset, output_dir: Path, extra: list[str]) -> list[Run]:
                     arguments = [*always, "--method", method, "--learning_rate", str(rate), "--seed", str(seed)]
                     arguments += [*preset.arguments, *extra]
                     note = f"-{preset.note.replace(' ', '_')}" if preset.note else ""
-                    label = NAMES[method] + (f", {preset.note}" if preset.note else "")
+                    label = METHODS[method].label + (f", {preset.note}" if preset.note else "")
                     path = folder / f"{method}-lr{rate:g}-seed{seed}{note}"
                     runs.append(Run(label, task, path, arguments, method, rate, seed))
     return runs
@@ -209,6 +234,29 @@ def carry_out_all(runs: list[Run], launch: list[str], jobs: int) -> None:
     bar.close()
 
 
+def carried_out(preset: Preset, args: argparse.Namespace, extra: list[str]) -> list[Run]:
+    """The finished runs of a preset: all of them, unless only those that are there are wanted."""
+    runs = list_runs(preset, args.output_dir, extra)
+    if not args.only_finished:
+        carry_out_all(runs, preset.launch, args.jobs)
+    return [run for run in runs if run.is_done]
+
+
+def best_rates(rows: list[dict]) -> dict[str, list[float]]:
+    """Of each method, the rate with the most right answers; of several, the lowest."""
+    best = {}
+    for row in sorted(rows, key=lambda row: (row["accuracy"], -row["learning_rate"])):
+        best[row["method"]] = [row["learning_rate"]]
+    return best
+
+
+def mean_interval(values: list[float]) -> float:
+    """Half of the 95 % interval of their mean, if they are normally distributed; 0 for one value."""
+    if len(values) < 2:
+        return 0.0
+    return T_QUANTILES[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
+
+
 def prediction_interval(values: list[float]) -> tuple[float, float] | None:
     """Where one more seed lies with 95 % probability, if the seeds are normally distributed."""
     if len(values) < 2:
@@ -255,7 +303,7 @@ def summarize(runs: list[Run]) -> list[dict]:
             for key in ("trainable_parameters", "optimizer_bytes", "file_bytes"):
                 row[key] = results[0][key]
             row["peak_memory_bytes"] = max(result["peak_memory_bytes"] for result in results)
-            for key in ("seconds_per_step", "cpu_seconds_per_step"):
+            for key in ("seconds_per_step", "cpu_seconds_per_step", "cpu_seconds_sampling"):
                 row[key] = statistics.median(result[key] for result in results)
         rows.append(row)
     return rows
@@ -295,15 +343,50 @@ def accuracy_table(rows: list[dict]) -> str:
 
 def cost_table(rows: list[dict]) -> str:
     lines = [
-        "| trained | parameters | optimizer, bytes | file, bytes | peak memory, MiB | CPU seconds per step |",
-        "|---|---|---|---|---|---|",
+        "| trained | parameters | optimizer, bytes | file, bytes | peak memory, MiB | CPU seconds per step | to sample |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if row["method"] is not None:
             cells = [row["label"], *(f"{row[k]:,}" for k in ("trainable_parameters", "optimizer_bytes", "file_bytes"))]
             cells += [f"{row['peak_memory_bytes'] / 2**20:,.0f}", f"{row['cpu_seconds_per_step']:.1f}"]
+            cells.append(f"{row['cpu_seconds_sampling']:.1f}")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def rate_table(rows: list[dict]) -> str:
+    """What one seed reaches at each rate."""
+    of_label: dict[str, list[dict]] = {}
+    for row in rows:
+        of_label.setdefault(row["label"], []).append(row)
+    columns = max(map(len, of_label.values()))
+    lines = [
+        f"| trained, seed {rows[0]['seeds'][0]} |" + " rate: right, greedy |" * columns,
+        "|---" * (columns + 1) + "|",
+    ]
+    for label, members in of_label.items():
+        cells = [f"{row['learning_rate']:g}: {percent(row['accuracy'])}" for row in members]
+        lines.append(f"| {' | '.join([label, *cells, *['–'] * (columns - len(cells))])} |")
+    return "\n".join(lines)
+
+
+def plot_sizes(rows: list[dict], path: Path) -> None:
+    """Held-out accuracy against the number of trained parameters: each seed, and the mean with its 95 % interval."""
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for index, row in enumerate(row for row in rows if row["method"] is not None):
+        size, seeds = row["trainable_parameters"], row["accuracies"]
+        error = mean_interval(seeds)
+        style = {"color": f"C{index % 10}", "marker": "os^"[index // 10], "label": row["label"]}
+        axes.errorbar(size, row["accuracy"], yerr=error, capsize=3, **style)
+        axes.plot([size] * len(seeds), seeds, ".", color=style["color"], alpha=0.5)
+    for row, style in zip([row for row in rows if row["method"] is None], ("-", "--", ":", "-.")):
+        axes.axhline(row["accuracy"], color="grey", linestyle=style, label=row["label"])
+        axes.axhspan(*row["interval"], color="grey", alpha=0.1, linewidth=0)
+    axes.set(xscale="log", xlabel="trained parameters", ylabel="right, greedy", ylim=(0, 1), title=rows[0]["task"])
+    figure.legend(loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -347,7 +430,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="minutes", help="what to run (%(default)s)")
     parser.add_argument("--model", help="another model than the preset's")
-    parser.add_argument("--methods", nargs="+", choices=NAMES, help="only these of the preset")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these of the preset")
     parser.add_argument("--seeds", nargs="+", type=int, help="these instead of the preset's")
     parser.add_argument("--tasks", nargs="+", help="these instead of the preset's (see train_methods.py --task)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
@@ -366,20 +449,24 @@ def main() -> None:
     for name in ("model", "methods", "seeds", "tasks"):
         if getattr(args, name) is not None:
             setattr(preset, name, getattr(args, name))
-    runs = list_runs(preset, args.output_dir, extra)
-    if args.only_finished:
-        runs = [run for run in runs if run.is_done]
-        if not runs:
-            raise SystemExit(f"--only_finished found no finished run of {args.preset} in {args.output_dir}")
-    else:
-        carry_out_all(runs, preset.launch, args.jobs)
-    rows = summarize(runs)
     stem = args.output_dir / Path(preset.model).name / args.preset
-    page = [f"`{shlex.join(['python', *sys.argv])}`"]
-    for task in dict.fromkeys(row["task"] for row in rows):
-        of_task = [row for row in rows if row["task"] == task]
-        page += [f"## {task}", accuracy_table(of_task), cost_table(of_task)]
-        plot(of_task, stem.with_name(f"{args.preset}_{Path(task).name}.png"))
+    page, rows = [f"`{shlex.join(['python', *sys.argv])}`"], []
+    for task in preset.tasks:
+        part, tables = replace(preset, tasks=[task]), []
+        if part.choosing_seed is not None:
+            tried = summarize(carried_out(replace(part, seeds=[part.choosing_seed], base={}), args, extra))
+            part.rates = best_rates(tried)
+            part.methods = [method for method in part.methods if method in part.rates]
+            tables = [rate_table(tried)] if tried else []
+        of_task = summarize(carried_out(part, args, extra))
+        if not of_task:
+            continue
+        rows += of_task
+        page += [f"## {task}", accuracy_table(of_task), cost_table(of_task), *tables]
+        draw = plot if part.choosing_seed is None else plot_sizes
+        draw(of_task, stem.with_name(f"{args.preset}_{Path(task).name}.png"))
+    if not rows:
+        raise SystemExit(f"--only_finished found no finished run of {args.preset} in {args.output_dir}")
     text = "\n\n".join(page)
     print(text)
     stem.with_suffix(".md").write_text(text + "\n")

@@ -4,8 +4,8 @@
 # ]
 # ///
 """
-Bias vectors, LoRA, BEFT or the whole model with GRPO on the same questions, everything measured that compare_methods.py
-and read_vectors.py need (examples/peft_bias_steer/train_grpo.py is the one to copy):
+Bias vectors, LoRA and other methods (grpo_methods.py) with GRPO on the same questions, everything measured that
+compare_methods.py and read_vectors.py need (examples/peft_bias_steer/train_grpo.py is the one to copy):
 
     accelerate launch examples/studies/train_methods.py --method lora --output_dir outputs/lora
 
@@ -33,23 +33,20 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from math_verify import parse, verify
-from peft import BeftConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from reasoning_gym.factory import DATASETS
 from reasoning_gym.utils import SYSTEM_PROMPTS, extract_answer
 from transformers import ProgressCallback, TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
-from peft_bias_steer import BiasSteerConfig
 
-
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("shared", "peft_bias_steer")]
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("shared", "peft_bias_steer", "studies")]
 import train_grpo as example
+from grpo_methods import LEARNING_RATES, METHODS, adapt, untie  # ty: ignore[unresolved-import]  # beside this one
 
 
 DEMO_MODEL = "outputs/SmolLM2-135M-Instruct"
-# constant, for AdamW; compare_methods.py --preset sweep sets them beside their neighbours
-LEARNING_RATES = {"bias": 1e-2, "lora": 1e-3, "full": 3e-5, "beft": 1e-2}
 BOXED_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 PRESETS: dict[str, dict[str, Any]] = {
     "basic_arithmetic": {"task_options": example.EASY_ARITHMETIC},
@@ -299,10 +296,21 @@ class RewardBar(ProgressCallback):
 
 
 class StepClock(TrainerCallback):
-    """Seconds of each step, of the clock and of the CPU."""
+    """Seconds of each step, of the clock and of the CPU, and of the CPU for its samples."""
 
     def __init__(self):
-        self.wall, self.cpu = [], []
+        self.wall, self.cpu, self.sampling = [], [], []
+
+    def watch_sampling(self, trainer: GRPOTrainer) -> None:
+        generate = trainer._generate
+
+        def timed(prompts: list) -> Any:
+            start = time.process_time()
+            generated = generate(prompts)
+            self.sampling.append(time.process_time() - start)
+            return generated
+
+        trainer._generate = timed  # ty: ignore[invalid-assignment]  # on this trainer alone
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.start = time.perf_counter(), time.process_time()
@@ -364,8 +372,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(model=DEMO_MODEL)
     parser.set_defaults(learning_rate=None)
     add = parser.add_argument
-    add("--method", choices=LEARNING_RATES, default="bias", help=f"what is trained, by default at {LEARNING_RATES}")
-    add("--lora_rank", type=int, default=4, help="of LoRA on down_proj, with alpha twice as large (%(default)s)")
+    add("--method", choices=METHODS, default="bias", help=f"what is trained, by default at {LEARNING_RATES}")
     questions = parser.add_argument_group(f"questions (--task {', '.join(PRESETS)}, or a dataset)").add_argument
     questions("--num_questions", type=int, default=2000, help="to draw from reasoning-gym, before duplicates go")
     questions("--dataset_config", help="name of the dataset's configuration")
@@ -412,26 +419,15 @@ def fill_defaults(args: argparse.Namespace) -> None:
     args.answer_column = args.answer_column or "answer"
     if args.learning_rate is None:
         args.learning_rate = LEARNING_RATES[args.method]
-    if args.layers is not None and args.method == "full":
-        raise SystemExit("--layers is for bias, LoRA and BEFT: --method full trains every layer")
-
-
-def adapter_config(args: argparse.Namespace) -> PeftConfig | None:
-    common: Any = {"task_type": "CAUSAL_LM"}
-    if args.layers is not None:
-        common["layers_to_transform"] = args.layers
-    if args.method == "bias":
-        return BiasSteerConfig(**common)
-    if args.method == "lora":
-        return LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=["down_proj"], **common)
-    if args.method == "beft":
-        return BeftConfig(target_modules=["down_proj"], **common)
-    return None
+    if args.layers is not None and not METHODS[args.method].can_leave_layers_out:
+        raise SystemExit(f"--layers is for methods that can leave some out: --method {args.method} trains every layer")
 
 
 def training_config(args: argparse.Namespace) -> GRPOConfig:
     if args.use_vllm and args.method == "beft":
         raise SystemExit("--use_vllm cannot sample with BEFT, whose biases do not merge: choose --method bias")
+    if args.use_vllm and METHODS[args.method].tie:
+        raise SystemExit("--use_vllm cannot sample with vectors that share parameters: choose --method bias")
     return example.training_config(
         args,
         args.gradient_accumulation_steps,
@@ -529,9 +525,7 @@ def main() -> None:
     steers_vllm = args.use_vllm and args.method == "bias"
     if steers_vllm:
         model = example.with_room_for_vectors(model, tokenizer, args.output_dir / "base")
-    peft_config = adapter_config(args)
-    if peft_config is not None:
-        model = get_peft_model(model, peft_config)
+    model = adapt(model, args.method, args.layers)
     total = sum(parameter.numel() for parameter in model.parameters())
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     state.print(f"Training {trainable:,} of {total:,} parameters ...", flush=True)
@@ -551,16 +545,20 @@ def main() -> None:
         args=config,
     )
     during_training.trainer = trainer
+    clock.watch_sampling(trainer)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(RewardBar)
     if not example.train(trainer, args, steers_vllm=steers_vllm):
         return
     memory = peak_memory()
-    trained_dir = args.output_dir / ("adapter" if peft_config else "model")
+    is_adapter = isinstance(model, PeftModel)
+    if METHODS[args.method].tie:
+        untie(model)
+    trained_dir = args.output_dir / ("adapter" if is_adapter else "model")
     trainer.save_model(str(trained_dir))
     state.wait_for_everyone()
-    model, _ = example.load(args.model if peft_config else trained_dir)
-    if peft_config:
+    model, _ = example.load(args.model if is_adapter else trained_dir)
+    if is_adapter:
         model = PeftModel.from_pretrained(model, trained_dir).to(state.device)
     state.print(
         f"Answering {len(task.held_out)} held-out questions with the weights from {trained_dir} ...", flush=True
@@ -586,6 +584,7 @@ def main() -> None:
         "file_bytes": sum(file.stat().st_size for file in trained_dir.glob("*.safetensors")),
         "seconds_per_step": statistics.median(clock.wall),
         "cpu_seconds_per_step": statistics.median(clock.cpu),
+        "cpu_seconds_sampling": statistics.median(clock.sampling),
         "seconds": round(time.perf_counter() - started, 1),
     }
     if not state.is_main_process:

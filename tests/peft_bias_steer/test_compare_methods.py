@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -50,7 +51,7 @@ def write_results(runs, accuracies: dict[int, float], base: float = 0.1) -> None
             result = {"after": score(accuracies[run.seed]), "rewards": [0.1, accuracies[run.seed]], "during": []}
             result |= {"no_signal_warning": None, "trainable_parameters": 1000, "optimizer_bytes": 8000}
             result |= {"file_bytes": 4000, "peak_memory_bytes": 2**30, "seconds_per_step": 2.0}
-            result |= {"cpu_seconds_per_step": 1.0 + run.seed}
+            result |= {"cpu_seconds_per_step": 1.0 + run.seed, "cpu_seconds_sampling": 0.5}
         (run.folder / "result.json").write_text(json.dumps(result))
 
 
@@ -122,7 +123,7 @@ def test_table_gives_means_over_seeds_and_the_spread(example, tmp_path):
         "| bias vectors | 0.01 | 3 | 52.0% | 50.0%, 54.0%, 52.0% | 42.1% to 61.9% | 26.0% | 80.0% | 65.0% | 2.0 |"
         in lines
     )
-    assert "| bias vectors | 1,000 | 8,000 | 4,000 | 1,024 | 2.0 |" in example.cost_table(rows)
+    assert "| bias vectors | 1,000 | 8,000 | 4,000 | 1,024 | 2.0 | 0.5 |" in example.cost_table(rows)
 
 
 def test_whole_page_is_written_and_a_new_seed_checked_against_it(example, monkeypatch, tmp_path, capsys):
@@ -160,6 +161,39 @@ def test_what_is_finished_is_put_together_without_running_anything(example, monk
     example.main()
 
     assert "| bias vectors | 0.01 | 1 | 50.0% (0.0% to 100.0%) | 50.0% | – |" in capsys.readouterr().out
+
+
+def test_the_league_measures_the_best_rate_on_seeds_that_did_not_choose_it(example, recorder, monkeypatch, tmp_path):
+    preset = replace(example.PRESETS["league"], methods=["bias", "lora_8", "full"])
+    monkeypatch.setitem(example.PRESETS, "league", preset)
+    reached = {"bias": [0.2, 0.6, 0.6], "lora_8": [0.3, 0.3, 0.2], "full": [0.9, 0.5, 0.1]}
+    sweep = replace(preset, seeds=[0], base={})
+    for run in example.list_runs(sweep, tmp_path, []):
+        write_results([run], {0: reached[run.method][preset.rates[run.method].index(run.rate)]})
+    best = {"bias": [1e-2], "lora_8": [1e-4], "full": [1e-5]}
+    write_results(example.list_runs(replace(preset, rates=best), tmp_path, []), {1: 0.5, 2: 0.54, 3: 0.52})
+    monkeypatch.setattr(sys, "argv", ["compare_methods.py", "--preset", "league", "--output_dir", str(tmp_path)])
+    example.main()
+
+    folder = tmp_path / "SmolLM2-135M-Instruct"
+    page = (folder / "league.md").read_text()
+    assert "| bias vectors | 0.01 | 3 | 52.0% | 50.0%, 54.0%, 52.0% |" in page
+    assert "| bias vectors | 0.003: 20.0% | 0.01: 60.0% | 0.03: 60.0% |" in page
+    assert "| full fine-tuning | 1e-05 | 3 | 52.0% |" in page
+    assert [row["seeds"] for row in json.loads((folder / "league.json").read_text()) if row["method"]] == [
+        [1, 2, 3]
+    ] * 3
+    assert (folder / "league_basic_arithmetic.png").stat().st_size > 10_000
+
+
+def test_interval_of_the_mean_covers_it_at_its_rate(example):
+    import torch
+
+    draws = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    inside = sum(abs(sum(seeds) / 3) <= example.mean_interval(seeds) for seeds in draws.tolist())
+
+    assert abs(inside / 4000 - 0.95) < 0.014
+    assert example.mean_interval([0.5]) == 0
 
 
 @pytest.mark.slow

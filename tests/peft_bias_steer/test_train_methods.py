@@ -190,13 +190,13 @@ def test_presets_name_their_dataset_unless_told_otherwise(parse):
     assert (gsm8k.learning_rate, parse("--method", "lora").learning_rate) == (1e-2, 1e-3)
 
 
-def test_the_comparison_passes_arguments_that_exist(parse, tmp_path):
+def test_the_comparison_passes_arguments_that_exist(example, parse, tmp_path):
     comparison = load_example("studies/compare_methods.py")
     runs = [run for preset in comparison.PRESETS.values() for run in comparison.list_runs(preset, tmp_path, [])]
 
     methods = [parse(*run.arguments).method for run in runs if run.method]
     steps = {parse(*run.arguments).max_steps for run in runs if not run.method}
-    assert set(methods) == {"bias", "lora", "full"}
+    assert set(methods) == set(example.METHODS)
     assert steps == {0}
 
 
@@ -217,10 +217,14 @@ def test_batched_completions_equal_single_ones_and_end_at_eos(example, tiny_lang
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "trainable"),
-    # two layers of width 32, inner width 64; LoRA of rank 4 on down_proj
+    # two layers of width 32, inner width 64; LoRA of rank 4 on down_proj; coefficients and vectors of rank 4
     [
         (["bias"], 2 * 32),
         (["bias", "--layers", 1, "--bf16"], 32),
+        (["bias_middle"], 32),
+        (["bias_shared"], 32),
+        (["bias_low_rank"], 4 * (2 + 32)),
+        (["tinylora"], 13),
         (["beft"], 2 * 32),
         (["lora"], 2 * 4 * (32 + 64)),
         (["full"], None),
@@ -246,7 +250,9 @@ def test_every_method_is_trained_measured_and_evaluated(train, tmp_path, method,
     assert result["trainable_parameters"] == trainable
     # AdamW: two float32 moments per parameter, and a step counter for each tensor
     assert 8 * trainable <= result["optimizer_bytes"] <= 8 * trainable + 4 * 100
-    assert 4 * trainable <= result["file_bytes"] <= 4 * trainable + 8192
+    # PEFT stores TinyLoRA's frozen matrices, (in + out) × 2, beside the 13 numbers
+    stored = trainable + 2 * 2 * (3 * 96 + 2 * 48 + 2 * 64) * (method == ["tinylora"])
+    assert 4 * stored <= result["file_bytes"] <= 4 * stored + 8192
     assert result["peak_memory_bytes"] > 0 and result["cpu_seconds_per_step"] > 0
     assert [entry["step"] for entry in result["during"]] == [1]
     for when in ("before", "after"):
@@ -334,7 +340,10 @@ def test_two_processes_share_samples_and_held_out_questions(tiny_language_model,
             ["--task", "no/such"],
             "--task must be a reasoning-gym task, a preset, or a dataset on the hub or in a folder",
         ),
-        (["--method", "full", "--layers", 0], "--layers is for bias, LoRA and BEFT: --method full trains every layer"),
+        (
+            ["--method", "full", "--layers", 0],
+            "--layers is for methods that can leave some out: --method full trains every",
+        ),
         (["--chat_template", "jinjo"], "--chat_template must be chatml, plain or a Jinja file, got 'jinjo'"),
         (
             ["--prompts_per_step", 3, "--num_generations", 3, "--gradient_accumulation_steps", 2],
@@ -367,10 +376,11 @@ def test_base_for_rollouts_has_room_for_the_vectors_or_is_refused(example, tiny_
         example.example.with_room_for_vectors(bases["bloom"], tokenizer, tmp_path / "other")
 
 
-def test_biases_of_beft_are_not_sampled_with_vllm(train, example, monkeypatch):
+@pytest.mark.parametrize(("method", "what"), [("beft", "BEFT"), ("bias_shared", "vectors that share parameters")])
+def test_what_does_not_merge_is_not_sampled_with_vllm(train, example, monkeypatch, method, what):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    with pytest.raises(SystemExit, match="--use_vllm cannot sample with BEFT"):
-        train("--use_vllm", "--method", "beft", "--eval_size", 1)
+    with pytest.raises(SystemExit, match=f"--use_vllm cannot sample with {what}"):
+        train("--use_vllm", "--method", method, "--eval_size", 1)
 
 
 def test_missing_columns_are_named(train, dataset_folder):
@@ -395,3 +405,28 @@ def test_a_model_without_chat_template_is_refused(train, tiny_language_model, da
     tokenizer.save_pretrained(tmp_path / "bare")
     with pytest.raises(SystemExit, match="has no chat template: choose --chat_template plain, chatml or a file"):
         train("--model", tmp_path / "bare", "--task", dataset_folder(), "--eval_size", 2)
+
+
+@pytest.mark.parametrize("method", ["bias_shared", "bias_low_rank"])
+def test_vectors_that_share_parameters_are_saved_as_one_for_each_layer(example, tiny_language_model, tmp_path, method):
+    model, tokenizer = example.example.load(tiny_language_model)
+    batch = tokenizer("What is 1 + 1?", return_tensors="pt")
+    adapted = example.adapt(model, method, None)
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        adapted(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        expected = adapted(**batch).logits
+    example.untie(adapted)
+    adapted.save_pretrained(tmp_path)
+    again = example.PeftModel.from_pretrained(example.example.load(tiny_language_model)[0], tmp_path)
+    with torch.no_grad():
+        found = again(**batch).logits
+    vectors = torch.stack(list(load_file(tmp_path / "adapter_model.safetensors").values()))
+
+    assert torch.equal(found, expected)
+    assert vectors.shape == (2, 32) and vectors.any()
+    assert torch.equal(vectors[0], vectors[1]) == (method == "bias_shared")
