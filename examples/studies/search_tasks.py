@@ -40,6 +40,11 @@ PROMPTS: dict[str, list[str]] = {
     "4 examples": ["--few_shot", "4"],
     "8 examples": ["--few_shot", "8"],
 }
+# of reasoning-gym 0.1.25
+NO_CHECKS = {
+    "coin_flip": "its check takes 0 for every probability below 1",
+    "game_of_life_halting": "its check takes every answer",
+}
 # tokens beside the answer, for a sentence that says it
 AROUND = 16
 
@@ -111,6 +116,8 @@ def load_task(args: argparse.Namespace, name: str) -> study.Task:
 
 def ask(args: argparse.Namespace, model: Any, tokenizer: Any, name: str) -> dict[str, Any]:
     """Right answers to each kind of prompt, of `questions`; `None` where the examples are too long."""
+    if name in NO_CHECKS:
+        raise LeftOut(NO_CHECKS[name])
     task = load_task(args, name)
     if not all(isinstance(row["answer"], str) for row in task.held_out):
         raise LeftOut("no answer is written down")

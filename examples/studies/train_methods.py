@@ -165,8 +165,11 @@ def reasoning_gym_task(args: argparse.Namespace) -> Task:
     form = args.answer_form or ("integer" if integers else "tag")
 
     def check(answer: str, row: dict) -> bool:
-        # score_answer gives part of a point for "18" where "8" is right
-        return source.score_answer(answer, row) == 1.0
+        # score_answer gives part of a point for "18" where "8" is right, and may raise at what it cannot read
+        try:
+            return source.score_answer(answer, row) == 1.0
+        except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError):
+            return False
 
     system_prompt = SYSTEM_PROMPTS["default"] if form == "tag" else ""
     return Task(train, held_out, ANSWER_FORMS[form], check, system_prompt)

@@ -148,6 +148,15 @@ def test_other_tasks_of_reasoning_gym_take_their_options(example, parse):
     assert words.grade(row["answer"], row)["unparsable"]
 
 
+def test_an_answer_at_which_the_check_raises_is_wrong(example, parse):
+    few = ["--num_questions", 20, "--eval_size", 4, "--answer_form", "line"]
+    task = example.reasoning_gym_task(parse("--task", "prime_factorization", *few))
+    row = task.held_out[0]
+
+    assert task.grade(row["answer"], row)["right"]
+    assert not task.grade("To find the prime factors, we divide", row)["right"]
+
+
 def test_datasets_are_checked_by_mathematical_value(example, parse, dataset_folder):
     task = example.dataset_task(parse("--task", dataset_folder(), "--eval_size", 3))
     row = next(row for row in task.train if row["answer"] == "1/2")
