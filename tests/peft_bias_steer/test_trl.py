@@ -16,6 +16,7 @@ from trl.generation import vllm_generation
 from peft_bias_steer import BiasSteerConfig, set_steering_vectors, steering_vectors
 from peft_bias_steer.serving import trl
 from peft_bias_steer.serving.trl import check_vllm_sync, prepare_for_vllm, sync_vectors_only
+from tests.peft_bias_steer.tiny_models import TWO_STEPS
 from tests.peft_bias_steer.vllm_stand_in import StandInEngine
 
 
@@ -91,17 +92,10 @@ def make_trainer(tiny_language_model, tmp_path, monkeypatch):
             train_dataset=Dataset.from_dict({"prompt": [f"{number} " for number in range(40)]}),
             args=GRPOConfig(
                 output_dir=str(tmp_path / "out"),
-                max_steps=2,
-                learning_rate=0.05,
+                **TWO_STEPS,
                 per_device_train_batch_size=4,
                 num_generations=4,
                 max_completion_length=4,
-                gradient_checkpointing=False,
-                bf16=False,
-                use_cpu=True,
-                report_to="none",
-                save_strategy="no",
-                disable_tqdm=True,
                 use_vllm=True,
                 vllm_mode="server",
             ),

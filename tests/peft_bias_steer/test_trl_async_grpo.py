@@ -17,6 +17,7 @@ from trl.experimental.async_grpo.weight_transfer import WeightTransferClient
 
 from peft_bias_steer import BiasSteerConfig, steering_vectors
 from peft_bias_steer.serving.trl import check_vllm_sync, prepare_for_vllm, sync_vectors_only
+from tests.peft_bias_steer.tiny_models import TWO_STEPS
 from tests.peft_bias_steer.vllm_stand_in import StandInEngine
 
 
@@ -134,18 +135,11 @@ def make_trainer(tiny_language_model, tmp_path, monkeypatch):
             rollout_worker=Worker(engine),
             args=AsyncGRPOConfig(
                 output_dir=str(tmp_path / "out"),
+                **TWO_STEPS,
                 vllm_server_base_url=f"http://127.0.0.1:{servers[-1].server_port}",
-                max_steps=2,
-                learning_rate=0.05,
                 per_device_train_batch_size=2,
                 gradient_accumulation_steps=1,
                 token_budget=0,
-                gradient_checkpointing=False,
-                bf16=False,
-                use_cpu=True,
-                report_to="none",
-                save_strategy="no",
-                disable_tqdm=True,
             ),
         )
         return trainer, engine

@@ -1,5 +1,7 @@
 """Steered models of random weights, small enough to compare every logit."""
 
+from typing import Any
+
 import torch
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -21,6 +23,18 @@ GPT2 = {"vocab_size": 99, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions"
 INPUT_IDS = torch.arange(1, 41).view(2, 20) % 97
 # float32 after three layers of width 32: the sums are only ordered differently
 CLOSE = {"atol": 2e-6, "rtol": 1e-5}
+
+# arguments of any of TRL's trainers: two steps on a CPU that leave nothing behind
+TWO_STEPS: dict[str, Any] = {
+    "max_steps": 2,
+    "learning_rate": 0.05,
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
 
 
 def make_base(model_type="llama", **config):
