@@ -1,4 +1,7 @@
-"""What train_methods.py trains and compare_methods.py compares: each method's name, adapter and learning rates."""
+"""
+What train_methods.py trains and compare_methods.py compares: each method's name, adapter and learning rates; and the
+prompts that do without training.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +25,14 @@ from torch.nn.utils import parametrize
 from peft_bias_steer import BiasSteerConfig
 
 
+# as options of train_methods.py
+PROMPTS: dict[str, list[str]] = {
+    "question": [],
+    "answer alone": ["--system_prompt", "Reply with the answer and nothing else."],
+    "2 examples": ["--few_shot", "2"],
+    "4 examples": ["--few_shot", "4"],
+    "8 examples": ["--few_shot", "8"],
+}
 RANK = 4
 
 

@@ -30,16 +30,9 @@ from tqdm import tqdm
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("shared", "peft_bias_steer", "studies")]
 import train_grpo as example
 import train_methods as study  # ty: ignore[import-not-found]  # the script beside this one
+from grpo_methods import PROMPTS  # ty: ignore[unresolved-import]  # and the table beside it
 
 
-ALONE = "Reply with the answer and nothing else."
-PROMPTS: dict[str, list[str]] = {
-    "question": [],
-    "answer alone": ["--system_prompt", ALONE],
-    "2 examples": ["--few_shot", "2"],
-    "4 examples": ["--few_shot", "4"],
-    "8 examples": ["--few_shot", "8"],
-}
 # of reasoning-gym 0.1.25
 NO_CHECKS = {
     "coin_flip": "its check takes 0 for every probability below 1",
@@ -151,15 +144,20 @@ def write_report(args: argparse.Namespace, results: list[dict[str, Any]]) -> str
     asked.sort(key=lambda result: (-best_prompt(result)[0], -result["right"]["question, sampled"], result["task"]))
     kinds = ["question", "question, sampled", *list(PROMPTS)[1:]]
     lines = [f"| task | answers | {' | '.join(kinds)} | best prompt, 95 % |", "|---" * (len(kinds) + 3) + "|"]
+    nothing = []
     for result in asked:
         counts = [result["right"][kind] for kind in kinds]
+        if not any(counts):
+            nothing.append(result["task"])
+            continue
         shares = ["–" if n is None else f"{100 * n / args.questions:.0f}" for n in counts]
         low, high = study.wilson_interval(best_prompt(result)[0], args.questions)
         form = "integer" if result["integers"] else "line"
         lines.append(f"| {result['task']} | {form} | {' | '.join(shares)} | {100 * low:.0f} to {100 * high:.0f} |")
     left_out = [f"{result['task']} ({result['left_out']})" for result in results if "left_out" in result]
-    lines += ["", f"Right answers of {args.questions} questions, %. {len(asked)} tasks asked; left out: "]
-    lines[-1] += "; ".join(left_out) + "." if left_out else "none."
+    lines += ["", f"Right answers of {args.questions} questions, %. {len(asked)} tasks asked."]
+    lines += ["", f"Nothing right in any way: {', '.join(nothing)}."] if nothing else []
+    lines += ["", f"Left out: {'; '.join(left_out)}."] if left_out else []
     table = "\n".join(lines) + "\n"
     (args.output_dir / "tasks.md").write_text(table)
     if asked:
