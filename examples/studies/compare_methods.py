@@ -13,7 +13,8 @@ an interrupted comparison goes on where it was. Writes a table (.md), the number
 
 Presets: league (all methods of grpo_methods.py, each at the best of three rates by one seed, measured on three others, and
 accuracy against the number of parameters), minutes (three of them, three seeds each, and the base model with and without
-solved examples), sweep (their learning rates), format_reward (bias vectors, rewarded for the form of the answer alone), out_of_reach
+solved examples), sweep (their learning rates), beyond_prompts (bias vectors on tasks that no prompt of search_tasks.py
+solves as well), format_reward (bias vectors, rewarded for the form of the answer alone), out_of_reach
 (bias vectors on a task beyond the model), gpu (eight times as many samples a step, three times as many steps, and two
 harder tasks; `--jobs 4` shares one card), paper (the recipe of arXiv 2505.18706, for a GPU node; not run yet). What
 stands after `--` goes to train_methods.py. To see whether a new seed lands where the others say it should:
@@ -39,7 +40,7 @@ from tqdm import tqdm
 
 
 sys.path.append(str(Path(__file__).parent))
-from grpo_methods import LEARNING_RATES, METHODS  # ty: ignore[unresolved-import]  # beside this script
+from grpo_methods import LEARNING_RATES, METHODS, PROMPTS  # ty: ignore[unresolved-import]  # beside this script
 
 
 matplotlib.use("Agg")
@@ -105,6 +106,15 @@ PRESETS = {
     ),
     "sweep": Preset(["bias", "lora", "full"], [0], ARITHMETIC, RATES, WATCHED),
     "minutes": Preset(["bias", "lora", "full"], [0, 1, 2], ARITHMETIC, BEST, WATCHED, BASE, EVALUATION),
+    "beyond_prompts": Preset(
+        ["bias"],
+        [0, 1, 2],
+        ["syllogism", "calendar_arithmetic"],
+        BEST,
+        [*WATCHED, "--max_completion_length", "16"],
+        {f"base, {kind}": options for kind, options in PROMPTS.items()},
+        [*EVALUATION, "--max_completion_length", "16"],
+    ),
     "format_reward": Preset(
         ["bias"], [0], ARITHMETIC, BEST, [*WATCHED, "--reward", "formatted"], note="reward for the form alone"
     ),

@@ -5,7 +5,8 @@
 # ///
 """
 What can a model do with every task of reasoning-gym before it is trained: alone, asked for the answer alone, and after
-solved examples? Training is worth its while where samples are right now and then and no prompt does as well.
+solved examples? Training is worth its while where samples are right now and then and no prompt does as well, nor the
+answer that is right most often.
 
     python examples/studies/search_tasks.py --model outputs/SmolLM2-135M-Instruct --bf16
 
@@ -18,6 +19,7 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +133,8 @@ def ask(args: argparse.Namespace, model: Any, tokenizer: Any, name: str) -> dict
                 continue
             texts = complete(model, tokenizer, prompts, max_new_tokens=longest + AROUND, sample=sample)
             right[way] = sum(task.grade(text, row)["right"] for text, row in zip(texts, task.held_out))
-    return {"right": right, "integers": task.form is study.ANSWER_FORMS["integer"]}
+    frequent = max(Counter(row["answer"] for row in task.held_out).values())
+    return {"right": right, "frequent": frequent, "integers": task.form is study.ANSWER_FORMS["integer"]}
 
 
 def best_prompt(result: dict[str, Any]) -> tuple[int, str]:
@@ -143,7 +146,8 @@ def write_report(args: argparse.Namespace, results: list[dict[str, Any]]) -> str
     asked = [result for result in results if "right" in result]
     asked.sort(key=lambda result: (-best_prompt(result)[0], -result["right"]["question, sampled"], result["task"]))
     kinds = ["question", "question, sampled", *list(PROMPTS)[1:]]
-    lines = [f"| task | answers | {' | '.join(kinds)} | best prompt, 95 % |", "|---" * (len(kinds) + 3) + "|"]
+    lines = [f"| task | answers | {' | '.join(kinds)} | best prompt, 95 % | most frequent answer |"]
+    lines.append("|---" * (len(kinds) + 4) + "|")
     nothing = []
     for result in asked:
         counts = [result["right"][kind] for kind in kinds]
@@ -153,7 +157,8 @@ def write_report(args: argparse.Namespace, results: list[dict[str, Any]]) -> str
         shares = ["–" if n is None else f"{100 * n / args.questions:.0f}" for n in counts]
         low, high = study.wilson_interval(best_prompt(result)[0], args.questions)
         form = "integer" if result["integers"] else "line"
-        lines.append(f"| {result['task']} | {form} | {' | '.join(shares)} | {100 * low:.0f} to {100 * high:.0f} |")
+        ends = f"{100 * low:.0f} to {100 * high:.0f} | {100 * result['frequent'] / args.questions:.0f}"
+        lines.append(f"| {result['task']} | {form} | {' | '.join(shares)} | {ends} |")
     left_out = [f"{result['task']} ({result['left_out']})" for result in results if "left_out" in result]
     lines += ["", f"Right answers of {args.questions} questions, %. {len(asked)} tasks asked."]
     lines += ["", f"Nothing right in any way: {', '.join(nothing)}."] if nothing else []
