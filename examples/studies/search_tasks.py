@@ -171,15 +171,27 @@ def write_report(args: argparse.Namespace, results: list[dict[str, Any]]) -> str
 
 
 def plot(args: argparse.Namespace, asked: list[dict[str, Any]]) -> Figure:
-    figure = Figure(figsize=(6, 5), layout="constrained")
+    """A line for each task with something right: samples, the best prompt with its interval, the most frequent answer."""
+    shown = [result for result in reversed(asked) if any(result["right"].values())]
+    figure = Figure(figsize=(7, 1.2 + 0.2 * len(shown)), layout="constrained")
     axes = figure.subplots()
-    for result in asked:
-        x, y = (100 * n / args.questions for n in (result["right"]["question, sampled"], best_prompt(result)[0]))
-        axes.plot(x, y, "C0o", alpha=0.5)
-        if max(x, y) >= 20:
-            axes.annotate(result["task"], (x, y), fontsize=6, xytext=(3, 2), textcoords="offset points")
-    axes.plot([0, 100], [0, 100], "k:", linewidth=0.8)
-    axes.set(xlabel="right when sampled after the question alone, %", ylabel="right after the best prompt, greedy, %")
+    for y, result in enumerate(shown):
+        best = best_prompt(result)[0]
+        axes.plot(
+            [100 * limit for limit in study.wilson_interval(best, args.questions)], [y, y], color="C0", alpha=0.4
+        )
+        points = (best, "oC0"), (result["right"]["question, sampled"], "^C1"), (result["frequent"], "xk")
+        for right, style in points:
+            axes.plot(100 * right / args.questions, y, style)
+    for style, label in (
+        ("oC0", "best prompt, greedy"),
+        ("^C1", "question alone, sampled"),
+        ("xk", "most frequent answer"),
+    ):
+        axes.plot([], [], style, label=label)
+    axes.set_yticks(range(len(shown)), [result["task"] for result in shown], fontsize="small")
+    axes.set(xlabel="right, % (line: 95 % interval of the best prompt)")
+    axes.legend(fontsize="small", loc="lower right")
     return figure
 
 
