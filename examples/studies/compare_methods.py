@@ -13,8 +13,8 @@ an interrupted comparison goes on where it was. Writes a table (.md), the number
 
 Presets: league (all methods of grpo_methods.py, each at the best of three rates by one seed, measured on three others, and
 accuracy against the number of parameters), minutes (three of them, three seeds each, and the base model with and without
-solved examples), sweep (their learning rates), beyond_prompts (bias vectors on tasks that no prompt of search_tasks.py
-solves as well), format_reward (bias vectors, rewarded for the form of the answer alone), out_of_reach
+solved examples), sweep (their learning rates), beyond_prompts (bias vectors beside prompts, on the tasks of search_tasks.py with
+some signal), format_reward (bias vectors, rewarded for the form of the answer alone), out_of_reach
 (bias vectors on a task beyond the model), gpu (eight times as many samples a step, three times as many steps, and two
 harder tasks; `--jobs 4` shares one card), paper (the recipe of arXiv 2505.18706, for a GPU node; not run yet). What
 stands after `--` goes to train_methods.py. To see whether a new seed lands where the others say it should:
@@ -93,6 +93,16 @@ RATES = {
     "full": [1e-5, 3e-5, 1e-4],
 }
 ARITHMETIC = ["basic_arithmetic"]
+# Where search_tasks.py found two of 32 samples or more to be right after the question alone; besides arithmetic.
+WITH_SIGNAL = [
+    "self_reference",
+    "syllogism",
+    "gcd",
+    "letter_counting",
+    "aiw",
+    "calendar_arithmetic",
+    "course_schedule",
+]
 PRESETS = {
     "league": Preset(
         [name for name in METHODS if name != "lora"],
@@ -109,7 +119,7 @@ PRESETS = {
     "beyond_prompts": Preset(
         ["bias"],
         [0, 1, 2],
-        ["syllogism", "calendar_arithmetic"],
+        WITH_SIGNAL,
         BEST,
         [*WATCHED, "--max_completion_length", "16"],
         {f"base, {kind}": options for kind, options in PROMPTS.items()},

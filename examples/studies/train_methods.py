@@ -58,9 +58,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     # what it is right about now and then
     "two_digit_sums": {"task": "chain_sum", "task_options": {"max_terms": 3, "max_digits": 2}},
     "two_digit_products": {"task": "products", "task_options": {"max_digits": 2}},
-    # what prompts do not bring out (search_tasks.py)
+    # of words, as search_tasks.py reads them
     "syllogism": {"answer_form": "line"},
     "calendar_arithmetic": {"answer_form": "line"},
+    "course_schedule": {"answer_form": "line"},
     "gsm8k": {"task": "openai/gsm8k", "dataset_config": "main", "eval_split": "test"},
     "math": {
         "task": "DigitalLearningGmbH/MATH-lighteval",
