@@ -257,11 +257,11 @@ def carry_out_all(runs: list[Run], launch: list[str], jobs: int) -> None:
     bar.close()
 
 
-def carried_out(preset: Preset, args: argparse.Namespace, extra: list[str]) -> list[Run]:
-    """The finished runs of a preset: all of them, unless only those that are there are wanted."""
-    runs = list_runs(preset, args.output_dir, extra)
+def carried_out(presets: list[Preset], args: argparse.Namespace, extra: list[str]) -> list[Run]:
+    """The finished runs of all presets: all runs, unless only those that are there are wanted."""
+    runs = [run for preset in presets for run in list_runs(preset, args.output_dir, extra)]
     if not args.only_finished:
-        carry_out_all(runs, preset.launch, args.jobs)
+        carry_out_all(runs, presets[0].launch, args.jobs)
     return [run for run in runs if run.is_done]
 
 
@@ -474,19 +474,24 @@ def main() -> None:
             setattr(preset, name, getattr(args, name))
     stem = args.output_dir / Path(preset.model).name / args.preset
     page, rows = [f"`{shlex.join(['python', *sys.argv])}`"], []
-    for task in preset.tasks:
-        part, tables = replace(preset, tasks=[task]), []
-        if part.choosing_seed is not None:
-            tried = summarize(carried_out(replace(part, seeds=[part.choosing_seed], base={}), args, extra))
-            part.rates = best_rates(tried)
+    parts = [replace(preset, tasks=[task]) for task in preset.tasks]
+    tried = []
+    if preset.choosing_seed is not None:
+        sweeps = [replace(part, seeds=[preset.choosing_seed], base={}) for part in parts]
+        tried = summarize(carried_out(sweeps, args, extra))
+        for part in parts:
+            part.rates = best_rates([row for row in tried if row["task"] in part.tasks])
             part.methods = [method for method in part.methods if method in part.rates]
-            tables = [rate_table(tried)] if tried else []
-        of_task = summarize(carried_out(part, args, extra))
+    finished = carried_out(parts, args, extra)
+    for task in preset.tasks:
+        of_task = summarize([run for run in finished if run.task == task])
         if not of_task:
             continue
         rows += of_task
-        page += [f"## {task}", accuracy_table(of_task), cost_table(of_task), *tables]
-        draw = plot if part.choosing_seed is None else plot_sizes
+        page += [f"## {task}", accuracy_table(of_task), cost_table(of_task)]
+        if at_rates := [row for row in tried if row["task"] == task]:
+            page.append(rate_table(at_rates))
+        draw = plot if preset.choosing_seed is None else plot_sizes
         draw(of_task, stem.with_name(f"{args.preset}_{Path(task).name}.png"))
     if not rows:
         raise SystemExit(f"--only_finished found no finished run of {args.preset} in {args.output_dir}")
