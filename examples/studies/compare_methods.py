@@ -34,13 +34,14 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from tqdm import tqdm
 
 
 sys.path.append(str(Path(__file__).parent))
-from grpo_methods import LEARNING_RATES, METHODS, PROMPTS  # ty: ignore[unresolved-import]  # beside this script
+from grpo_methods import LEARNING_RATES, METHODS, PROMPTS  # ty: ignore[import-not-found]  # beside this script
 
 
 matplotlib.use("Agg")
@@ -311,7 +312,7 @@ def summarize(runs: list[Run]) -> list[dict]:
             "next_seed": prediction_interval(accuracies),
             "sampled_accuracy": statistics.mean(score["sampled"]["accuracy"] for score in scores),
         }
-        for key in ("format_rate", "unparsable", "exact_string", "finished"):
+        for key in ("format_rate", "unparsable", "exact_string", "finished", "most_frequent"):
             row[key] = statistics.mean(score["greedy"][key] for score in scores)
         right = sum(
             s["greedy"]["accuracy_when_formatted"] * s["greedy"]["format_rate"]
@@ -338,6 +339,12 @@ def percent(value: float | None) -> str:
 
 def between(pair: list[float] | tuple[float, float] | None) -> str:
     return "–" if pair is None else f"{pair[0]:.1%} to {pair[1]:.1%}"
+
+
+def with_interval(row: dict) -> str:
+    """The mean of the seeds and each; for one seed, its Wilson interval."""
+    several = ", ".join(map(percent, row["accuracies"])) if len(row["seeds"]) > 1 else between(row["interval"])
+    return f"{percent(row['accuracy'])} ({several})"
 
 
 def accuracy_table(rows: list[dict]) -> str:
@@ -378,6 +385,21 @@ def cost_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def task_table(rows: list[dict]) -> str:
+    """Of each task, the best prompt, the answer that is right most often, and what each method reaches."""
+    methods = list(dict.fromkeys(row["label"] for row in rows if row["method"]))
+    lines = [f"| task | most frequent answer | best prompt | its answers right | {' | '.join(methods)} |"]
+    lines.append("|---" * (len(methods) + 4) + "|")
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of_task = [row for row in rows if row["task"] == task]
+        best = max((row for row in of_task if not row["method"]), key=lambda row: row["accuracy"], default=None)
+        prompt = ["–", "–"] if best is None else [best["label"].removeprefix("base, "), with_interval(best)]
+        trained = {row["label"]: with_interval(row) for row in of_task if row["method"]}
+        cells = [task, percent(of_task[0]["most_frequent"]), *prompt, *(trained.get(label, "–") for label in methods)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def rate_table(rows: list[dict]) -> str:
     """What one seed reaches at each rate."""
     of_label: dict[str, list[dict]] = {}
@@ -400,7 +422,7 @@ def plot_sizes(rows: list[dict], path: Path) -> None:
     for index, row in enumerate(row for row in rows if row["method"] is not None):
         size, seeds = row["trainable_parameters"], row["accuracies"]
         error = mean_interval(seeds)
-        style = {"color": f"C{index % 10}", "marker": "os^"[index // 10], "label": row["label"]}
+        style: Any = {"color": f"C{index % 10}", "marker": "os^"[index // 10], "label": row["label"]}
         axes.errorbar(size, row["accuracy"], yerr=error, capsize=3, **style)
         axes.plot([size] * len(seeds), seeds, ".", color=style["color"], alpha=0.5)
     for row, style in zip([row for row in rows if row["method"] is None], ("-", "--", ":", "-.")):
@@ -493,6 +515,8 @@ def main() -> None:
             page.append(rate_table(at_rates))
         draw = plot if preset.choosing_seed is None else plot_sizes
         draw(of_task, stem.with_name(f"{args.preset}_{Path(task).name}.png"))
+    if len(preset.tasks) > 1:
+        page.insert(1, task_table(rows))
     if not rows:
         raise SystemExit(f"--only_finished found no finished run of {args.preset} in {args.output_dir}")
     text = "\n\n".join(page)

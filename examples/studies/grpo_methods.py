@@ -147,6 +147,6 @@ def untie(model: PeftModel) -> None:
         vector.weight = nn.Parameter(vector.weight.detach().clone())
 
 
-def vectors_of(model: PeftModel) -> list[nn.Module]:
+def vectors_of(model: Any) -> list[Any]:
     """The modules that hold the vectors of an adapter, by layer."""
     return [module for name, module in model.named_modules() if name.endswith("bias_steer_vector.default")]

@@ -23,6 +23,7 @@ import resource
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ from trl.models import unwrap_model_for_generation
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("shared", "peft_bias_steer", "studies")]
 import train_grpo as example
-from grpo_methods import LEARNING_RATES, METHODS, adapt, untie  # ty: ignore[unresolved-import]  # beside this one
+from grpo_methods import LEARNING_RATES, METHODS, adapt, untie  # ty: ignore[import-not-found]  # beside this one
 
 
 DEMO_MODEL = "outputs/SmolLM2-135M-Instruct"
@@ -290,6 +291,7 @@ def score(completions: list[dict], rows: list[dict], task: Task) -> dict:
         "unparsable": count["unparsable"],
         "exact_string": count["exact_string"] / total,
         "finished": sum(entry["finished"] for entry in completions) / total,
+        "most_frequent": max(Counter(row["answer"] for row in rows).values()) / total,
         "mean_tokens": statistics.mean(entry["tokens"] for entry in completions),
     }
 
@@ -317,7 +319,7 @@ class StepClock(TrainerCallback):
             self.sampling.append(time.process_time() - start)
             return generated
 
-        trainer._generate = timed  # ty: ignore[invalid-assignment]  # on this trainer alone
+        trainer._generate = timed  # on this trainer alone
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.start = time.perf_counter(), time.process_time()

@@ -38,7 +38,12 @@ def recorder(example, monkeypatch, tmp_path):
 
 def score(accuracy: float, format_rate: float = 0.8) -> dict:
     greedy = {"accuracy": accuracy, "interval": [0.0, 1.0], "format_rate": format_rate, "unparsable": 2}
-    greedy |= {"exact_string": 0.0, "finished": 0.5, "accuracy_when_formatted": accuracy / format_rate}
+    greedy |= {
+        "exact_string": 0.0,
+        "finished": 0.5,
+        "most_frequent": 0.2,
+        "accuracy_when_formatted": accuracy / format_rate,
+    }
     return {"greedy": greedy, "sampled": {"accuracy": accuracy / 2}}
 
 
@@ -184,6 +189,19 @@ def test_the_league_measures_the_best_rate_on_seeds_that_did_not_choose_it(examp
         [1, 2, 3]
     ] * 3
     assert (folder / "league_basic_arithmetic.png").stat().st_size > 10_000
+
+
+def test_tasks_are_put_side_by_side_with_their_best_prompt(example, tmp_path):
+    preset = replace(example.PRESETS["beyond_prompts"], tasks=["gcd", "aiw"], seeds=[0])
+    runs = example.list_runs(preset, tmp_path, [])
+    for run in runs:
+        write_results([run], {0: 0.5}, base={"base, 4 examples": 0.3}.get(run.label, 0.1))
+    lines = example.task_table(example.summarize(runs)).splitlines()
+
+    assert lines[0] == "| task | most frequent answer | best prompt | its answers right | bias vectors |"
+    assert lines[2:] == [
+        f"| {task} | 20.0% | 4 examples | 30.0% (0.0% to 100.0%) | 50.0% (0.0% to 100.0%) |" for task in preset.tasks
+    ]
 
 
 def test_interval_of_the_mean_covers_it_at_its_rate(example):
