@@ -40,8 +40,8 @@ import matplotlib
 from tqdm import tqdm
 
 
-sys.path.append(str(Path(__file__).parent))
-from grpo_methods import LEARNING_RATES, METHODS, PROMPTS  # ty: ignore[import-not-found]  # beside this script
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
+from grpo_methods import LEARNING_RATES, METHODS, PROMPTS
 
 
 matplotlib.use("Agg")

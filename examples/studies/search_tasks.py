@@ -32,7 +32,7 @@ from tqdm import tqdm
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("shared", "peft_bias_steer", "studies")]
 import train_grpo as example
 import train_methods as study  # ty: ignore[import-not-found]  # the script beside this one
-from grpo_methods import PROMPTS  # ty: ignore[import-not-found]  # and the table beside it
+from grpo_methods import PROMPTS
 
 
 # of reasoning-gym 0.1.25

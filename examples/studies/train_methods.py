@@ -4,7 +4,7 @@
 # ]
 # ///
 """
-Bias vectors, LoRA and other methods (grpo_methods.py) with GRPO on the same questions, everything measured that
+Bias vectors, LoRA and other methods (examples/shared/grpo_methods.py) with GRPO on the same questions, everything measured that
 compare_methods.py and read_vectors.py need (examples/peft_bias_steer/train_grpo.py is the one to copy):
 
     accelerate launch examples/studies/train_methods.py --method lora --output_dir outputs/lora
@@ -42,9 +42,9 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("shared", "peft_bias_steer", "studies")]
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("shared", "peft_bias_steer")]
 import train_grpo as example
-from grpo_methods import LEARNING_RATES, METHODS, adapt, untie  # ty: ignore[import-not-found]  # beside this one
+from grpo_methods import LEARNING_RATES, METHODS, adapt, untie
 
 
 DEMO_MODEL = "outputs/SmolLM2-135M-Instruct"
