@@ -499,8 +499,7 @@ def main() -> None:
     parts = [replace(preset, tasks=[task]) for task in preset.tasks]
     tried = []
     if preset.choosing_seed is not None:
-        sweeps = [replace(part, seeds=[preset.choosing_seed], base={}) for part in parts]
-        tried = summarize(carried_out(sweeps, args, extra))
+        tried = summarize(carried_out([replace(preset, seeds=[preset.choosing_seed], base={})], args, extra))
         for part in parts:
             part.rates = best_rates([row for row in tried if row["task"] in part.tasks])
             part.methods = [method for method in part.methods if method in part.rates]

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from peft_bias_steer import BiasSteerConfig, BiasSteerFloat32Callback
+from tests.peft_bias_steer.tiny_models import TWO_STEPS
 
 
 def late_in_the_alphabet(completions, **kwargs):
@@ -22,17 +23,10 @@ def train(tiny_language_model, tmp_path):
         tokenizer = AutoTokenizer.from_pretrained(tiny_language_model, padding_side="left")
         defaults = {
             "output_dir": str(tmp_path),
-            "max_steps": 2,
-            "learning_rate": 0.05,
+            **TWO_STEPS,
             "per_device_train_batch_size": 4,
             "num_generations": 4,
             "max_completion_length": 4,
-            "gradient_checkpointing": False,
-            "bf16": False,
-            "use_cpu": True,
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
         }
         return GRPOTrainer(
             model=model if model is not None else AutoModelForCausalLM.from_pretrained(tiny_language_model),
