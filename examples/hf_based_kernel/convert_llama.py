@@ -6,7 +6,7 @@
     accelerate launch examples/hf_based_kernel/convert_llama.py --preset minutes
 
 Stage 1 trains what is new in every layer to give its teacher layer's output for the teacher's inputs, all layers in one pass.
-Then the --replace layers that the language model misses least are replaced, and stage 2 trains the whole model to give the
+Then the --replace layers that text and copying miss least are replaced, and stage 2 trains the whole model to give the
 teacher's next tokens (--distill_steps 0 leaves it out). It is saved to OUTPUT_DIR/NUMBER. Ctrl-C saves a checkpoint and stops;
 the same command goes on from there, and with another --replace from stage 1. `studies/compare_conversions.py` measures several.
 """
@@ -34,7 +34,17 @@ from hf_based_kernel.llama_rebased import LLAMAS
 
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
-from conversions import AttentionTransfer, DistillationTrainer, answer, fidelity, read_rows, spread, train
+from conversions import (
+    COPIED,
+    AttentionTransfer,
+    DistillationTrainer,
+    answer,
+    fidelity,
+    read_rows,
+    repeated_tokens,
+    spread,
+    train,
+)
 from packed_text import DEMO_MODEL
 
 
@@ -45,8 +55,8 @@ PRESETS = {
 }
 # Rows from which the maps take their principal directions.
 CALIBRATION_ROWS = 8
-# Texts by which layers are put in order, of those held out.
-ORDER_TEXTS = 2
+# Rows of text and sequences to be copied by which layers are put in order; seed of the latter, which no measure has.
+ORDER_ROWS, ORDER_COPIES, ORDER_SEED = 2, 4, 1
 QUESTION = "Why is the sky blue?"
 # Peak learning rates, of stage 1 and of what stage 2 may train.
 TRANSFER_RATE, RATES = 1e-2, {"all": 1e-4, "lora": 1e-3}
@@ -85,7 +95,8 @@ def complete(parser, arguments):
     for name, value in PRESETS[arguments.preset].items():
         setattr(arguments, name, value if getattr(arguments, name) is None else getattr(arguments, name))
     least = {"window": 0, "feature_dim": 1, "transfer_steps": 1, "distill_steps": 0, "seq_len": 8, "batch_size": 1}
-    for name, minimum in {**least, "eval_texts": ORDER_TEXTS}.items():
+    # One text has no standard error.
+    for name, minimum in {**least, "eval_texts": 2}.items():
         if getattr(arguments, name) < minimum:
             parser.error(f"--{name} must be at least {minimum}, got {getattr(arguments, name)}")
     return arguments
@@ -156,16 +167,26 @@ def replaced(arguments, teacher, weights, layers):
 
 
 @torch.no_grad()
-def order_layers(arguments, teacher, weights, held_out):
-    """Indices of the layers, those first whose replacement alone changes the teacher's next tokens least."""
+def order_layers(arguments, teacher, weights, rows):
+    """
+    Indices of the layers, those first whose replacement alone changes the teacher's next tokens least: in rows of text, and
+    where random tokens come a second time, which text hardly asks for and few layers do.
+    """
     path = arguments.output_dir / "order.json"
     if not path.exists():
         module = AttentionTransfer(teacher, replaced(arguments, teacher, weights, sorted(weights)))
-        alone = module.divergences(held_out[:ORDER_TEXTS], ([i] for i in sorted(weights)))
-        harm = dict(zip(sorted(weights), tqdm(alone, desc="each layer alone", total=len(weights))))
+        asked = {
+            "text": (rows[-ORDER_ROWS:], None),
+            "copying": (repeated_tokens(int(teacher.config.vocab_size), ORDER_COPIES, ORDER_SEED), COPIED),
+        }
+        harm = {}
+        for name, (tokens, last) in asked.items():
+            alone = module.divergences(tokens, ([i] for i in sorted(weights)), last)
+            found = list(tqdm(alone, desc=f"each layer alone, {name}", total=len(weights)))
+            harm[name] = dict(zip(sorted(weights), found))
         path.write_text(json.dumps(harm) + "\n")
-    harm = {int(i): kl for i, kl in json.loads(path.read_text()).items()}
-    return sorted(harm, key=lambda i: harm[i])
+    harm = json.loads(path.read_text())
+    return sorted(map(int, harm["text"]), key=lambda i: sum(of_layer[str(i)] for of_layer in harm.values()))
 
 
 def distill(arguments, teacher, tokenizer, weights, rows, layers):
@@ -197,7 +218,7 @@ def main():
     teacher, tokenizer = load_teacher(arguments, PartialState().device)
     rows, held_out, text_name = read_rows(arguments, tokenizer)
     weights = transfer(arguments, teacher, rows)
-    layers = order_layers(arguments, teacher, weights, held_out)[: arguments.replace]
+    layers = order_layers(arguments, teacher, weights, rows)[: arguments.replace]
     model = distill(arguments, teacher, tokenizer, weights, rows, layers)
     if not PartialState().is_main_process:
         return

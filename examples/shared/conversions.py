@@ -73,14 +73,17 @@ class AttentionTransfer(torch.nn.Module):
                 handle.remove()
 
     @torch.no_grad()
-    def divergences(self, texts, choices):
-        """For each choice of layers, KL of the teacher's next token from its own with these replaced, nats; texts: (texts, seq)"""
-        texts = texts.to(self.teacher[0].device)
-        expected = [log_probabilities(self.teacher[0], row) for row in texts]
+    def divergences(self, texts, choices, last=None):
+        """
+        For each choice of layers, KL of the teacher's next token from its own with these replaced, nats a token, over the texts'
+        `last` tokens (all); texts: (texts, seq)
+        """
+        texts, first = texts.to(self.teacher[0].device), 0 if last is None else -last
+        expected = [log_probabilities(self.teacher[0], row)[first:] for row in texts]
         for layers in choices:
             with self.in_place_of(layers):
-                found = [divergence(log_probabilities(self.teacher[0], row), kl) for row, kl in zip(texts, expected)]
-            yield torch.stack(found).mean().item()
+                found = [log_probabilities(self.teacher[0], row)[first:] for row in texts]
+            yield torch.stack([divergence(*pair) for pair in zip(found, expected)]).mean().item()
 
 
 class DistillationTrainer(Trainer):
@@ -147,14 +150,18 @@ def fidelity(
             found[f"{name}kl"].append(divergence(logits, expected))
             found[f"{name}agreement"].append((best == expected.argmax(-1)).float().mean())
             found[f"{name}recall"].append((best == row[1:])[hits].float().mean())
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(COPIES):
-        tokens = torch.randint(int(model.config.vocab_size), (COPIED,), generator=generator).repeat(2).to(device)
+    for tokens in repeated_tokens(int(model.config.vocab_size), COPIES, seed=0).to(device):
         for name, variant in variants.items():
             with variant():
                 best = model(tokens[None], use_cache=False, logits_to_keep=COPIED).logits[0, :-1].argmax(-1)
             found[f"{name}copying"].append((best == tokens[COPIED + 1 :]).float().mean())
     return dict(found)
+
+
+def repeated_tokens(vocab_size: int, sequences: int, seed: int) -> torch.Tensor:
+    """(sequences, 2 * COPIED): random tokens, and the same once more"""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, (sequences, COPIED), generator=generator).repeat(1, 2)
 
 
 @torch.no_grad()

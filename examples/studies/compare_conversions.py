@@ -41,6 +41,8 @@ COLUMNS = {
     "copying": ("copied, %", 100, 1),
 }
 VARIANTS = ("", "window only, ")
+# Texts held out on which every number of layers is measured after stage 1.
+CURVE_TEXTS = 2
 LAST_WORD = """task: last_word
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
@@ -82,7 +84,7 @@ def one_more_each_time(arguments, teacher, weights, order, held_out):
         for variant in VARIANTS if arguments.window else VARIANTS[:1]:
             choices = (order[:number] for number in range(1, len(order) + 1))
             with window_only(module) if variant else contextlib.nullcontext():
-                found = module.divergences(held_out[: example.ORDER_TEXTS], choices)
+                found = module.divergences(held_out[:CURVE_TEXTS], choices)
                 curves[variant] = list(tqdm(found, desc=f"{variant}one more each time", total=len(order)))
         path.write_text(json.dumps(curves) + "\n")
     return json.loads(path.read_text())
@@ -215,7 +217,7 @@ def main():
     rows, long_texts, text_name = read_rows(arguments, tokenizer, arguments.long_rows)
     held_out = long_texts[:, : arguments.seq_len]
     weights = example.transfer(arguments, teacher, rows)
-    order = example.order_layers(arguments, teacher, weights, held_out)
+    order = example.order_layers(arguments, teacher, weights, rows)
     curves = one_more_each_time(arguments, teacher, weights, order, held_out)
     same = RebasedForCausalLM.from_llama(teacher).eval()
     results = [measure(arguments, teacher, tokenizer, same, long_texts)]
