@@ -30,23 +30,29 @@ def resident_mebibytes(line: str) -> float:
     return int(fields[line].split()[0]) / 1024
 
 
-def take_turns(make_call: Callable[[], Callable[[], object]], warm_up: int) -> None:
+def take_turns(make_call: Callable[[], Callable[[], object]], warm_up: int, turn_seconds: float = 0.0) -> None:
     """
-    What a contestant's process does: make the call, run it a few times unmeasured, then once for each line on stdin.
-    Answers hold `cpu_ms`, `wall_ms`, `faults` and `peak_mib`, how far the process has grown beyond what was there before.
+    What a contestant's process does: make the call, run it a few times unmeasured, then once for each line on stdin, or so
+    often that the last of the unmeasured would have taken `turn_seconds` of the processor.
+    Answers hold `cpu_ms`, `wall_ms` and `faults`, each of one call, and `peak_mib`, how far the process has grown beyond what
+    was there before.
     """
     # Importing has left a peak of its own: start a new one.
     before = resident_mebibytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    call = make_call()
+    call, calls = make_call(), 1
     for _ in range(warm_up):
+        cpu = time.process_time()
         call()
+        calls = max(1, round(turn_seconds / max(time.process_time() - cpu, 1e-6)))
     print(ANSWER + "ready", flush=True)
     for _ in sys.stdin:
         usage, cpu, wall = resource.getrusage(resource.RUSAGE_SELF), time.process_time(), time.perf_counter()
-        call()
+        for _ in range(calls):
+            call()
         measured = {"cpu_ms": 1000 * (time.process_time() - cpu), "wall_ms": 1000 * (time.perf_counter() - wall)}
         measured["faults"] = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - usage.ru_minflt
+        measured = {name: value / calls for name, value in measured.items()}
         measured["peak_mib"] = resident_mebibytes("VmHWM") - before
         print(ANSWER + json.dumps(measured), flush=True)
 

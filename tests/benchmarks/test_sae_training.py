@@ -50,6 +50,17 @@ def test_a_contestant_that_fails_is_named_with_its_command():
         load_turns().medians_in_turns({"a": [sys.executable, "-c", "raise ValueError"]}, rounds=1)
 
 
+def test_short_calls_are_repeated_until_a_turn_is_long_enough(monkeypatch, capsys):
+    turns, called = load_turns(), []
+    monkeypatch.setattr(sys, "stdin", ["\n", "\n"])
+    turns.take_turns(lambda: lambda: called.append(sum(range(100_000))), warm_up=3, turn_seconds=0.2)
+    answers = [json.loads(line.removeprefix("turn: ")) for line in capsys.readouterr().out.splitlines()[1:]]
+
+    per_turn, rest = divmod(len(called) - 3, 2)
+    assert rest == 0 and per_turn > 5
+    assert all(0.05 < per_turn * answer["cpu_ms"] / 1e3 < 0.8 for answer in answers)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["step:our transcoder (all budgets)", "loss:HierarchicalTopK, compiled (numba)"])
 def test_a_contestant_of_training_answers_once_for_each_turn(name):
