@@ -6,21 +6,19 @@
 """
 Bias vectors and other methods with GRPO: the same questions, the same number of steps, several seeds.
 
-    python examples/studies/compare_methods.py --preset minutes
+    python examples/studies/compare_methods.py --jobs 2
 
 Each run is a process of train_methods.py with a folder of its own; a folder that holds a result.json is not run again, so
 an interrupted comparison goes on where it was. Writes a table (.md), the numbers (.json) and reward curves (.png).
 
 Presets: league (all methods of grpo_methods.py, each at the best of three rates by one seed, measured on three others, and
-accuracy against the number of parameters), minutes (three of them, three seeds each, and the base model with and without
-solved examples), sweep (their learning rates), beyond_prompts (bias vectors beside prompts, on the tasks of search_tasks.py with
-some signal), format_reward (bias vectors, rewarded for the form of the answer alone), out_of_reach
-(bias vectors on a task beyond the model), gpu (eight times as many samples a step, three times as many steps, and two
-harder tasks; `--jobs 4` shares one card), paper (the recipe of arXiv 2505.18706, for a GPU node; not run yet). What
-stands after `--` goes to train_methods.py. To see whether a new seed lands where the others say it should:
+accuracy against the number of parameters; and the base model with and without solved examples), beyond_prompts (bias vectors
+beside prompts, on the tasks of search_tasks.py with some signal), format_reward (bias vectors, rewarded for the form of the
+answer alone), out_of_reach (bias vectors on a task beyond the model), gpu (eight times as many samples a step, three times as
+many steps, and two harder tasks; `--jobs 4` shares one card), paper (the recipe of arXiv 2505.18706, for a GPU node; not run
+yet). What stands after `--` goes to train_methods.py. To see whether a new seed lands where the others say it should:
 
-    python examples/studies/compare_methods.py --preset minutes --methods bias --seeds 3 \\
-        --reference docs/results_bias_steer.json
+    python examples/studies/compare_methods.py --methods bias --seeds 4 --reference docs/results_bias_steer.json
 """
 
 import argparse
@@ -88,11 +86,6 @@ class Preset:
 
 
 BEST = {name: [rate] for name, rate in LEARNING_RATES.items()}
-RATES = {
-    "bias": [3e-3, 1e-2, 3e-2],
-    "lora": [3e-4, 1e-3, 3e-3, 1e-2],
-    "full": [1e-5, 3e-5, 1e-4],
-}
 ARITHMETIC = ["basic_arithmetic"]
 # Where search_tasks.py found two of 32 samples or more to be right after the question alone; besides arithmetic.
 WITH_SIGNAL = [
@@ -115,8 +108,6 @@ PRESETS = {
         EVALUATION,
         choosing_seed=0,
     ),
-    "sweep": Preset(["bias", "lora", "full"], [0], ARITHMETIC, RATES, WATCHED),
-    "minutes": Preset(["bias", "lora", "full"], [0, 1, 2], ARITHMETIC, BEST, WATCHED, BASE, EVALUATION),
     "beyond_prompts": Preset(
         ["bias"],
         [0, 1, 2],
@@ -473,7 +464,7 @@ def check_against(reference: Path, rows: list[dict]) -> None:
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="minutes", help="what to run (%(default)s)")
+    parser.add_argument("--preset", choices=PRESETS, default="league", help="what to run (%(default)s)")
     parser.add_argument("--model", help="another model than the preset's")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these of the preset")
     parser.add_argument("--seeds", nargs="+", type=int, help="these instead of the preset's")

@@ -36,6 +36,20 @@ def recorder(example, monkeypatch, tmp_path):
     monkeypatch.setattr(example, "TRAIN", script)
 
 
+@pytest.fixture
+def three(example, monkeypatch):
+    """The preset of that name: three methods, three seeds, one rate each."""
+    preset = replace(
+        example.PRESETS["league"],
+        methods=["bias", "lora_8", "full"],
+        seeds=[0, 1, 2],
+        rates=example.BEST,
+        choosing_seed=None,
+    )
+    monkeypatch.setitem(example.PRESETS, "three", preset)
+    return preset
+
+
 def score(accuracy: float, format_rate: float = 0.8) -> dict:
     greedy = {"accuracy": accuracy, "interval": [0.0, 1.0], "format_rate": format_rate, "unparsable": 2}
     greedy |= {
@@ -64,14 +78,6 @@ def test_every_run_of_a_preset_has_a_folder_of_its_own(example, tmp_path):
     for preset in example.PRESETS.values():
         runs = example.list_runs(preset, tmp_path, [])
         assert len({run.folder for run in runs}) == len(runs)
-    minutes = example.list_runs(example.PRESETS["minutes"], tmp_path, [])
-    sweep = example.list_runs(example.PRESETS["sweep"], tmp_path, [])
-
-    assert [run.seed for run in minutes if run.method == "lora"] == [0, 1, 2]
-    # the first seed of the comparison is the sweep's best run, and not repeated
-    assert {run.folder for run in minutes if run.method and run.seed == 0} <= {run.folder for run in sweep}
-    same = {run.folder: run.arguments for run in sweep}
-    assert all(same[run.folder] == run.arguments for run in minutes if run.folder in same)
 
 
 def test_finished_runs_are_not_repeated_and_broken_off_ones_resumed(example, recorder, tmp_path):
@@ -112,8 +118,8 @@ def test_prediction_interval_covers_a_further_seed_at_its_rate(example):
     assert example.prediction_interval([0.5]) is None
 
 
-def test_table_gives_means_over_seeds_and_the_spread(example, tmp_path):
-    runs = example.list_runs(example.PRESETS["minutes"], tmp_path, [])
+def test_table_gives_means_over_seeds_and_the_spread(example, three, tmp_path):
+    runs = example.list_runs(three, tmp_path, [])
     write_results(runs, {0: 0.5, 1: 0.54, 2: 0.52})
     rows = example.summarize(runs)
     bias = next(row for row in rows if row["method"] == "bias")
@@ -131,23 +137,22 @@ def test_table_gives_means_over_seeds_and_the_spread(example, tmp_path):
     assert "| bias vectors | 1,000 | 8,000 | 4,000 | 1,024 | 2.0 | 0.5 |" in example.cost_table(rows)
 
 
-def test_whole_page_is_written_and_a_new_seed_checked_against_it(example, monkeypatch, tmp_path, capsys):
-    preset = example.PRESETS["minutes"]
-    write_results(example.list_runs(preset, tmp_path, []), {0: 0.5, 1: 0.54, 2: 0.52})
-    arguments = ["compare_methods.py", "--output_dir", str(tmp_path)]
+def test_whole_page_is_written_and_a_new_seed_checked_against_it(example, three, monkeypatch, tmp_path, capsys):
+    write_results(example.list_runs(three, tmp_path, []), {0: 0.5, 1: 0.54, 2: 0.52})
+    arguments = ["compare_methods.py", "--preset", "three", "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
     example.main()
     folder = tmp_path / "SmolLM2-135M-Instruct"
-    page = (folder / "minutes.md").read_text()
+    page = (folder / "three.md").read_text()
     reference = folder / "reference.json"
-    (folder / "minutes.json").rename(reference)
+    (folder / "three.json").rename(reference)
 
-    assert page.startswith(f"`python compare_methods.py --output_dir {tmp_path}`")
-    assert (folder / "minutes_basic_arithmetic.png").stat().st_size > 10_000
+    assert page.startswith(f"`python compare_methods.py --preset three --output_dir {tmp_path}`")
+    assert (folder / "three_basic_arithmetic.png").stat().st_size > 10_000
 
     seeds = {3: 0.6, 4: 0.7}
-    monkeypatch.setattr(preset, "seeds", list(seeds))
-    write_results([run for run in example.list_runs(preset, tmp_path, []) if run.method], seeds)
+    monkeypatch.setattr(three, "seeds", list(seeds))
+    write_results([run for run in example.list_runs(three, tmp_path, []) if run.method], seeds)
     new = ["--methods", "bias", "--seeds", "3", "4", "--reference", str(reference)]
     monkeypatch.setattr(sys, "argv", [*arguments, *new])
     capsys.readouterr()
@@ -158,11 +163,12 @@ def test_whole_page_is_written_and_a_new_seed_checked_against_it(example, monkey
     assert "bias vectors, seed 4: 70.0%, OUTSIDE 42.1% to 61.9%" in lines
 
 
-def test_what_is_finished_is_put_together_without_running_anything(example, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sys, "argv", ["compare_methods.py", "--output_dir", str(tmp_path), "--only_finished"])
-    with pytest.raises(SystemExit, match="--only_finished found no finished run of minutes in"):
+def test_what_is_finished_is_put_together_without_running_anything(example, three, monkeypatch, tmp_path, capsys):
+    arguments = ["compare_methods.py", "--preset", "three", "--output_dir", str(tmp_path), "--only_finished"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match="--only_finished found no finished run of three in"):
         example.main()
-    write_results(example.list_runs(example.PRESETS["minutes"], tmp_path, [])[:4], {0: 0.5})
+    write_results(example.list_runs(three, tmp_path, [])[:4], {0: 0.5})
     example.main()
 
     assert "| bias vectors | 0.01 | 1 | 50.0% (0.0% to 100.0%) | 50.0% | – |" in capsys.readouterr().out

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import datasets
 import peft
@@ -71,31 +72,37 @@ def make_questions():
     gsm8k = {"question": texts, "answer": [f"{answer}\n#### {answer[:-1].split()[-1]}" for _, answer in sums]}
     return {
         "meta-math/MetaMathQA": datasets.DatasetDict(train=datasets.Dataset.from_dict(metamath)),
-        "openai/gsm8k": datasets.DatasetDict(dict.fromkeys(("train", "test"), datasets.Dataset.from_dict(gsm8k))),
+        "openai/gsm8k": datasets.DatasetDict(
+            train=datasets.Dataset.from_dict(gsm8k), test=datasets.Dataset.from_dict(gsm8k)
+        ),
         "HuggingFaceFW/finewiki": datasets.Dataset.from_dict({"text": texts}),
     }
 
 
 def stand_in(known, folder):
     """What this machine lacks and the suite asks for: a GPU's name and memory, and the hub's data sets."""
-    # It refuses any other device once, when it is imported.
-    peft.utils.infer_device = lambda: "cuda"
-    sys.path.insert(0, str(folder))
-    utils = importlib.import_module("utils")
-    peft.utils.infer_device = utils.infer_device = lambda: "cpu"
-    utils.device = "cpu"
-    for name in ("memory_allocated", "memory_reserved", "max_memory_reserved", "reset_peak_memory_stats"):
-        setattr(torch.cpu, name, lambda: 0)
-    torch.cpu.manual_seed_all = torch.manual_seed
-    torch.cpu.empty_cache = lambda: None
-    torch.cpu.get_device_name = lambda index: platform.processor() or platform.machine()
 
     def load_dataset(name, *args, **kwargs):
         if name not in known:
             raise SystemExit(f"the suite of this checkout loads {name!r}; the dry run knows {', '.join(known)}")
         return known[name]
 
-    datasets.load_dataset = load_dataset
+    memory = ("memory_allocated", "memory_reserved", "max_memory_reserved", "reset_peak_memory_stats", "empty_cache")
+    replacements: Any = {
+        datasets: {"load_dataset": load_dataset},
+        torch.cpu: {
+            **dict.fromkeys(memory, lambda: 0),
+            "manual_seed_all": torch.manual_seed,
+            "get_device_name": lambda index: platform.processor() or platform.machine(),
+        },
+        # It refuses any other device once, when it is imported.
+        peft.utils: {"infer_device": lambda: "cuda"},
+    }
+    for module, names in replacements.items():
+        vars(module).update(names)
+    sys.path.insert(0, str(folder))
+    vars(importlib.import_module("utils")).update(infer_device=lambda: "cpu", device="cpu")
+    vars(peft.utils).update(infer_device=lambda: "cpu")
 
 
 def prepare(arguments, suite, folder):
@@ -109,9 +116,9 @@ def prepare(arguments, suite, folder):
     own = experiment / "training_params.json"
     params = json.loads(own.read_text()) if own.exists() else {}
     known = json.loads((suite / "default_training_params.json").read_text())
-    small = {name: value for name, value in SMALL.items() if name in known}
-    small |= {"model_id": str(arguments.model.resolve()), "generation_kwargs": GENERATION}
-    own.write_text(json.dumps({**params, **small}))
+    params |= {name: value for name, value in SMALL.items() if name in known}
+    params |= {"model_id": str(arguments.model.resolve()), "generation_kwargs": GENERATION}
+    own.write_text(json.dumps(params))
     # The suite asks git for a branch, and counts what is not on `main` as a trial.
     os.environ["GIT_DIR"] = str(folder / ".git")
     author = ("-c", "user.name=dry-run", "-c", "user.email=dry-run@localhost")
