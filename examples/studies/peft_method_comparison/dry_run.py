@@ -71,10 +71,8 @@ def make_questions():
     }
     gsm8k = {"question": texts, "answer": [f"{answer}\n#### {answer[:-1].split()[-1]}" for _, answer in sums]}
     return {
-        "meta-math/MetaMathQA": datasets.DatasetDict(train=datasets.Dataset.from_dict(metamath)),
-        "openai/gsm8k": datasets.DatasetDict(
-            train=datasets.Dataset.from_dict(gsm8k), test=datasets.Dataset.from_dict(gsm8k)
-        ),
+        "meta-math/MetaMathQA": datasets.DatasetDict({"train": datasets.Dataset.from_dict(metamath)}),
+        "openai/gsm8k": datasets.DatasetDict(dict.fromkeys(("train", "test"), datasets.Dataset.from_dict(gsm8k))),
         "HuggingFaceFW/finewiki": datasets.Dataset.from_dict({"text": texts}),
     }
 
