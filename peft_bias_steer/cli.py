@@ -23,7 +23,7 @@ from transformers.utils import logging
 from .analysis import lens_table, logit_lens, plot_statistics, statistics_table, vector_statistics
 from .extraction import METHODS, extract_vectors, from_merged
 from .layer import as_factor
-from .report import SCALES, adapter_report, add_to_card, read_completions, write_report
+from .report import SCALES, adapter_report, add_to_card, read_completions, read_json_lines, write_report
 from .serving.base_model import (
     load_base_model,
     load_steered_model,
@@ -193,12 +193,7 @@ def extract(args: argparse.Namespace) -> None:
 
 
 def _read_pairs(path: str) -> Iterator[Any]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"expected JSON in each line of {path}, got line {number}: {error}") from error
+    return (pair for _, pair in read_json_lines(path))
 
 
 def run(args: argparse.Namespace) -> None:

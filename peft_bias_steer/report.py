@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -93,22 +94,32 @@ def read_completions(path: str | os.PathLike, limit: int | None = None) -> list[
     """
     if limit is not None and limit < 1:
         raise ValueError(f"expected at least one row to read, got {limit}")
-    rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if limit is not None and len(rows) == limit:
-            break
-        if line.strip():
-            rows.append(_read_row(line, f"line {number} of {path}"))
+    rows = [_check_row(row, place) for place, row in islice(read_json_lines(path), limit)]
     if not rows:
         raise ValueError(f"expected rows with a prompt and a completion in {path}, got an empty file")
     return rows
 
 
-def _read_row(line: str, place: str) -> dict:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"expected JSON in {place}, got {line[:40]!r} ({error})") from error
+def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
+    """
+    Each object of a JSON Lines file with its place, for errors; empty lines are passed over.
+
+    Raises:
+        ValueError: If a line is no JSON.
+    """
+    # In bytes: a string may hold characters at which Python would break lines and JSON Lines does not.
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            place = f"line {number} of {path}"
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"expected JSON in {place}, got {line[:40]!r} ({error})") from error
+                yield place, row
+
+
+def _check_row(row: Any, place: str) -> dict:
     if not isinstance(row, dict) or not ({"prompt", "completion"} <= row.keys() or "text" in row):
         keys = sorted(row) if isinstance(row, dict) else type(row).__name__
         raise ValueError(f'expected "prompt" and "completion", or "text", in {place}, got {keys}')

@@ -229,8 +229,8 @@ def test_wrong_uses_of_extract_end_with_one_sentence(steered, tiny_language_mode
     out = ["--output", str(tmp_path / "out")]
     of_base = ["extract", tiny_language_model, *out]
     wrong = {
-        "expected JSON in each line of .*damaged.jsonl, got line 2": [*of_base, "--pairs", str(damaged)],
-        "expected JSON in each line of .*other.jsonl, got line 1": [*of_base, "--pairs", str(other)],
+        "expected JSON in line 2 of .*damaged.jsonl": [*of_base, "--pairs", str(damaged)],
+        "expected JSON in line 1 of .*other.jsonl": [*of_base, "--pairs", str(other)],
         "No such file": [*of_base, "--pairs", str(tmp_path / "no.jsonl")],
         "at least 1 pairs for mean, got 0": [*of_base, "--pairs", str(tmp_path / "empty.jsonl")],
         "--token is for --pairs": [*of_base, "--merged", tiny_language_model, "--token", "0"],

@@ -182,6 +182,16 @@ def test_a_file_of_something_else_is_refused(tmp_path, line, sentence):
         read_completions(tmp_path / "rows.jsonl")
 
 
+def test_lines_end_where_json_lines_end(tmp_path):
+    rows = [{"text": "one\u2028two\x85three"}, {"text": "four"}]
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8"
+    )
+
+    assert read_completions(tmp_path / "rows.jsonl") == rows
+    assert read_completions(tmp_path / "rows.jsonl", limit=1) == rows[:1]
+
+
 def test_what_cannot_be_measured_is_refused(model, tokenizer, files):
     with pytest.raises(ValueError, match="at least one token in the prompt and in the completion"):
         completion_log_probs(model, tokenizer, [{"prompt": "a", "completion": ""}])
