@@ -90,9 +90,9 @@ def one_layer(share: float) -> Callable[[int], PeftConfig]:
 
 METHODS = {
     "bias": Method("bias vectors", [3e-3, 1e-2, 3e-2], lambda layers: BiasSteerConfig()),
-    "bias_early": Method("one vector, a sixth of the way up", [1e-2, 3e-2, 1e-1], one_layer(1 / 6)),
-    "bias_middle": Method("one vector, half of the way up", [1e-2, 3e-2, 1e-1], one_layer(1 / 2)),
-    "bias_late": Method("one vector, five sixths of the way up", [1e-2, 3e-2, 1e-1], one_layer(5 / 6)),
+    "bias_early": Method("one vector, a sixth of the way up", [3e-2, 1e-1, 3e-1], one_layer(1 / 6)),
+    "bias_middle": Method("one vector, half of the way up", [3e-2, 1e-1, 3e-1], one_layer(1 / 2)),
+    "bias_late": Method("one vector, five sixths of the way up", [3e-2, 1e-1, 3e-1], one_layer(5 / 6)),
     "bias_shared": Method(
         "one vector for all layers", [3e-3, 1e-2, 3e-2], lambda layers: BiasSteerConfig(), use_one_vector
     ),
