@@ -301,7 +301,7 @@ def main():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if arguments.contestant:
-        return take_turns(lambda: make_call(arguments), warm_up=3, turn_seconds=TURN_SECONDS)
+        return take_turns(lambda: make_call(arguments), warm_up=2, turn_seconds=TURN_SECONDS)
     print(
         f"{arguments.hardware}; {arguments.dtype}, batch {arguments.batch_size}, {arguments.num_heads} heads, ", end=""
     )
