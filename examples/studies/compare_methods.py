@@ -408,10 +408,16 @@ def rate_table(rows: list[dict]) -> str:
 
 
 def plot_sizes(rows: list[dict], path: Path) -> None:
-    """Held-out accuracy against the number of trained parameters: each seed, and the mean with its 95 % interval."""
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for index, row in enumerate(row for row in rows if row["method"] is not None):
+    """
+    Held-out accuracy against the number of trained parameters: each seed, and the mean with its 95 % interval. Methods of the
+    same size stand side by side.
+    """
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    trained = [row for row in rows if row["method"] is not None]
+    for index, row in enumerate(trained):
         size, seeds = row["trainable_parameters"], row["accuracies"]
+        equals = [other["label"] for other in trained if other["trainable_parameters"] == size]
+        size *= 1.3 ** (equals.index(row["label"]) - (len(equals) - 1) / 2)
         error = mean_interval(seeds)
         style: Any = {"color": f"C{index % 10}", "marker": "os^"[index // 10], "label": row["label"]}
         axes.errorbar(size, row["accuracy"], yerr=error, capsize=3, **style)
