@@ -77,6 +77,15 @@ def test_more_and_more_layers_are_measured(study, teacher, monkeypatch):
     assert all(result["window only, kl"][0] > 0 and result["answer"] for result in results[1:])
     curves = json.loads((teacher / "out" / "after_transfer.json").read_text())
     assert [len(curve) for curve in curves.values()] == [3, 3]
+    arguments = study.parse_arguments()
+    original, tokenizer = study.example.load_teacher(arguments, "cpu")
+    rows, texts, _ = study.read_rows(arguments, tokenizer, arguments.long_rows)
+    weights = study.example.transfer(arguments, original, rows)
+    order = study.example.order_layers(arguments, original, weights, rows)
+    for number in (1, 3):
+        model = study.example.replaced(arguments, original, weights, order[:number])
+        kl = study.fidelity(model, original, texts[:2, : arguments.seq_len], arguments.window)["kl"]
+        assert curves[""][number - 1] == pytest.approx(torch.stack(kl).mean().item(), rel=1e-3)
     table = (teacher / "out" / "results.md").read_text()
     assert "| 3 |" in table and "| 3, window only |" in table
     assert (teacher / "out" / "conversion.png").exists()
