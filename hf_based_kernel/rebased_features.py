@@ -36,7 +36,12 @@ def state_size(feature_dim: int, coefficients: Coefficients = REBASED) -> int:
 def features(x: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
     """x: (..., feature_dim) -> (..., state_size): every product once, then x and 1 if the kernel has such terms."""
     windows = torch.cat([x, x[..., : x.shape[-1] // 2]], dim=-1).unfold(-1, x.shape[-1], 1)
-    return _with_lower_terms((x[..., None, :] * windows).flatten(-2), x, coefficients, dim=-1)
+    rows = [(x[..., None, :] * windows).flatten(-2)]
+    if coefficients[1]:
+        rows.append(x)
+    if coefficients[0]:
+        rows.append(torch.ones_like(x[..., :1]))
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
 
 
 def query_features(x: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
@@ -74,15 +79,6 @@ def weigh(features: torch.Tensor, feature_dim: int, coefficients: Coefficients) 
     return features
 
 
-def _with_lower_terms(products: torch.Tensor, x: torch.Tensor, coefficients: Coefficients, dim: int) -> torch.Tensor:
-    rows = [products]
-    if coefficients[1]:
-        rows.append(x)
-    if coefficients[0]:
-        rows.append(torch.ones_like(x.narrow(dim, 0, 1)))
-    return products if len(rows) == 1 else torch.cat(rows, dim=dim)
-
-
 def _doubled(x: torch.Tensor) -> torch.Tensor:
     """x: (..., feature_dim, tokens) -> rows r … r + feature_dim of it are x, rolled by r = 0 … feature_dim // 2 rows."""
     return torch.cat([x, x[..., : x.shape[-2] // 2, :]], dim=-2)
@@ -90,8 +86,17 @@ def _doubled(x: torch.Tensor) -> torch.Tensor:
 
 def unweighted_features(x: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
     """x: (..., feature_dim, tokens) -> (..., state_size, tokens), unweighted: `features`, tokens last."""
-    windows = _doubled(x).unfold(-2, x.shape[-2], 1).transpose(-1, -2)
-    return _with_lower_terms((x.unsqueeze(-3) * windows).flatten(-3, -2), x, coefficients, dim=-2)
+    feature_dim, tokens = x.shape[-2:]
+    windows = _doubled(x).unfold(-2, feature_dim, 1).transpose(-1, -2)
+    rows = x.new_empty((*x.shape[:-2], state_size(feature_dim, coefficients), tokens))
+    packed = packed_size(feature_dim)
+    # Left to itself, the product takes the order of the windows' strides, and is slow and copied once more.
+    torch.mul(x.unsqueeze(-3), windows, out=rows[..., :packed, :].unflatten(-2, (-1, feature_dim)))
+    if coefficients[1]:
+        rows[..., packed : packed + feature_dim, :] = x
+    if coefficients[0]:
+        rows[..., -1, :] = 1
+    return rows
 
 
 def unweighted_features_backward(grad: torch.Tensor, x: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
