@@ -105,7 +105,7 @@ def complete(parser, arguments):
 def begin(arguments):
     """Make the folder, and refuse one in which something else was begun: what is there is not done again."""
     # How many layers are replaced may differ, as stage 1 is of all, and what is measured.
-    free = ("replace", "numbers", "output_dir", "long_rows", "lm_eval")
+    free = ("replace", "numbers", "output_dir", "long_rows", "other_files", "lm_eval")
     settings = {name: str(value) for name, value in vars(arguments).items() if name not in free}
     record = arguments.output_dir / "settings.json"
     if record.exists() and json.loads(record.read_text()) != settings:

@@ -1,7 +1,7 @@
 """A Llama whose attention is replaced: what is learned of it, and how much of it is left."""
 
 from collections import defaultdict
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from interrupts import StopOnInterrupt, last_checkpoint
-from packed_text import read_texts
+from packed_text import read_files, read_texts
 from torch.utils.data import StackDataset
 from transformers import Trainer, TrainingArguments, default_data_collator
 
@@ -124,6 +124,11 @@ def recall_hits(row: torch.Tensor, window: int) -> torch.Tensor:
     return same.any(1) & ~(same & (distance <= window)).any(1)
 
 
+def variants_of(model: torch.nn.Module, windows_alone: bool) -> dict[str, Callable]:
+    """Name → context in which the model is measured: as it is, and if asked with nothing but its windows."""
+    return {"": nullcontext, **({"window only, ": partial(window_only, model)} if windows_alone else {})}
+
+
 @torch.no_grad()
 def fidelity(
     model: Any, teacher: Any, texts: torch.Tensor, window: int, *, windows_alone: bool = False
@@ -133,16 +138,14 @@ def fidelity(
 
     Returns:
         For each text: `perplexity`, `kl` (of the teacher's next token from the model's, nats), `agreement` (share of tokens with
-        the same most likely next token) and `recall` (share right of `recall_hits`; not a number without any); and for each
-        of some random sequences, `copying`: the share right when it comes a second time. With `windows_alone`, the same once more
-        as `window only, …`.
+        the same most likely next token) and `recall` (share right of `recall_hits`; not a number without any). With
+        `windows_alone`, the same once more as `window only, …`.
     """
     device, found = next(teacher.parameters()).device, defaultdict(list)
-    variants = {"": nullcontext, **({"window only, ": partial(window_only, model)} if windows_alone else {})}
     for row in texts.to(device):
         expected = log_probabilities(teacher, row)
         hits = recall_hits(row.cpu(), window).to(device)
-        for name, variant in variants.items():
+        for name, variant in variants_of(model, windows_alone).items():
             with variant():
                 logits = log_probabilities(model, row)
             best = logits.argmax(-1)
@@ -150,8 +153,18 @@ def fidelity(
             found[f"{name}kl"].append(divergence(logits, expected))
             found[f"{name}agreement"].append((best == expected.argmax(-1)).float().mean())
             found[f"{name}recall"].append((best == row[1:])[hits].float().mean())
-    for tokens in repeated_tokens(int(model.config.vocab_size), COPIES, seed=0).to(device):
-        for name, variant in variants.items():
+    return dict(found)
+
+
+@torch.no_grad()
+def copying(model: Any, *, windows_alone: bool = False) -> dict[str, list[torch.Tensor]]:
+    """
+    `copying`, and with `windows_alone` also `window only, copying`: for each of some random sequences, the share of its tokens
+    that is foretold when it comes a second time.
+    """
+    found = defaultdict(list)
+    for tokens in repeated_tokens(int(model.config.vocab_size), COPIES, seed=0).to(model.device):
+        for name, variant in variants_of(model, windows_alone).items():
             with variant():
                 best = model(tokens[None], use_cache=False, logits_to_keep=COPIED).logits[0, :-1].argmax(-1)
             found[f"{name}copying"].append((best == tokens[COPIED + 1 :]).float().mean())
@@ -238,12 +251,9 @@ def read_rows(arguments, tokenizer, held_out_rows=1):
     wanted = 8 * steps * arguments.batch_size * PartialState().num_processes
     train, held_out = [], []
     for text in texts:
-        ids = tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
-        rows = [ids[i : i + arguments.seq_len] for i in range(0, len(ids) - arguments.seq_len + 1, arguments.seq_len)]
+        rows = split(arguments, tokenizer, text)
         if len(rows) >= held_out_rows and len(held_out) < arguments.eval_texts:
-            # From the middle: the first rows of a text are often not of its kind.
-            first = (len(rows) - held_out_rows + 1) // 2
-            held_out.append(sum(rows[first : first + held_out_rows], []))
+            held_out.append(middle(rows, held_out_rows))
         else:
             train += rows
         if len(train) >= wanted:
@@ -256,6 +266,29 @@ def read_rows(arguments, tokenizer, held_out_rows=1):
         )
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(arguments.seed))
     return torch.tensor(train)[order], torch.tensor(held_out), name
+
+
+def read_other(arguments, tokenizer):
+    """A row of seq_len tokens of each of --other_files that is long enough, or none if there are no such files."""
+    if not arguments.other_files:
+        return None
+    texts = (split(arguments, tokenizer, text) for text in read_files(arguments.other_files, "--other_files"))
+    rows = [middle(rows, 1) for rows in texts if rows]
+    if len(rows) < 2:
+        raise SystemExit(f"--other_files: expected two texts of --seq_len {arguments.seq_len} tokens, got {len(rows)}")
+    return torch.tensor(rows)
+
+
+def split(arguments, tokenizer, text):
+    """The text's tokens in rows of seq_len; what is left over at its end is left out."""
+    ids = tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
+    return [ids[i : i + arguments.seq_len] for i in range(0, len(ids) - arguments.seq_len + 1, arguments.seq_len)]
+
+
+def middle(rows, number):
+    """The tokens of so many rows from the middle: the first rows of a text are often not of its kind."""
+    first = (len(rows) - number + 1) // 2
+    return sum(rows[first : first + number], [])
 
 
 def answer(model, tokenizer, question):

@@ -37,12 +37,17 @@ def read_texts(arguments, seed=0):
         rows = datasets.load_dataset(arguments.dataset, split="train", streaming=True)
         return (row["text"] for row in rows), arguments.dataset
     files, name = (arguments.text_files, "text files") if arguments.text_files else (find_plays(), PLAYS)
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing:
-        raise SystemExit(f"--text_files: expected files, got {', '.join(missing)}, which do not exist")
-    texts = [file.read_text(encoding="utf-8") for file in files]
+    texts = read_files(files, "--text_files")
     random.Random(seed).shuffle(texts)
     return texts, name
+
+
+def read_files(files, option):
+    """What is in the text files; the option is what gave them."""
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        raise SystemExit(f"{option}: expected files, got {', '.join(missing)}, which do not exist")
+    return [file.read_text(encoding="utf-8") for file in files]
 
 
 def make_tokenizer(arguments, texts):

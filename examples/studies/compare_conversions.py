@@ -30,7 +30,17 @@ from hf_based_kernel import RebasedForCausalLM
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 sys.path.append(str(Path(__file__).parents[1] / "hf_based_kernel"))
 import convert_llama as example
-from conversions import AttentionTransfer, answer, divergence_by_stretch, fidelity, read_rows, spread, window_only
+from conversions import (
+    AttentionTransfer,
+    answer,
+    copying,
+    divergence_by_stretch,
+    fidelity,
+    read_other,
+    read_rows,
+    spread,
+    window_only,
+)
 
 
 COLUMNS = {
@@ -67,6 +77,9 @@ def parse_arguments():
         default=4,
         help="held-out rows of --seq_len after one another that are read at once (4)",
     )
+    parser.add_argument(
+        "--other_files", nargs="+", type=Path, help="text files of another kind, to measure the models on as well"
+    )
     parser.add_argument("--lm_eval", action="store_true", help="score every model with lm-eval too")
     arguments = example.complete(parser, parser.parse_args())
     if arguments.long_rows < 1:
@@ -90,18 +103,26 @@ def one_more_each_time(arguments, teacher, weights, order, held_out):
     return json.loads(path.read_text())
 
 
-def measure(arguments, teacher, tokenizer, model, long_texts):
+def measure(arguments, teacher, tokenizer, model, long_texts, other):
     number = model.config.layer_types.count("linear_attention")
     alone = bool(number and arguments.window)
     held_out = long_texts[:, : arguments.seq_len]
     measured = fidelity(model, teacher, held_out, arguments.window, windows_alone=alone)
-    found = {"replaced": number, **{name: spread(values) for name, values in measured.items()}}
+    measured |= copying(model, windows_alone=alone)
+    found = {"replaced": number, **spreads(measured)}
+    if other is not None:
+        measured = fidelity(model, teacher, other, arguments.window, windows_alone=alone)
+        found["other"] = {"texts": len(other), **spreads(measured)}
     if number:
         stretches = divergence_by_stretch(model, teacher, long_texts, arguments.seq_len)
         found["kl_by_stretch"] = [spread(values) for values in stretches]
     if arguments.lm_eval:
         found["lm_eval"] = score_last_words(arguments, tokenizer, model, held_out)
     return {**found, "answer": answer(model, tokenizer, example.QUESTION)}
+
+
+def spreads(measured):
+    return {name: spread(values) for name, values in measured.items()}
 
 
 def score_last_words(arguments, tokenizer, model, held_out):
@@ -139,16 +160,10 @@ def score_last_words(arguments, tokenizer, model, held_out):
 
 
 def write_report(arguments, results, curves, heading):
-    lines = [heading, "", f"| layers replaced | {' | '.join(name for name, *_ in COLUMNS.values())} |"]
-    lines.append("|---" * (1 + len(COLUMNS)) + "|")
-    for result in results:
-        for variant in VARIANTS:
-            if f"{variant}kl" in result:
-                cells = [
-                    " ± ".join(f"{factor * x:.{digits}f}" for x in result[f"{variant}{key}"])
-                    for key, (_, factor, digits) in COLUMNS.items()
-                ]
-                lines.append(f"| {result['replaced']}{', window only' * bool(variant)} | {' | '.join(cells)} |")
+    lines = [heading, "", *fidelity_table([(result["replaced"], result) for result in results])]
+    if "other" in results[0]:
+        lines += ["", f"On {results[0]['other']['texts']} texts of another kind:", ""]
+        lines += fidelity_table([(result["replaced"], result["other"]) for result in results])
     lines += stretches_table(arguments, results) + last_words_table(results)
     lines += ["", f"Asked: {example.QUESTION}", ""]
     lines += [f"- {result['replaced']} replaced: {' '.join(result['answer'].split())}" for result in results]
@@ -157,6 +172,22 @@ def write_report(arguments, results, curves, heading):
     (arguments.output_dir / "results.md").write_text(table)
     plot(results, curves, arguments.output_dir / "conversion.png")
     return table
+
+
+def fidelity_table(results):
+    """Rows for pairs of a number of layers and what was measured with them replaced."""
+    columns = {key: column for key, column in COLUMNS.items() if key in results[0][1]}
+    lines = [f"| layers replaced | {' | '.join(name for name, *_ in columns.values())} |"]
+    lines.append("|---" * (1 + len(columns)) + "|")
+    for number, found in results:
+        for variant in VARIANTS:
+            if f"{variant}kl" in found:
+                cells = [
+                    " ± ".join(f"{factor * x:.{digits}f}" for x in found[f"{variant}{key}"])
+                    for key, (_, factor, digits) in columns.items()
+                ]
+                lines.append(f"| {number}{', window only' * bool(variant)} | {' | '.join(cells)} |")
+    return lines
 
 
 def stretches_table(arguments, results):
@@ -215,16 +246,17 @@ def main():
     example.begin(arguments)
     teacher, tokenizer = example.load_teacher(arguments, PartialState().device)
     rows, long_texts, text_name = read_rows(arguments, tokenizer, arguments.long_rows)
+    other = read_other(arguments, tokenizer)
     held_out = long_texts[:, : arguments.seq_len]
     weights = example.transfer(arguments, teacher, rows)
     order = example.order_layers(arguments, teacher, weights, rows)
     curves = one_more_each_time(arguments, teacher, weights, order, held_out)
     same = RebasedForCausalLM.from_llama(teacher).eval()
-    results = [measure(arguments, teacher, tokenizer, same, long_texts)]
+    results = [measure(arguments, teacher, tokenizer, same, long_texts, other)]
     del same
     for number in arguments.numbers:
         model = example.distill(arguments, teacher, tokenizer, weights, rows, order[:number])
-        results.append(measure(arguments, teacher, tokenizer, model, long_texts))
+        results.append(measure(arguments, teacher, tokenizer, model, long_texts, other))
         if PartialState().is_main_process:
             heading = (
                 f"{text_name}; {arguments.transfer_steps} and {arguments.distill_steps} steps of {arguments.batch_size} x "

@@ -97,6 +97,34 @@ def test_more_and_more_layers_are_measured(study, teacher, monkeypatch):
     assert json.loads((teacher / "out" / "results.json").read_text()) == [results[0], results[2]]
 
 
+def test_text_of_another_kind_is_measured_too(study, teacher, monkeypatch):
+    other = [teacher / f"other{i}.md" for i in range(3)]
+    for i, path in enumerate(other):
+        path.write_text(" ".join(f"thing{(i + j) % 9}" for j in range((1, 60, 90)[i])))
+    options = ["--window", "4", "--replace", "2", "--other_files", *map(str, other)]
+    run(study, monkeypatch, teacher, *options)
+    *_, result = json.loads((teacher / "out" / "results.json").read_text())
+
+    original = AutoModelForCausalLM.from_pretrained(teacher / "teacher")
+    model = AutoModelForCausalLM.from_pretrained(teacher / "out" / "2")
+    tokenizer = AutoTokenizer.from_pretrained(teacher / "teacher")
+    found = []
+    for path in other[1:]:  # the first has no row of 16 tokens
+        ids = tokenizer(path.read_text(), add_special_tokens=False)["input_ids"]
+        first = len(ids) // 16 // 2 * 16
+        row = torch.tensor([ids[first : first + 16]])
+        with torch.no_grad():
+            expected, log_probs = (m(row).logits[0, :-1].log_softmax(-1) for m in (original, model))
+        found.append((expected.exp() * (expected - log_probs)).sum(-1).mean().item())
+    assert result["other"]["kl"][0] == pytest.approx(sum(found) / 2, rel=1e-3)
+    assert "copying" in result and "copying" not in result["other"]
+    table = (teacher / "out" / "results.md").read_text().split("On 2 texts of another kind:")[1]
+    assert "| 2 |" in table and "| 2, window only |" in table
+
+    with pytest.raises(SystemExit, match="--other_files: expected two texts of --seq_len 16 tokens, got 1"):
+        run(study, monkeypatch, teacher, *options[:-1])
+
+
 @pytest.mark.slow
 def test_lm_eval_scores_last_words_of_sentences(study, teacher, monkeypatch):
     run(
