@@ -28,7 +28,8 @@ help:  ## Show this list
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(wildcard */requirements.txt)
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) -e ".[examples]"
+	$(INSTALL) -e ".[examples]" || { echo "Was pycosat, of reasoning-gym, not built? It needs a C compiler and Python's \
+	headers. Debian, Ubuntu: apt-get install gcc python3-dev"; exit 1; }
 	$(INSTALL) --no-deps $(DATA)
 	touch $@
 

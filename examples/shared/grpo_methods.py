@@ -43,7 +43,7 @@ class Method:
 
     Args:
         label (`str`): Its name in tables.
-        rates (`list[float]`): Learning rates for AdamW, three of them; the one in the middle is the default.
+        rates (`list[float]`): Learning rates for AdamW, in rising order, to choose from; the second is the default.
         config (`Callable[[int], PeftConfig]`, *optional*): The adapter for a model of so many layers; all weights if unset.
         tie (`Callable[[list[nn.Module]], None]`, *optional*): Makes the modules whose `weight` is a vector share parameters.
     """
@@ -92,7 +92,7 @@ METHODS = {
     "bias": Method("bias vectors", [3e-3, 1e-2, 3e-2], lambda layers: BiasSteerConfig()),
     "bias_early": Method("one vector, a sixth of the way up", [3e-2, 1e-1, 3e-1], one_layer(1 / 6)),
     "bias_middle": Method("one vector, half of the way up", [3e-2, 1e-1, 3e-1], one_layer(1 / 2)),
-    "bias_late": Method("one vector, five sixths of the way up", [3e-2, 1e-1, 3e-1], one_layer(5 / 6)),
+    "bias_late": Method("one vector, five sixths of the way up", [3e-2, 1e-1, 3e-1, 1.0], one_layer(5 / 6)),
     "bias_shared": Method(
         "one vector for all layers", [3e-3, 1e-2, 3e-2], lambda layers: BiasSteerConfig(), use_one_vector
     ),
@@ -115,11 +115,11 @@ METHODS = {
     "lora_8": Method(
         "LoRA r=8", [1e-4, 3e-4, 1e-3], lambda layers: LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
     ),
-    "vera": Method("VeRA", [3e-3, 1e-2, 3e-2], lambda layers: VeraConfig()),
-    "ia3": Method("IA3", [3e-3, 1e-2, 3e-2], lambda layers: IA3Config()),
-    "beft": Method("BEFT", [3e-3, 1e-2, 3e-2], lambda layers: BeftConfig(target_modules=["down_proj"])),
-    "layernorm": Method("LayerNorm tuning", [1e-3, 3e-3, 1e-2], lambda layers: LNTuningConfig()),
-    "full": Method("full fine-tuning", [1e-5, 3e-5, 1e-4]),
+    "vera": Method("VeRA", [3e-3, 1e-2, 3e-2, 1e-1], lambda layers: VeraConfig()),
+    "ia3": Method("IA3", [1e-3, 3e-3, 1e-2, 3e-2], lambda layers: IA3Config()),
+    "beft": Method("BEFT", [1e-3, 3e-3, 1e-2, 3e-2], lambda layers: BeftConfig(target_modules=["down_proj"])),
+    "layernorm": Method("LayerNorm tuning", [3e-4, 1e-3, 3e-3, 1e-2], lambda layers: LNTuningConfig()),
+    "full": Method("full fine-tuning", [3e-6, 1e-5, 3e-5, 1e-4]),
 }
 LEARNING_RATES = {name: method.rates[1] for name, method in METHODS.items()}
 

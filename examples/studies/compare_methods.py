@@ -11,7 +11,7 @@ Bias vectors and other methods with GRPO: the same questions, the same number of
 Each run is a process of train_methods.py with a folder of its own; a folder that holds a result.json is not run again, so
 an interrupted comparison goes on where it was. Writes a table (.md), the numbers (.json) and reward curves (.png).
 
-Presets: league (all methods of grpo_methods.py, each at the best of three rates by one seed, measured on three others, and
+Presets: league (all methods of grpo_methods.py, each at the best of its rates by one seed, measured on three others, and
 accuracy against the number of parameters; and the base model with and without solved examples), beyond_prompts (bias vectors
 beside prompts, on the tasks of search_tasks.py with some signal), format_reward (bias vectors, rewarded for the form of the
 answer alone), out_of_reach (bias vectors on a task beyond the model), gpu (eight times as many samples a step, three times as
