@@ -3,9 +3,12 @@
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -62,3 +65,14 @@ def test_wheel_installed_alone_is_imported_from_outside_the_repository(built, tm
 
     assert Path(location).is_relative_to(site)
     assert version.startswith(found_version)
+
+
+@pytest.mark.pinned
+def test_pins_are_for_every_python_3_11():
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()[1:]
+    pinned = {canonicalize_name(line.partition("==")[0]) for line in lines}
+    asked = {d.name: d.metadata["Requires-Python"] for d in distributions() if canonicalize_name(d.name) in pinned}
+
+    # Debian 12 has 3.11.2, which pip takes at its word.
+    too_new = {name: python for name, python in asked.items() if python and "3.11.0" not in SpecifierSet(python)}
+    assert len(asked) > 200 and not too_new, f"pin older versions in constraints.txt: {too_new}"
