@@ -52,6 +52,9 @@ demo: demo-steer demo-sae demo-rebased  ## The main job of all three packages on
 demo-steer demo-sae demo-rebased: export MALLOC_MMAP_MAX_ := 0
 demo-steer demo-sae demo-rebased: export MALLOC_TRIM_THRESHOLD_ := 1099511627776
 
+# TRL and PEFT use names that transformers has changed, and GRPO pins memory, of which a CPU has none.
+demo demo-steer space: export PYTHONWARNINGS := ignore::FutureWarning,ignore::UserWarning:torch.utils.data.dataloader
+
 demo-steer: model  ## GRPO with one bias vector per layer: arithmetic before and after
 	$(LAUNCH) examples/peft_bias_steer/train_grpo.py --model $(MODEL) --output_dir $(OUT)/steer --seed $(SEED)
 

@@ -2,12 +2,18 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .configuration_rebased import RebasedConfig
+
+
+# What generate and outputs call a cache: `cache` from transformers 5.24 on.
+CACHE_NAME = next(field.name for field in fields(BaseModelOutputWithPast) if "cache" in field.name or "past" in field.name)
 
 
 class RebasedStateLayer(LinearAttentionLayer):
@@ -109,7 +115,7 @@ class RebasedKeyValueLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         seen = self.get_seq_length()
         # What a graph or a program has read stays as it was.
-        if not seen or torch.is_grad_enabled() or torch.compiler.is_compiling() or key_states.dtype != self.dtype:
+        if not seen or torch.is_grad_enabled() or torch.compiler.is_compiling() or key_states.dtype != self.keys.dtype:
             return super().update(key_states, value_states, *args, **kwargs)
         if self._room is None or not self._room.fits(self.keys, key_states):
             tokens = seen + key_states.shape[-2]
@@ -222,6 +228,13 @@ class RebasedCache(Cache):
 
     def activate_past_recording(self) -> None:
         self.crop(0)
+
+
+def given_cache(past_key_values: RebasedCache | None, cache: RebasedCache | None) -> RebasedCache | None:
+    """The cache, which transformers 5.24 and newer call `cache`, and older ones `past_key_values`."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values and cache are two names of one thing; leave one of them out")
+    return past_key_values if cache is None else cache
 
 
 def _make_layers(config: RebasedConfig) -> list[Any]:

@@ -83,7 +83,7 @@ class RebasedConfig(PreTrainedConfig):
     """
 
     model_type = "rebased"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     vocab_size: int = 50280
     hidden_size: int = 768

@@ -24,7 +24,7 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_rebased import RebasedCache
+from .cache_rebased import CACHE_NAME, RebasedCache, given_cache
 from .configuration_rebased import LAYER_TYPES, RebasedConfig
 from .convolution_rebased import RebasedBaseConv, RebasedCausalConv, RebasedGatedConv
 from .linear_attention_rebased import (
@@ -107,7 +107,7 @@ class RebasedPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["RebasedDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_attention_backend = True
     # The state cannot be rolled back, so generation modes that need it are refused.
@@ -236,6 +236,7 @@ class RebasedModel(RebasedPreTrainedModel):
         past_key_values: RebasedCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: RebasedCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         r"""
@@ -252,7 +253,9 @@ class RebasedModel(RebasedPreTrainedModel):
             past_key_values (`RebasedCache`, *optional*): State of the tokens before these; updated in place, unless the pass
                 fails.
             use_cache (`bool`, *optional*): Return the state. Defaults to `config.use_cache`, and to `False` in training.
+            cache (`RebasedCache`, *optional*): Another name of `past_key_values`, that of transformers 5.24 and newer.
         """
+        past_key_values = given_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Expected exactly one of input_ids and inputs_embeds; leave the other one out")
         if inputs_embeds is None:
@@ -319,7 +322,7 @@ class RebasedModel(RebasedPreTrainedModel):
             past_key_values.first_tokens = None if first_tokens is None else first_tokens[:, -1]
             past_key_values.attention_mask = attention_mask
         return BaseModelOutputWithPast(
-            last_hidden_state=last_hidden_state, past_key_values=past_key_values if use_cache else None
+            last_hidden_state=last_hidden_state, **{CACHE_NAME: past_key_values if use_cache else None}
         )
 
     def _check_past(self, past_key_values: RebasedCache | None, inputs_embeds: torch.Tensor) -> int:
@@ -552,6 +555,7 @@ class RebasedForCausalLM(RebasedPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: RebasedCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         r"""
@@ -566,7 +570,7 @@ class RebasedForCausalLM(RebasedPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=given_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -579,9 +583,9 @@ class RebasedForCausalLM(RebasedPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
     def _prepare_cache_for_generation(
@@ -601,8 +605,8 @@ class RebasedForCausalLM(RebasedPreTrainedModel, GenerationMixin):
                 f"cache_implementation must be None, got {generation_config.cache_implementation!r}; the state of "
                 f"{type(self).__name__} has a constant size anyway"
             )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
-            model_kwargs["past_key_values"] = RebasedCache(self.config)
+        if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache:
+            model_kwargs[CACHE_NAME] = RebasedCache(self.config)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused with `ValueError`: what `generate_batch` and paged attention keep are keys and values, not states."""

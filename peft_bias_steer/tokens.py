@@ -17,6 +17,8 @@ from .config import as_index
 
 Tokens = Literal["all", "prompt", "generated"]
 TOKENS = ("all", "prompt", "generated")
+# From transformers 5.24 on the first two are called `cache`, and understood still.
+CACHE_NAMES = ("past_key_values", "cache_params", *ALL_CACHE_NAMES)
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,10 @@ class TokenChoice:
             raise ValueError("expected no prompt_lengths around generate, which knows its prompts: leave them out")
         names = ("inputs_embeds", "input_ids", "inputs")
         prompt = next((v for v in (*(kwargs.get(name) for name in names), *args[:1]) if v is not None), None)
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        mask, cache = kwargs.get("attention_mask"), _given_cache(kwargs)
         if prompt is None or (cache is not None and mask is None):
             raise ValueError(
-                "expected input_ids or inputs_embeds in generate, and with past_key_values an attention_mask over all "
+                "expected input_ids or inputs_embeds in generate, and with a cache an attention_mask over all "
                 "that came before: the prompt of steer_tokens has no length otherwise"
             )
         return replace(self, prompt_width=(prompt if mask is None else mask).shape[1])
@@ -138,8 +140,12 @@ def recompute_in_context(model: nn.Module) -> None:
             cast(Any, module)._gradient_checkpointing_func = InContext(checkpoint)
 
 
+def _given_cache(given: dict[str, Any]) -> Any:
+    return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+
+
 def _columns_before(given: dict[str, Any]) -> int:
-    cache = next((given[name] for name in ALL_CACHE_NAMES if given.get(name) is not None), None)
+    cache = _given_cache(given)
     if cache is None:
         return 0
     if not isinstance(cache, Cache) or not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):

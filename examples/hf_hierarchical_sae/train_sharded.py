@@ -153,7 +153,7 @@ def main():
     sample = shards.rows(torch.arange(min(8192, len(training))))
     sae = make_sae(arguments, shards, sample)
     # Whatever is refused was refused by now, in every process and before they wait for each other.
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if device.type != "cpu":
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     mesh = dist.init_device_mesh(device.type, (int(os.environ["WORLD_SIZE"]),))

@@ -19,7 +19,6 @@ import importlib.util
 import json
 import re
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +42,6 @@ sys.path.append(str(Path(__file__).parents[1] / "shared"))
 from interrupts import StopOnInterrupt
 
 
-# TRL and PEFT, and the oldest transformers that we take, know no other name
-warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
 # no division: those of this task carry the answer of another expression
 ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "allow_parentheses": False}
 EASY_ARITHMETIC = {**ONE_DIGIT, "operators": ["+", "-", "*"]}
@@ -148,8 +145,7 @@ def training_config(args: argparse.Namespace, accumulation: int = 1, **options: 
     settings: dict[str, Any] = {name: getattr(args, name) for name in same} | recipe
     settings |= {"lr_scheduler_type": "constant", "gradient_checkpointing": False, "logging_steps": 1}
     settings |= {"per_device_train_batch_size": samples // batches, "gradient_accumulation_steps": accumulation}
-    settings |= {"output_dir": str(args.output_dir), "save_steps": 10}
-    settings |= dict.fromkeys(("bf16", "dataloader_pin_memory"), torch.cuda.is_available())
+    settings |= {"output_dir": str(args.output_dir), "bf16": torch.cuda.is_available(), "save_steps": 10}
     return GRPOConfig(**(settings | options))
 
 

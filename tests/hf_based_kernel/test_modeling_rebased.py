@@ -19,6 +19,7 @@ from hf_based_kernel import (
     RebasedForSequenceClassification,
     RebasedModel,
 )
+from hf_based_kernel.cache_rebased import CACHE_NAME
 
 
 LAYER_TYPES = {
@@ -278,6 +279,23 @@ def test_generate_with_state_matches_generate_without(layers, options):
     options.pop("prefill_chunk_size", None)
     assert torch.equal(got, model.generate(input_ids, use_cache=False, **options))
     assert got.shape[1] == 21
+
+
+@pytest.mark.parametrize("names", [("past_key_values", "cache"), ("cache", "past_key_values")])
+def test_a_cache_has_two_names(names):
+    """Which one transformers uses depends on its version: both are understood by each."""
+    model = tiny_model("hybrid")
+    prompt, continuation = tokens(1, 6), tokens(1, 3)
+    output = model(prompt, use_cache=True)
+    assert isinstance(output[CACHE_NAME], RebasedCache) and CACHE_NAME in model.config.keys_to_ignore_at_inference
+    caches = [output[CACHE_NAME], model.model(prompt, use_cache=True)[CACHE_NAME]]
+    expected = model(torch.cat([prompt, continuation], dim=1)).logits[:, 6:]
+    torch.testing.assert_close(model(continuation, **{names[0]: caches[0]}).logits, expected, **CLOSE)
+    hidden = model.model(continuation, **{names[1]: caches[1]}).last_hidden_state
+    torch.testing.assert_close(model.lm_head(hidden), expected, **CLOSE)
+    for part in (model, model.model):
+        with pytest.raises(ValueError, match="past_key_values and cache are two names of one thing"):
+            part(continuation, **dict.fromkeys(names, caches[0]))
 
 
 @pytest.mark.parametrize("layers", ["hybrid", "llama"])

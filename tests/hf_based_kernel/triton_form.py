@@ -56,6 +56,8 @@ def interpreted_language():
                 delattr(space, name)
             elif member is not members[name]:
                 setattr(space, name, members[name])
+    # They were rewritten to use names that are gone.
+    InterpretedFunction.rewritten_fn.clear()
 
 
 def make_inputs(

@@ -1,7 +1,9 @@
 """What users of PEFT expect of any tuner."""
 
+import peft
 import pytest
 import torch
+from packaging import version
 from peft import (
     LoraConfig,
     PeftModel,
@@ -25,6 +27,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from peft_bias_steer import BiasSteerConfig, BiasSteerLayer
 
@@ -284,6 +287,10 @@ def test_adapter_can_be_injected_by_the_keys_of_a_state_dict(llama, tokens, low_
     assert torch.equal(logits(model, tokens), logits(trained, tokens))
 
 
+@pytest.mark.skipif(
+    version.parse(peft.__version__) < version.parse(MIN_PEFT_VERSION),
+    reason="this transformers loads adapters with a newer PEFT only",
+)
 def test_transformers_loads_the_adapter_natively(llama, tokens, set_vectors, tmp_path):
     peft_model = get_peft_model(llama(), BiasSteerConfig())
     set_vectors(peft_model)

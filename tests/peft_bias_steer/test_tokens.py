@@ -387,7 +387,7 @@ def test_generate_is_told_no_lengths_and_knows_its_prompt(steered, tokens):
     with steered.steer_tokens("generated"):
         with pytest.raises(ValueError, match="expected input_ids or inputs_embeds in generate"):
             steered.generate(**GREEDY)
-        with pytest.raises(ValueError, match="with past_key_values an attention_mask over all"):
+        with pytest.raises(ValueError, match="with a cache an attention_mask over all"):
             steered.generate(tokens[:, 4:], past_key_values=cache, **GREEDY)
     with steered.steer_tokens(["generated", "prompt"]), pytest.raises(ValueError, match="per row, got 2 for 3"):
         steered.generate(tokens, **GREEDY)
