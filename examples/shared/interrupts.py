@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import signal
 import zipfile
 from pathlib import Path
@@ -27,7 +28,8 @@ class StopOnInterrupt(TrainerCallback):
     def handle(self, number: int, frame: FrameType | None) -> None:
         self.interrupted = True
         signal.signal(signal.SIGINT, self.previous)
-        print("\nCtrl-C: saving a checkpoint after this step", flush=True)
+        # What was interrupted may itself be a print, which cannot be entered twice.
+        os.write(2, b"\nCtrl-C: saving a checkpoint after this step\n")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import runpy
 import signal
 import subprocess
@@ -71,9 +72,10 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_training_ends_as_if_never_stopped
     steps = ["--max_steps", "400"]
     run([*command[:-1], tmp_path / "straight"], *steps)
 
-    process = subprocess.Popen(
-        [*command, *steps], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    # Unbuffered, or the first loss comes when training is over.
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    process = subprocess.Popen([*command, *steps], cwd=REPOSITORY, env=environment, **pipes)
     for line in process.stdout:
         if "'loss'" in line:
             process.send_signal(signal.SIGINT)
