@@ -13,7 +13,9 @@ from .configuration_rebased import RebasedConfig
 
 
 # What generate and outputs call a cache: `cache` from transformers 5.24 on.
-CACHE_NAME = next(field.name for field in fields(BaseModelOutputWithPast) if "cache" in field.name or "past" in field.name)
+CACHE_NAME = next(
+    field.name for field in fields(BaseModelOutputWithPast) if "cache" in field.name or "past" in field.name
+)
 
 
 class RebasedStateLayer(LinearAttentionLayer):
