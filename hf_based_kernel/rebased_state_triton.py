@@ -358,7 +358,8 @@ def store_state(
         factors = row_factors(row, scale, KERNEL, OF_QUERIES)
         tl.store(state + row[:, None] * V + column[None, :], sums[b] * factors[:, None], mask=inside)
         # Every value block has the same totals.
-        tl.store(state + P * V + row, totals[b] * factors, mask=(row < P) & (tl.program_id(1) == 0))
+        if tl.program_id(1) == 0:
+            tl.store(state + P * V + row, totals[b] * factors, mask=row < P)
 
 
 @triton.jit

@@ -193,14 +193,13 @@ def step_kernel(
                 new_sums = new_sums + (sums[member] + tl.sum(features[:, None] * past, axis=0),)
                 new_totals = new_totals + (totals[member] + tl.sum(features * past_total, axis=0),)
             sums, totals = new_sums, new_totals
-        if RETURN_STATE:
+        if RETURN_STATE and first_member == 0:
             added = tl.load(k + first, mask=row < linear, other=1.0).to(tl.float32)
             added *= tl.load(k + second, mask=row < packed, other=1.0).to(tl.float32)
             added *= row_factors(row, scale, KERNEL, False)
-            is_writer = first_member == 0
-            tl.store(new_state + cells, past + added[:, None] * value[None, :], mask=inside & is_writer)
+            tl.store(new_state + cells, past + added[:, None] * value[None, :], mask=inside)
             # Every value block has the same totals.
-            is_first = (tl.program_id(1) == 0) & is_writer
-            tl.store(new_state + row * (V + 1) + V, past_total + added * one, mask=(row < P) & is_first)
+            if tl.program_id(1) == 0:
+                tl.store(new_state + row * (V + 1) + V, past_total + added * one, mask=row < P)
     for member in tl.static_range(M):
         tl.store(out + member * V + column, sums[member] / (totals[member] + eps), mask=column < V)

@@ -104,7 +104,7 @@ def load(name: str | Path) -> tuple[Any, Any]:
 
 
 def make_prompt(tokenizer: Any, row: dict) -> str:
-    template = CHATML if "<|im_start|>" in tokenizer.get_vocab() else None
+    template = CHATML if "<|im_start|>" in tokenizer.get_added_vocab() else None
     messages = [{"role": "user", "content": row["question"]}]
     text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
     adds_bos = tokenizer("a").input_ids[0] == tokenizer.bos_token_id

@@ -224,7 +224,7 @@ def prompt_maker(tokenizer: Any, task: Task, args: argparse.Namespace) -> Callab
     """Puts a question into the chat template, after the system prompt and the solved examples."""
     system_prompt = task.system_prompt if args.system_prompt is None else args.system_prompt
     template = args.chat_template
-    if template is None and not system_prompt and "<|im_start|>" in tokenizer.get_vocab():
+    if template is None and not system_prompt and "<|im_start|>" in tokenizer.get_added_vocab():
         template = "chatml"
     if template is None and tokenizer.chat_template is None:
         raise SystemExit(

@@ -1,9 +1,11 @@
 import pytest
 import torch
+from peft import BeftConfig, get_peft_model
 from torch import nn
 
 from peft_bias_steer import BiasSteerConfig, BiasSteerLayer
 from peft_bias_steer.layer import Call, calling, in_a_call
+from tests.peft_bias_steer.tiny_models import INPUT_IDS, make_base
 
 
 class Returns(nn.Module):
@@ -127,3 +129,17 @@ def test_detaching_leaves_no_trace(steered):
 
     assert host(hidden) is hidden
     assert not list(host.children()) and not host._forward_hooks
+
+
+def test_a_training_step_runs_the_operators_of_befts_step():
+    def operators(config):
+        model = get_peft_model(make_base(), config)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            model(input_ids=INPUT_IDS, labels=INPUT_IDS, use_cache=False).loss.backward()
+        views = ("aten::view", "aten::reshape", "aten::flatten")
+        return {row.key: row.count for row in profile.key_averages() if row.key.startswith("aten::")} | dict.fromkeys(views)
+
+    ours = operators(BiasSteerConfig())
+
+    assert ours["aten::mm"] > 20
+    assert ours == operators(BeftConfig(target_modules=["down_proj"]))
