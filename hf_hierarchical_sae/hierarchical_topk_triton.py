@@ -143,7 +143,9 @@ def _latent_kernel(
     columns = first_column + offsets
     decoder_row = latent.to(tl.int64) * D + columns
     if NEEDS_VALUES:
-        decoder = tl.load(W_dec_ptr + decoder_row, mask=columns < tl.where(start < end, D, 0), other=0.0).to(tl.float32)
+        decoder = tl.load(W_dec_ptr + decoder_row, mask=columns < tl.where(start < end, D, 0), other=0.0).to(
+            tl.float32
+        )
     total = tl.zeros((BLOCK_P, WIDTH), dtype=tl.float32)
     for block in tl.range(start, end, BLOCK_P):
         places = block + tl.arange(0, BLOCK_P)

@@ -3,8 +3,6 @@
 import ast
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.example_module import load_example
+from tests.forked_processes import run_forked
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -21,30 +20,12 @@ EXAMPLES = sorted(
     path for path in (REPOSITORY / "examples").rglob("*.py") if path.parent != SHARED and "outputs" not in path.parts
 )
 PACKAGES = ["peft_bias_steer", "hf_hierarchical_sae", "hf_based_kernel"]
-# Each script runs in a process of its own, as `python script --help` does, but for what takes seconds to import: a process
-# that has that already makes the others as copies of itself.
-ASK_FOR_HELP = """
-import os, runpy, sys, traceback
+IMPORTS = """
 from datasets import Dataset
 from matplotlib import pyplot
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer
 from trl import GRPOConfig, GRPOTrainer
-
-for number, script in enumerate(sys.argv[1:]):
-    if not (process := os.fork()):
-        for stream, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f"{number}.{name}", os.O_CREAT | os.O_WRONLY), stream)
-        sys.argv, sys.path[0], code = [script, "--help"], os.path.dirname(script), 1
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except SystemExit as stopped:
-            code = stopped.code or 0
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(code if isinstance(code, int) else 1)
-    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
 """
 examples = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(REPOSITORY / "examples")))
 
@@ -83,23 +64,15 @@ def test_readme_has_a_line_for_every_example():
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory):
-    """Of each example, what `--help` ends with and prints, and its errors."""
-    folder = tmp_path_factory.mktemp("help")
-    done = subprocess.run(
-        [sys.executable, "-c", ASK_FOR_HELP, *EXAMPLES], cwd=folder, capture_output=True, text=True, check=True
-    )
-    answers = ((folder / f"{i}.out", folder / f"{i}.err") for i in range(len(EXAMPLES)))
-    return {
-        path: (int(code), *(file.read_text() for file in files))
-        for path, code, files in zip(EXAMPLES, done.stdout.split(), answers, strict=True)
-    }
+    """Of each example, how `--help` ends."""
+    commands = [[path, "--help"] for path in EXAMPLES]
+    return dict(zip(EXAMPLES, run_forked(commands, tmp_path_factory.mktemp("help"), imports=IMPORTS)))
 
 
 @pytest.mark.slow
 @examples
 def test_help_explains_every_option(path, asked):
-    code, printed, errors = asked[path]
-    text = path.read_text()
+    done, text = asked[path], path.read_text()
     options = [
         node.args[0].value
         for node in ast.walk(ast.parse(text))
@@ -108,8 +81,8 @@ def test_help_explains_every_option(path, asked):
         and isinstance(node.args[0], ast.Constant)
     ]
 
-    assert code == 0, errors
-    assert options and all(option in printed for option in options)
+    assert done.returncode == 0, done.stderr
+    assert options and all(option in done.stdout for option in options)
 
 
 def cut(path):

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peft_bias_steer import BiasSteerConfig, extract_vectors, from_control_vector, steering_vectors
 from peft_bias_steer.analysis import vector_statistics
 from peft_bias_steer.cli import load_vectors, main
+from tests.forked_processes import run_forked
 
 
 INPUT_IDS = torch.arange(40).view(2, 20)
@@ -383,22 +384,26 @@ def test_a_program_that_is_run_loads_the_adapter_without_a_line_of_code_in_it(st
     command = tmp_path / "command"
     command.write_text(f"#!{sys.executable}\n{program}")
     command.chmod(0o755)
-    path = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-
-    def start(*arguments):
-        arguments = [sys.executable, *map(str, arguments)]
-        return subprocess.run(arguments, cwd=tmp_path, env=path, capture_output=True, text=True)
-
-    plain = start("program.py", steered[1])
-    assert plain.returncode and "KeyError: 'BIAS_STEER'" in plain.stderr
+    (tmp_path / "fails.py").write_text("raise ValueError('its own error')")
     bias_steer = Path(sys.executable).with_name("bias-steer")
-    for target in (["program.py"], ["-m", "module"], ["command"]):
-        done = start(bias_steer, "run", *target, steered[1], "--its-own", "-m")
+    targets = (["program.py"], ["-m", "module"], ["command"])
+
+    plain, failed, *steering = run_forked(
+        [
+            [tmp_path / "program.py", steered[1]],
+            [bias_steer, "run", "fails.py"],
+            *([bias_steer, "run", *target, steered[1], "--its-own", "-m"] for target in targets),
+        ],
+        tmp_path,
+        imports="from peft import PeftConfig",
+        PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+    )
+
+    assert plain.returncode and "KeyError: 'BIAS_STEER'" in plain.stderr
+    assert failed.returncode == 1 and "Traceback" in failed.stderr and "ValueError: its own error" in failed.stderr
+    for done in steering:
         assert done.returncode == 0, done.stderr
         assert f"{steered[1]!r}, '--its-own', '-m'] PeftType.BIAS_STEER" in done.stdout
-    (tmp_path / "fails.py").write_text("raise ValueError('its own error')")
-    failed = start(bias_steer, "run", "fails.py")
-    assert failed.returncode == 1 and "Traceback" in failed.stderr and "ValueError: its own error" in failed.stderr
 
 
 @pytest.mark.parametrize("target", [["no_such_command"], ["-m", "no_such_module"], ["-m", "no.such.module"], ["ls"]])

@@ -137,7 +137,9 @@ def test_a_training_step_runs_the_operators_of_befts_step():
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             model(input_ids=INPUT_IDS, labels=INPUT_IDS, use_cache=False).loss.backward()
         views = ("aten::view", "aten::reshape", "aten::flatten")
-        return {row.key: row.count for row in profile.key_averages() if row.key.startswith("aten::")} | dict.fromkeys(views)
+        return {row.key: row.count for row in profile.key_averages() if row.key.startswith("aten::")} | dict.fromkeys(
+            views
+        )
 
     ours = operators(BiasSteerConfig())
 
