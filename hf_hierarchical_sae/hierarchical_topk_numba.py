@@ -130,8 +130,7 @@ class HierarchicalTopKNumba(torch.autograd.Function):
         residual = torch.empty_like(target)
         squares = torch.zeros(torch.get_num_threads(), len(budgets), dtype=torch.float64)
         tensors = (top_indices, top_values, W_dec, b_dec, target, place, residual)
-        with ThreadPoolExecutor(len(squares)) as pool:
-            list(pool.map(_forward, *_arguments(target.shape[1], tensors, squares)))
+        _share_columns(_forward, target.shape[1], tensors, squares)
         ctx.save_for_backward(top_indices, top_values, W_dec, residual, place)
         ctx.set_materialize_grads(False)
         return (squares.sum(dim=0) / residual.numel()).float(), residual + target
@@ -149,8 +148,7 @@ class HierarchicalTopKNumba(torch.autograd.Function):
         grad_values = torch.empty(torch.get_num_threads(), *top_values.shape)
         grad_W_dec = empty_in_large_pages(*W_dec.shape, dtype=W_dec.dtype, device=W_dec.device).zero_()
         tensors = (top_indices, top_values, W_dec, scales, last_residual.clone(), grad, grad_W_dec)
-        with ThreadPoolExecutor(len(grad_values)) as pool:
-            list(pool.map(_backward, *_arguments(grad.shape[1], tensors, grad_values)))
+        _share_columns(_backward, grad.shape[1], tensors, grad_values)
         grad_target = None
         if ctx.needs_input_grad[4]:
             grad_target = -grad if grad_reconstruction is None else grad_reconstruction - grad
@@ -169,8 +167,7 @@ def add_rows_numba(indices: torch.Tensor, values: torch.Tensor, rows: torch.Tens
     """
     _check(indices, len(total), (values, rows, total))
     tensors = (indices.long().contiguous(), values.contiguous(), rows.contiguous(), total)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(_add_rows, *_arguments(rows.shape[1], tensors)))
+    _share_columns(_add_rows, rows.shape[1], tensors)
 
 
 def _check(indices: torch.Tensor, d_sae: int, tensors: Sequence[torch.Tensor]) -> None:
@@ -185,16 +182,24 @@ def _check(indices: torch.Tensor, d_sae: int, tensors: Sequence[torch.Tensor]) -
         raise IndexError(f"top_indices must be in [0, d_sae={d_sae}), got {low} to {high}")
 
 
-def _arguments(width: int, tensors: Sequence[torch.Tensor], private: torch.Tensor | None = None) -> list[Sequence]:
+def _share_columns(
+    kernel: Callable[..., None], width: int, tensors: Sequence[torch.Tensor], private: torch.Tensor | None = None
+) -> None:
     """
-    What a kernel is called with in each thread, as `map` takes it: the first column of its slice and the one after
-    the last, the tensors that all share, and its part of `private`, which no other thread writes to.
+    Calls a kernel in each thread with the first column of its slice and the one after the last, the tensors that all
+    share, and its part of `private`, which no other thread writes to.
     """
     threads = torch.get_num_threads()
     bounds = [width * thread // threads for thread in range(threads + 1)]
-    shared = [[_as_array(tensor)] * threads for tensor in tensors]
-    own = [] if private is None else [[_as_array(part) for part in private]]
-    return [bounds[:-1], bounds[1:], *shared, *own]
+    shared = [_as_array(tensor) for tensor in tensors]
+    own = [()] * threads if private is None else [(_as_array(part),) for part in private]
+    calls = [(start, end, *shared, *mine) for start, end, mine in zip(bounds, bounds[1:], own)]
+    if threads == 1:
+        # A thread takes longer to start than a small batch to compute.
+        kernel(*calls[0])
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(kernel, *zip(*calls)))
 
 
 def _as_array(tensor: torch.Tensor) -> Any:

@@ -1,5 +1,6 @@
 """Fixtures that every package's tests share. Environment first: huggingface_hub reads it at import."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -47,6 +48,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_collection_finish():
+    # What was imported lives to the end: no collection, of which `Trainer` asks one a training, has to look at it again.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
