@@ -549,9 +549,8 @@ def scan_kernel(
         added = ()
         for j in tl.static_range(AHEAD):
             ahead = batch_head * spans + (spans - 1 - first_step - j if OF_QUERIES else first_step + j)
-            added = added + (
-                tl.load(sums_of_spans + ahead * size + i, mask=(i < size) & (first_step + j < spans), other=0.0),
-            )
+            there = tl.where(first_step + j < spans, size, 0)
+            added = added + (tl.load(sums_of_spans + ahead * size + i, mask=i < there, other=0.0),)
         for j in tl.static_range(AHEAD):
             if first_step + j < spans:
                 span = spans - 1 - first_step - j if OF_QUERIES else first_step + j
