@@ -145,8 +145,8 @@ def main():
         create_repo(arguments.hub_model_id, exist_ok=True)
     texts, dataset_name = read_texts(arguments)
     # A processor with matrix units for bfloat16 reads several times as fast with them.
-    has_units = not torch.cuda.is_available() and torch.cpu._is_amx_tile_supported()
-    dtype = "bfloat16" if has_units else "float32"
+    has_units = "AVX512" in torch.backends.cpu.get_cpu_capability() and torch.cpu._is_amx_tile_supported()
+    dtype = "bfloat16" if has_units and not torch.cuda.is_available() else "float32"
     activations = harvest(arguments, texts, dtype)
     train, held_out = activations[: -arguments.eval_tokens], activations[-arguments.eval_tokens :]
 
