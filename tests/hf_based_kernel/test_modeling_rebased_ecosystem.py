@@ -269,6 +269,8 @@ def test_lora_without_named_modules_works_on_code_from_the_hub_and_loaded_before
 @pytest.mark.parametrize("masked", [False, True])
 @mixes
 def test_a_model_that_trains_is_exported_with_any_batch_and_length(strict, masked, mix):
+    if mix and (mix is CONVERTED or not masked) and version.parse(torch.__version__) < version.parse("2.9"):
+        pytest.skip("torch 2.8 cannot tell that every length fits the blocks of softmax attention")
     model = tiny_model(**mix)
     shape = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=2, max=512)}
     shapes = {"input_ids": shape, "use_cache": None, **({"attention_mask": shape} if masked else {})}

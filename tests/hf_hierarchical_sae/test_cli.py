@@ -447,6 +447,7 @@ def wide_language_model(tmp_path_factory, tiny_language_model):
 def test_a_quantised_language_model_is_harvested_trained_on_and_evaluated(
     quantization, tmp_path, text, wide_language_model, capsys
 ):
+    pytest.importorskip("bitsandbytes")
     model = ["--model", wide_language_model, "--text", text, "--layer", "1", "--tokens", "600"]
     quantized = [*model, "--quantization", quantization]
     main(["harvest", str(tmp_path / "states"), *quantized])

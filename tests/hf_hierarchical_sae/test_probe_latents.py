@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel
 from tests.example_module import load_example
 
 
+pytestmark = pytest.mark.skipif(find_spec("sae_bench") is None, reason="needs sae-bench and sae-probes")
 SCRIPT = Path(__file__).parents[2] / "examples" / "studies" / "probe_latents.py"
 TINY = {
     "learning_rate": 1e-2,

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hf_hierarchical_sae import HierarchicalSaeModel
 from tests.example_module import load_example
 
 
+pytestmark = pytest.mark.skipif(find_spec("sae_lens") is None, reason="needs sae-lens")
 SCRIPT = Path(__file__).parents[2] / "examples" / "studies" / "synthetic_benchmark.py"
 TINY = {
     "features": 64,
