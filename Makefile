@@ -81,14 +81,18 @@ demo-language-model: model
 demo-recall: model
 	$(LAUNCH) examples/hf_based_kernel/train_associative_recall.py --output_dir $(OUT)/recall --seed $(SEED)
 
+# An environment $(1) beside that of development, whose packages it has too, through a .pth file.
+PURELIB := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+define beside_development
+	$(PYTHON) -m venv $(1)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" > $$($(1)/bin/python $(PURELIB))/development.pth
+endef
+
 VENV_SPACE ?= .venv-space
 
-# gradio's pins exclude those of the development environment, whose other packages come through a .pth file.
+# gradio's pins exclude those of the development environment.
 $(VENV_SPACE)/.installed: examples/space/README.md | $(VENV)/.installed
-	$(PYTHON) -m venv $(VENV_SPACE)
-	site=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
-	echo "import site; site.addsitedir('$$site')" > \
-		$$($(VENV_SPACE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/development.pth
+	$(call beside_development,$(VENV_SPACE))
 	$(VENV_SPACE)/bin/python -m pip install -q gradio==$$(sed -n 's/^sdk_version: //p' examples/space/README.md)
 	touch $@
 
@@ -98,7 +102,15 @@ space: $(VENV_SPACE)/.installed model  ## Start the page: a chat with and withou
 notebooks: $(VENV)/.installed-dev model  ## Run examples/notebooks at their own size and keep what they print
 	$(BIN)/python -m tests.notebook_runner
 
-test: $(VENV)/.installed-dev $(VENV_SPACE)/.installed model  ## Run the whole test suite
+VENV_DEEPSPEED ?= .venv-deepspeed
+
+# Apart from the others: accelerate, transformers and TRL import it wherever it is found.
+$(VENV_DEEPSPEED)/.installed: | $(VENV)/.installed
+	$(call beside_development,$(VENV_DEEPSPEED))
+	$(VENV_DEEPSPEED)/bin/python -m pip install -q --no-warn-conflicts deepspeed==0.19.8
+	touch $@
+
+test: $(VENV)/.installed-dev $(VENV_SPACE)/.installed $(VENV_DEEPSPEED)/.installed model  ## Run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q --durations 15
 
 SERVING := tests/peft_bias_steer/serving
@@ -112,12 +124,9 @@ $(VENV_VLLM)/.installed: $(SERVING)/requirements-vllm.txt peft_bias_steer/pyproj
 	$(VENV_VLLM)/bin/python -m pip install -q -e peft_bias_steer
 	touch $@
 
-# Everything else comes from the development environment, through a .pth file.
 $(VENV_LLAMA_CPP)/.installed: $(SERVING)/requirements-llama-cpp.txt | $(VENV)/.installed-dev
-	$(PYTHON) -m venv $(VENV_LLAMA_CPP)
+	$(call beside_development,$(VENV_LLAMA_CPP))
 	$(VENV_LLAMA_CPP)/bin/python -m pip install -q -r $<
-	site=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
-	echo $$site > $$($(VENV_LLAMA_CPP)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/development.pth
 	touch $@
 
 $(OUT)/steer/adapter/adapter_config.json: | model

@@ -1,6 +1,8 @@
-"""Two processes compute, and send to vLLM, what one does: DDP and FSDP2 over gloo."""
+"""Two processes compute, and send to vLLM, what one does: DDP, FSDP2 and DeepSpeed's ZeRO-3 over gloo."""
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,15 +52,15 @@ dist.destroy_process_group()
 """
 
 
-def in_two_processes(program, tmp_path, *arguments):
+def in_two_processes(program, tmp_path, *arguments, python=sys.executable, **environment):
     """What process 0 writes to result.pt."""
     (tmp_path / "program.py").write_text(program)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launch, str(tmp_path / "program.py"), *map(str, arguments)],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **environment},
     )
     assert done.returncode == 0, done.stderr
     return torch.load(tmp_path / "result.pt")
@@ -178,3 +180,119 @@ def test_two_sharded_processes_send_whole_vectors_and_are_checked(tiny_language_
             assert torch.equal(restored[key], expected)
             assert torch.equal(last[key], expected)
             assert not torch.equal(probe[key], expected)
+
+
+# TRL's trainer and DeepSpeed's engine, every weight in two halves; process 0 has the vLLM stand-in, made before there is
+# a DeepSpeed config, which would share out its weights too.
+ZERO3 = """
+import sys
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from deepspeed.runtime.engine import DeepSpeedEngine
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer
+from trl.generation import vllm_generation
+from peft_bias_steer import BiasSteerConfig
+from peft_bias_steer.serving.trl import check_vllm_sync, sync_vectors_only
+from tests.peft_bias_steer.vllm_stand_in import StandInEngine
+
+base, mode, out, result = sys.argv[1:]
+torch.set_num_threads(1)
+engine = StandInEngine(base)
+vllm_generation.is_vllm_available = lambda: True
+vllm_generation.VLLMClient = lambda **options: engine
+args = GRPOConfig(
+    output_dir=out,
+    max_steps=2,
+    learning_rate=0.1,
+    per_device_train_batch_size=4,
+    num_generations=4,
+    max_completion_length=4,
+    report_to=[],
+    save_strategy="no",
+    use_cpu=True,
+    bf16=False,
+    gradient_checkpointing=False,
+    use_vllm=True,
+    vllm_mode="server",
+    deepspeed={
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+    },
+)
+trainer = GRPOTrainer(
+    model=AutoModelForCausalLM.from_pretrained(base),
+    processing_class=AutoTokenizer.from_pretrained(base, padding_side="left"),
+    peft_config=BiasSteerConfig(),
+    reward_funcs=lambda completions, **_: [sum(map(ord, text)) / 1000 for text in completions],
+    train_dataset=Dataset.from_dict({"prompt": [f"{number} " for number in range(40)]}),
+    args=args,
+)
+# biases alone go to colocated engines; the stand-in takes them too
+trainer.vllm_generation.mode = mode
+sync_vectors_only(trainer)
+trainer.vllm_generation.mode = "server"
+assert check_vllm_sync(trainer) is None, "it waits for train(), where DeepSpeed begins"
+trainer.train()
+assert isinstance(trainer.model_wrapped, DeepSpeedEngine) and trainer.accelerator.num_processes == 2
+assert all(p.numel() == 0 and 0 < p.ds_tensor.numel() < p.ds_numel for p in trainer.model.parameters())
+trainer.vllm_generation.sync_weights()
+trainer.save_model(out)
+if trainer.accelerator.is_main_process:
+    torch.save({"syncs": engine.syncs, "adapter": load_file(out + "/adapter_model.safetensors")}, result)
+dist.destroy_process_group()
+"""
+
+
+def python_with_deepspeed():
+    """This Python, or the one that `make test` installs DeepSpeed for, which builds its communication in C++."""
+    of_makefile = REPOSITORY / os.environ.get("VENV_DEEPSPEED", ".venv-deepspeed") / "bin" / "python"
+    if shutil.which("c++") is None:
+        pytest.skip("DeepSpeed needs a C++ compiler")
+    if importlib.util.find_spec("deepspeed") is not None:
+        return sys.executable
+    if not of_makefile.exists():
+        missing = "needs DeepSpeed in .venv-deepspeed, which `make test` makes"
+        assert "CI" not in os.environ, missing
+        pytest.skip(missing)
+    return str(of_makefile)
+
+
+@pytest.mark.slow
+@pytest.mark.pinned
+@pytest.mark.parametrize("mode, name", [("server", "steering_vector"), ("colocate", "mlp.down_proj.bias")])
+def test_what_zero3_shares_out_is_sent_whole_and_checked(mode, name, tiny_language_model, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from peft_bias_steer.serving.trl import prepare_for_vllm
+
+    python = python_with_deepspeed()
+    base = AutoModelForCausalLM.from_pretrained(tiny_language_model)
+    prepared = prepare_for_vllm(base, tmp_path / "base", plugin=mode == "server")
+    biases = [layer.mlp.down_proj.bias for layer in prepared.model.layers]
+    if mode == "colocate":
+        for bias in biases:
+            torch.nn.init.normal_(bias)
+        prepared.save_pretrained(tmp_path / "base")
+    result = in_two_processes(
+        ZERO3,
+        tmp_path,
+        *(tmp_path / "base", mode, tmp_path / "out", tmp_path / "result.pt"),
+        python=python,
+        DS_ACCELERATOR="cpu",
+        PATH=f"{Path(python).parent}:{os.environ['PATH']}",  # of ninja
+        TORCH_EXTENSIONS_DIR=str(tmp_path / "built"),
+    )
+
+    probe, restored, *_, last = result["syncs"]
+    assert len(result["syncs"]) == 5, "the probe, what was there before, each of two steps, and the last"
+    assert list(last) == [f"model.layers.{index}.{name}" for index in range(2)]
+    for key, vector, bias in zip(last, result["adapter"].values(), biases, strict=True):
+        start = torch.zeros(32) if mode == "server" else bias.detach()
+        assert vector.abs().min() > 0.01
+        assert torch.equal(last[key], start + vector)
+        assert torch.equal(restored[key], start)
+        assert not torch.equal(probe[key], start)

@@ -1,10 +1,7 @@
 """Bases that vLLM can steer for TRL, without vLLM; tests/peft_bias_steer/serving drives the engine."""
 
 import json
-import sys
 import types
-from contextlib import contextmanager
-from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -14,7 +11,6 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.generation import vllm_generation
 
 from peft_bias_steer import BiasSteerConfig, set_steering_vectors, steering_vectors
-from peft_bias_steer.serving import trl
 from peft_bias_steer.serving.trl import check_vllm_sync, prepare_for_vllm, sync_vectors_only
 from tests.peft_bias_steer.tiny_models import TWO_STEPS
 from tests.peft_bias_steer.vllm_stand_in import StandInEngine
@@ -182,39 +178,6 @@ def test_what_cannot_be_synced_is_refused(make_trainer, tiny_language_model):
             sync_vectors_only(trainer)
     finally:
         del trainer.accelerator.state.fsdp_plugin
-
-
-def test_what_zero3_shares_out_is_gathered_before_it_is_sent(make_trainer, prepare, monkeypatch):
-    model = prepare(plugin=True)
-    trainer, engine = make_trainer(model, model.name_or_path)
-    trained = {0: torch.ones(32), 1: torch.full((32,), 2.0)}
-    set_steering_vectors(trainer.model, trained)
-    kept = {id(p): p.data for name, p in trainer.model.named_parameters() if ".bias_steer_vector." in name}
-
-    @contextmanager
-    def gather(parameters, modifier_rank=None):
-        """What DeepSpeed's GatheredParameters does."""
-        assert {id(parameter) for parameter in parameters} == kept.keys(), "the vectors, and nothing of the base"
-        for parameter in parameters:
-            parameter.data = kept[id(parameter)].clone()
-        yield
-        for parameter in parameters:
-            if modifier_rank is not None:
-                kept[id(parameter)] = parameter.data
-            parameter.data = torch.empty(0)
-
-    deepspeed = types.ModuleType("deepspeed")
-    deepspeed.zero = types.SimpleNamespace(GatheredParameters=gather)
-    deepspeed.__spec__ = ModuleSpec("deepspeed", None)  # accelerate looks for it
-    monkeypatch.setitem(sys.modules, "deepspeed", deepspeed)
-    monkeypatch.setattr(trl, "_is_zero3", lambda trainer: True)
-    sync_vectors_only(trainer)
-    assert check_vllm_sync(trainer) is None, "it waits for train(), where DeepSpeed begins"
-    trainer.vllm_generation.sync_weights()
-
-    assert all(
-        torch.equal(engine.syncs[-1][f"model.layers.{index}.steering_vector"], v) for index, v in trained.items()
-    )
 
 
 class SleepyEngine:
