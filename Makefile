@@ -70,8 +70,9 @@ demo-steer: model  ## GRPO with one bias vector per layer: arithmetic before and
 demo-sae: model  ## A sparse autoencoder for every budget up to 64: explained variance at each
 	$(LAUNCH) examples/hf_hierarchical_sae/train_sae.py --model $(MODEL) --output_dir $(OUT)/sae --overwrite --seed $(SEED)
 
+# `demo` says at its end where the page is.
 demo-dashboard: demo-sae
-	$(BIN)/python examples/studies/demo_page.py --outputs $(OUT) --model $(MODEL)
+	$(BIN)/python examples/studies/demo_page.py --outputs $(OUT) --model $(MODEL) > /dev/null
 
 demo-rebased: demo-language-model demo-recall  ## A small ReBased language model, and associative recall
 
