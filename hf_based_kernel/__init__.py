@@ -1,13 +1,8 @@
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+import transformers
+from transformers import AutoConfig
 
-from .configuration_rebased import RebasedConfig
+from . import modeling_rebased
+from .configuration_rebased import AUTO_CLASSES, RebasedConfig
 from .modeling_rebased import (
     RebasedCache,
     RebasedForCausalLM,
@@ -36,16 +31,9 @@ __all__ = [
 ]
 
 AutoConfig.register("rebased", RebasedConfig)
-AutoModel.register(RebasedConfig, RebasedModel)
-AutoModelForCausalLM.register(RebasedConfig, RebasedForCausalLM)
-AutoModelForQuestionAnswering.register(RebasedConfig, RebasedForQuestionAnswering)
-AutoModelForSequenceClassification.register(RebasedConfig, RebasedForSequenceClassification)
-AutoModelForTokenClassification.register(RebasedConfig, RebasedForTokenClassification)
-
-# Saved checkpoints carry the code, so that they load where this package is not installed.
 RebasedConfig.register_for_auto_class()
-RebasedModel.register_for_auto_class("AutoModel")
-RebasedForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-RebasedForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
-RebasedForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
-RebasedForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+for _auto_class, _name in AUTO_CLASSES.items():
+    _model_class = getattr(modeling_rebased, _name)
+    getattr(transformers, _auto_class).register(RebasedConfig, _model_class)
+    # Saved checkpoints carry the code, so that they load where this package is not installed.
+    _model_class.register_for_auto_class(_auto_class)

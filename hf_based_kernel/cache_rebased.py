@@ -144,7 +144,12 @@ class RebasedKeyValueLayer(DynamicLayer):
 class RebasedWindowLayer(RebasedKeyValueLayer, DynamicSlidingWindowLayer):
     """The cached keys and values of softmax attention over a window."""
 
-    update = DynamicSlidingWindowLayer.update
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        whole = DynamicSlidingWindowLayer.update(self, key_states, value_states, *args, **kwargs)
+        self.keys, self.values = (without_the_rest(*pair) for pair in zip((self.keys, self.values), whole))
+        return whole
 
 
 class RebasedCache(Cache):
@@ -230,6 +235,11 @@ class RebasedCache(Cache):
 
     def activate_past_recording(self) -> None:
         self.crop(0)
+
+
+def without_the_rest(kept: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """A part of `whole` for a cache: in memory of its own, unless that of the whole is not twice as much."""
+    return kept.clone() if whole.numel() > 2 * kept.numel() else kept
 
 
 def given_cache(past_key_values: RebasedCache | None, cache: RebasedCache | None) -> RebasedCache | None:

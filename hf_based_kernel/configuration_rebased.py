@@ -162,9 +162,16 @@ class RebasedConfig(PreTrainedConfig):
 
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """transformers' own, which would give rotary positions to a configuration without any."""
-        if self.rope_parameters is None and not {"rope_scaling", "rope_theta"} & set(kwargs):
-            return kwargs
-        _check_rotation(kwargs.get("rope_scaling") or self.rope_parameters or {})
+        if self.rope_parameters is None and all(kwargs.get(name) is None for name in ("rope_scaling", "rope_theta")):
+            return {name: value for name, value in kwargs.items() if name not in ("rope_scaling", "rope_theta")}
+        rotation = kwargs.get("rope_scaling") or self.rope_parameters or {}
+        _check_rotation(rotation)
+        for given in (rotation, kwargs):
+            if given.get("partial_rotary_factor") not in (None, 1):
+                raise ValueError(
+                    "partial_rotary_factor must be 1 or left out, since all numbers of a head are rotated, got "
+                    f"{given['partial_rotary_factor']}"
+                )
         return super().convert_rope_params_to_dict(**kwargs)
 
     def validate_layer_type(self) -> None:
@@ -219,9 +226,11 @@ class RebasedConfig(PreTrainedConfig):
             raise ValueError(f"attention_dropout must be in [0, 1), got {self.attention_dropout}")
         if self.rope_parameters and self.head_dim % 2:
             raise ValueError(f"rope_parameters need an even head_dim, got {self.head_dim}")
-        for name in ("attention_eps", "norm_eps", "initializer_range"):
+        for name in ("norm_eps", "initializer_range"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number that is not negative, got {getattr(self, name)}")
+        if not 0 < self.attention_eps < math.inf:
+            raise ValueError(f"attention_eps must be a finite number above 0, got {self.attention_eps}")
 
 
 def _name_modules_for_peft(model_type: str) -> None:

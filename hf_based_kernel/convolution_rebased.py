@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .cache_rebased import RebasedCache
+from .cache_rebased import RebasedCache, without_the_rest
 from .configuration_rebased import RebasedConfig
 
 
@@ -40,7 +40,7 @@ class RebasedCausalConv(nn.Module):
             kept = extended[:, seq_len:]
             if segment_ids is not None:
                 kept = kept.masked_fill((extended_ids[:, seq_len:] != segment_ids[:, -1:])[..., None], 0)
-            past_key_values.update_conv_state(kept.mT, self.layer_idx)
+            past_key_values.update_conv_state(without_the_rest(kept, extended).mT, self.layer_idx)
         out: Any = self.bias
         for tap in range(past_len + 1):
             window = extended[:, tap : tap + seq_len]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.integrations import use_kernel_forward_from_hub
 
-from .cache_rebased import RebasedCache
+from .cache_rebased import RebasedCache, without_the_rest
 from .configuration_rebased import RebasedConfig
 from .rebased_attention_forms import RebasedAttention
 from .softmax_attention_rebased import RebasedProjections
@@ -179,5 +179,5 @@ class RebasedMappedAttention(RebasedProjections):
         # Before the first token are zeros, which the mask hides: what is kept has one size.
         both = F.pad(both, (0, 0, window, 0)) if past is None else torch.cat([past, both], dim=2)
         if past_key_values is not None:
-            past_key_values.update_conv_state(both[:, :, -window:], self.layer_idx)
+            past_key_values.update_conv_state(without_the_rest(both[:, :, -window:], both), self.layer_idx)
         return both.chunk(2, dim=-1)

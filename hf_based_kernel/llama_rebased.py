@@ -42,14 +42,14 @@ OF_REPLACED_LAYERS = (
 
 
 def read_llama(
-    model: PreTrainedModel, layers: Iterable[int], options: dict[str, Any]
+    model: PreTrainedModel, layers: Iterable[int], options: dict[str, Any], input_ids: torch.Tensor | None = None
 ) -> tuple[RebasedConfig, dict[str, torch.Tensor]]:
     """
     The configuration of a Llama whose `layers` are linear attention, and a copy of its weights.
 
     Raises:
-        ValueError: If the model is of another class or holds what a ReBased model cannot, for an index out of range, and for
-            an option that is not one of `OF_REPLACED_LAYERS`.
+        ValueError: If the model is of another class or holds what a ReBased model cannot, for an index out of range, for an
+            option that is not one of `OF_REPLACED_LAYERS`, and for text that is not (rows, seq).
     """
     if type(model).__name__ not in LLAMAS:
         raise ValueError(f"model must be a {', '.join(LLAMAS[:-1])} or {LLAMAS[-1]}, got {type(model).__name__}")
@@ -59,8 +59,14 @@ def read_llama(
         raise ValueError(f"layers must be a list of indices from 0 to {old.num_hidden_layers - 1}, got {layers!r}")
     if unknown := sorted(set(options) - set(OF_REPLACED_LAYERS)):
         raise ValueError(f"options may be {', '.join(OF_REPLACED_LAYERS)}, got {', '.join(unknown)}")
-    if options and not wanted:
-        raise ValueError(f"{', '.join(options)} are options of replaced layers, of which there are none; give layers")
+    given = [*options, *(["input_ids"] if input_ids is not None else [])]
+    if given and not wanted:
+        raise ValueError(f"{', '.join(given)} are options of replaced layers, of which there are none; give layers")
+    if input_ids is not None and getattr(input_ids, "ndim", None) != 2:
+        shape = getattr(input_ids, "shape", None)
+        raise ValueError(
+            f"input_ids must be a tensor (rows, seq), got {type(input_ids).__name__ if shape is None else tuple(shape)}"
+        )
     if old.hidden_act != "silu":
         raise ValueError(f"hidden_act of the model must be silu, got {old.hidden_act!r}; a ReBased model has no other")
     if any(x.is_meta or not x.is_floating_point() for x in model.parameters()):

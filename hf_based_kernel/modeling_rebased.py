@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, file_exists
+from huggingface_hub import CommitInfo, EvalResult, ModelCard
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -21,11 +21,10 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple, logging
-from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache_rebased import CACHE_NAME, RebasedCache, given_cache
-from .configuration_rebased import LAYER_TYPES, RebasedConfig
+from .configuration_rebased import RebasedConfig
 from .convolution_rebased import RebasedBaseConv, RebasedCausalConv, RebasedGatedConv
 from .linear_attention_rebased import (
     RebasedFeatureMap,
@@ -34,6 +33,7 @@ from .linear_attention_rebased import (
     RebasedMappedAttention,
 )
 from .llama_rebased import read_llama, start_feature_maps
+from .model_card_rebased import push_with_card, rebased_card
 from .softmax_attention_rebased import RebasedRMSNorm, RebasedSoftmaxAttention
 from .window_attention_rebased import make_window_mask
 
@@ -89,16 +89,6 @@ class RebasedDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-def set_metrics(card: ModelCard, metrics: Sequence[EvalResult], name: str) -> None:
-    """Puts what was measured into the metadata of a card, in the place of earlier values of the same."""
-    if metrics:
-        earlier = [
-            old for old in card.data.get("eval_results", []) if not any(map(old.is_equal_except_value, metrics))
-        ]
-        card.data["model_name"] = card.data.get("model_name", name.rpartition("/")[2])
-        card.data["eval_results"] = [*earlier, *metrics]
-
-
 class RebasedPreTrainedModel(PreTrainedModel):
     """What all ReBased models share: incomplete checkpoints are refused, and a model card goes to the Hub."""
 
@@ -123,7 +113,7 @@ class RebasedPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, RebasedCausalConv):
-            bound = module.weight.shape[0] ** -0.5
+            bound = self.config.conv_kernel_size**-0.5
             init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -150,24 +140,16 @@ class RebasedPreTrainedModel(PreTrainedModel):
             )
         return (model, info) if with_info else model
 
-    def push_to_hub(self, repo_id: str, *, metrics: Sequence[EvalResult] = (), **kwargs: Any) -> str:
+    def push_to_hub(self, repo_id: str, *, metrics: Sequence[EvalResult] = (), **kwargs: Any) -> CommitInfo:
         """
-        [`~PreTrainedModel.push_to_hub`], with a model card that shows how to use the model if there is none yet.
+        [`~PreTrainedModel.push_to_hub`], in one commit with a model card that shows how to use the model if there is none yet.
 
         Args:
             repo_id (`str`): Where to.
             metrics (`Sequence[EvalResult]`): What was measured, for the card's metadata.
             kwargs (*optional*): Those of transformers.
         """
-        token = kwargs.get("token")
-        repo_id = create_repo(repo_id, private=kwargs.get("private"), token=token, exist_ok=True).repo_id
-        if not file_exists(repo_id, "README.md", token=token):
-            self.model_card(repo_id, metrics).push_to_hub(repo_id, token=token)
-        elif metrics:
-            card = ModelCard.load(repo_id, token=token)
-            set_metrics(card, metrics, repo_id)
-            card.push_to_hub(repo_id, token=token)
-        return super().push_to_hub(repo_id, **kwargs)
+        return push_with_card(self, repo_id, metrics, **kwargs)
 
     def model_card(self, repo_id: str, metrics: Sequence[EvalResult] = ()) -> ModelCard:
         """
@@ -177,32 +159,7 @@ class RebasedPreTrainedModel(PreTrainedModel):
             repo_id (`str`): Where the model will be found.
             metrics (`Sequence[EvalResult]`): What was measured, for the card's metadata (`model-index`).
         """
-        data = ModelCardData(library_name="transformers", tags=["rebased", *(self.model_tags or [])])
-        generates = isinstance(self, GenerationMixin)
-        auto_class = "AutoModelForCausalLM" if generates else self._auto_class or "AutoModel"
-        use = "tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0])" if generates else "model(**inputs)"
-        counts = ", ".join(f"{self.config.layer_types.count(kind)} {kind}" for kind in LAYER_TYPES)
-        card = ModelCard(f"""---
-{data.to_yaml()}
----
-
-# {repo_id.rpartition("/")[2]}
-
-{type(self).__name__} with {self.num_parameters():,} parameters and the layers {counts}; attention kernel
-`{self.config.kernel}` ([ReBased, arXiv 2402.10644](https://arxiv.org/abs/2402.10644)). In all layers but full_attention,
-training and prefill are linear in the sequence length, and the state for decoding has a constant size.
-
-```python
-from transformers import AutoTokenizer, {auto_class}
-
-tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
-model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)
-inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
-print({use})
-```
-""")
-        set_metrics(card, metrics, repo_id)
-        return card
+        return rebased_card(self, repo_id, metrics)
 
 
 class RebasedModel(RebasedPreTrainedModel):
@@ -226,7 +183,6 @@ class RebasedModel(RebasedPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
@@ -260,7 +216,9 @@ class RebasedModel(RebasedPreTrainedModel):
             raise ValueError("Expected exactly one of input_ids and inputs_embeds; leave the other one out")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if past_key_values is None and use_cache and not self.training:
+        if use_cache is None:
+            use_cache = self.config.use_cache and (past_key_values is not None or not self.training)
+        if past_key_values is None and use_cache:
             past_key_values = RebasedCache(self.config)
         seen_tokens = self._check_past(past_key_values, inputs_embeds)
         local_mask, attention_mask = self._masks(attention_mask, past_key_values, inputs_embeds)
@@ -277,8 +235,9 @@ class RebasedModel(RebasedPreTrainedModel):
         if position_ids is None and (self.config.use_position_embeddings or self.rotary_emb is not None):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen_tokens
             position_ids = position_ids if first_tokens is None else position_ids - first_tokens
-            if self.config.use_feature_map and attention_mask is not None and first_tokens is None:
-                # A map of rotated keys sees more than differences of positions: padding must not shift them.
+            absolute = self.config.use_feature_map or self.config.use_position_embeddings
+            if absolute and attention_mask is not None and first_tokens is None:
+                # A map of rotated keys sees more than differences of positions too: padding must not shift them.
                 position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, seen_tokens:]
         if self.config.use_position_embeddings:
             hidden_states = hidden_states + self.embed_positions(self._check_positions(position_ids))
@@ -334,6 +293,12 @@ class RebasedModel(RebasedPreTrainedModel):
                 f"past_key_values must be a RebasedCache, got {type(past_key_values).__name__}; leave it out or make "
                 "one with RebasedCache(model.config)"
             )
+        for name in ("layer_types", "sliding_window", "linear_attention_window"):
+            given, own = (getattr(config, name) for config in (past_key_values.config, self.config))
+            if given != own:
+                raise ValueError(
+                    f"past_key_values is of a model with {name} {given}, this one has {own}; make another"
+                )
         if self.gradient_checkpointing and self.training:
             raise ValueError(
                 "gradient checkpointing runs layers twice and so cannot be used with past_key_values; leave out the cache "
@@ -506,7 +471,8 @@ class RebasedForCausalLM(RebasedPreTrainedModel, GenerationMixin):
 
         Args:
             model (`PreTrainedModel`): A `LlamaForCausalLM` (SmolLM2 is one), `MistralForCausalLM`, `Qwen2ForCausalLM` or
-                `Qwen3ForCausalLM` of transformers. Dtype, device and generation configuration are kept.
+                `Qwen3ForCausalLM` of transformers. Dtype, device and generation configuration are kept, the latter
+                without a kind of cache and without prompt lookup.
             layers (`Iterable[int]`, *optional*): Indices of the layers that become `"linear_attention"`.
             input_ids (`torch.LongTensor`, *optional*): Text without padding. The new maps then start as the principal
                 directions that the model's queries and keys have there, else at random.
@@ -514,8 +480,8 @@ class RebasedForCausalLM(RebasedPreTrainedModel, GenerationMixin):
                 `use_gamma`, `use_beta`, `qk_norm_per_head`, `attention_eps`, `linear_attention_window`.
 
         Raises:
-            ValueError: If the model is of another class or holds what a ReBased model cannot, for an index out of range, and
-                for an option that is not one of these.
+            ValueError: If the model is of another class or holds what a ReBased model cannot, for an index out of range, for
+                an option that is not one of these, and for text that is not (rows, seq).
 
         ```python
         >>> from transformers import AutoModelForCausalLM
@@ -525,7 +491,7 @@ class RebasedForCausalLM(RebasedPreTrainedModel, GenerationMixin):
         >>> model = RebasedForCausalLM.from_llama(teacher, layers=[12, 20], linear_attention_window=64)
         ```
         """
-        config, state_dict = read_llama(model, layers, options)
+        config, state_dict = read_llama(model, layers, options, input_ids)
         verbosity = logging.get_verbosity()
         # That the new maps are in no checkpoint needs no report.
         logging.set_verbosity_error()
@@ -542,6 +508,8 @@ class RebasedForCausalLM(RebasedPreTrainedModel, GenerationMixin):
             replaced = [i for i, kind in enumerate(config.layer_types) if kind == "linear_attention"]
             start_feature_maps({i: converted.model.layers[i].self_attn for i in replaced}, model, input_ids)
         converted.generation_config = copy.deepcopy(model.generation_config)
+        # A kind of cache, and drafts that may have to be taken back.
+        converted.generation_config.update(cache_implementation=None, prompt_lookup_num_tokens=None)
         return converted.train(model.training)
 
     @can_return_tuple
@@ -646,7 +614,8 @@ class RebasedForTokenClassification(GenericForTokenClassification, RebasedPreTra
         super(GenericForTokenClassification, self).__init__(config)
         self.num_labels = config.num_labels
         self.model = RebasedModel(config)
-        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.1))
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
         self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 

@@ -244,8 +244,9 @@ def _attention(
 def _check_numbers(scale: float | None, eps: float, chunk_size: int | None) -> None:
     if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1):
         raise ValueError(f"chunk_size must be a positive number of tokens, got {chunk_size!r}")
-    if not (_is_finite(eps) and eps >= 0):
-        raise ValueError(f"eps must be a finite number that is not negative, got {eps!r}")
+    # Without it a token of padding is 0 / 0, whose gradient reaches the others.
+    if not (_is_finite(eps) and eps > 0):
+        raise ValueError(f"eps must be a finite number above 0, got {eps!r}")
     if not (scale is None or _is_finite(scale)):
         raise ValueError(f"scale must be a finite number, got {scale!r}")
 

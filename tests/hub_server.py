@@ -158,8 +158,13 @@ class Hub:
             raise HubError(400, "BadUpload", "the uploaded size differs from the announced one")
         return 200, {}
 
-    def commit(self, raw, kind, repo_id, revision):
+    def commit(self, raw, kind, repo_id, revision, create_pr="0"):
         repo = self._repo(kind, repo_id)
+        pull_request = None
+        if create_pr == "1":
+            number = 1 + sum(name.startswith("refs/pr/") for name in repo.branches)
+            pull_request = f"{self.url}/{repo_id}/discussions/{number}"
+            repo.branches[f"refs/pr/{number}"], revision = repo.resolve(revision), f"refs/pr/{number}"
         with self._lock:
             files = dict(repo.commits[repo.resolve(revision)])
             message = ""
@@ -180,7 +185,13 @@ class Hub:
                     raise HubError(400, "BadRequest", f"unknown commit operation {key}")
             oid = repo.branches[revision] = self._commit(repo, files, message)
         url = f"{self.url}/{repo_id}/commit/{oid}"
-        return 200, {"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": "", "pullRequestUrl": None}
+        return 200, {
+            "success": True,
+            "commitOid": oid,
+            "commitUrl": url,
+            "hookOutput": "",
+            "pullRequestUrl": pull_request,
+        }
 
     def repo_info(self, kind, repo_id, revision="main"):
         repo = self._repo(kind, repo_id)
@@ -288,13 +299,14 @@ ROUTES = [
     ("PUT", r"/lfs-upload/(?P<oid>\w+)", Hub.lfs_upload, "raw"),
     ("POST", r"/lfs-verify", Hub.lfs_verify, "json"),
     ("POST", rf"{API_REPO}/commit/(?P<revision>[^/]+)", Hub.commit, "raw"),
-    ("GET", rf"{API_REPO}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", Hub.tree, "query"),
+    ("GET", rf"{API_REPO}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", Hub.tree, None),
     ("POST", rf"{API_REPO}/paths-info/(?P<revision>[^/]+)", Hub.paths_info, "json"),
     ("GET", rf"{API_REPO}/refs", Hub.refs, None),
     ("POST", rf"{API_REPO}/branch/(?P<name>[^/]+)", Hub.create_branch, "json"),
     ("POST", rf"{API_REPO}/tag/(?P<revision>[^/]+)", Hub.create_tag, "json"),
     ("GET", rf"{API_REPO}(?:/revision/(?P<revision>[^/]+))?", Hub.repo_info, None),
 ]
+QUERIED = {Hub.tree: ("recursive",), Hub.commit: ("create_pr",)}
 WRITING = {Hub.create_repo, Hub.delete_repo, Hub.preupload, Hub.commit, Hub.create_branch, Hub.create_tag}
 DOWNLOAD = re.compile(rf"{FILES_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 
@@ -361,9 +373,7 @@ class Handler(BaseHTTPRequestHandler):
         if handler in WRITING and not self.headers.get("Authorization"):
             raise HubError(401, "Unauthorized", "writing needs a token")
         keywords = {name: value for name, value in match.groupdict().items() if value is not None}
-        if takes == "query":
-            known = {name: values[0] for name, values in parse_qs(query).items() if name == "recursive"}
-            return handler(self.hub, **keywords, **known)
+        keywords |= {name: values[0] for name, values in parse_qs(query).items() if name in QUERIED.get(handler, ())}
         if takes == "json":
             return handler(self.hub, self._json(body), **keywords)
         return handler(self.hub, body, **keywords) if takes == "raw" else handler(self.hub, **keywords)

@@ -124,6 +124,21 @@ def test_a_second_push_keeps_the_card_and_replaces_its_metrics(tiny_language_mod
         assert second.text == first.text and second.data.model_name == repo_id.rpartition("/")[2]
 
 
+def test_a_pull_request_leaves_the_branch_as_it_is(tiny_language_model, hub):
+    model = rebased(AutoTokenizer.from_pretrained(tiny_language_model))
+    repo_id, metric = "tester/theirs", EvalResult("text-generation", "sums", "Sums", "accuracy", 0.5)
+    HfApi().create_repo(repo_id)
+    model.push_to_hub(repo_id, create_pr=True, metrics=[metric], tags=["mine"])
+    model.push_to_hub(repo_id, revision="v2")
+
+    assert not hub.files(repo_id) and len(hub.repos["models", repo_id].commits) == 3
+    card = ModelCard(hub.files(repo_id, revision="refs/pr/1")["README.md"].decode())
+    assert card.data.eval_results == [metric] and {"rebased", "mine"} <= set(card.data.tags)
+    assert "model.safetensors" in hub.files(repo_id, revision="v2") and "README.md" in hub.files(
+        repo_id, revision="v2"
+    )
+
+
 @pytest.fixture(scope="module")
 def pushed_adapter(tiny_language_model):
     """Ids of a base model and of an adapter with non-zero vectors on the hub, and the steered logits."""

@@ -10,19 +10,19 @@ LAYER_TYPES = ["conv", "linear_attention", "sliding_attention", "full_attention"
 
 
 def make_model(**options):
-    config = RebasedConfig(
-        vocab_size=64,
-        hidden_size=32,
-        num_hidden_layers=4,
-        layer_types=LAYER_TYPES,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        feature_dim=4,
-        sliding_window=5,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
-        initializer_range=0.3,
-        **options,
-    )
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "layer_types": LAYER_TYPES,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "feature_dim": 4,
+        "sliding_window": 5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+        "initializer_range": 0.3,
+    }
+    config = RebasedConfig(**{**sizes, **options})
     return RebasedForCausalLM(config).eval().requires_grad_(False)
 
 
@@ -47,6 +47,50 @@ def test_only_the_keys_and_values_of_full_attention_grow(options):
     short, long = sizes(20), sizes(300)
     assert short[:3] == long[:3]
     assert (short[3], long[3]) == (2 * 2 * 8 * 20, 2 * 2 * 8 * 300)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_feature_map": True, "linear_attention_window": 6}])
+def test_a_state_does_not_keep_the_text_it_was_made_of(options):
+    model = make_model(**options)
+    for lengths in ((300,), (300, 1), (9, 300)):
+        cache = RebasedCache(model.config)
+        for length in lengths:
+            model(tokens(1, length), past_key_values=cache)
+        for layer in cache.layers[:3]:
+            for x in layer.tensors():
+                assert x.untyped_storage().nbytes() <= 2 * x.nbytes
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layer_types": LAYER_TYPES[::-1]},
+        {"sliding_window": 6},
+        {"use_feature_map": True, "linear_attention_window": 6},
+    ],
+)
+def test_the_cache_of_another_model_is_refused(options):
+    name = [*options][-1]
+    cache = after(make_model(), tokens(1, 9))
+    with pytest.raises(
+        ValueError, match=f"past_key_values is of a model with {name} .*, this one has .*; make another"
+    ):
+        make_model(**options)(tokens(1, 3), past_key_values=cache)
+
+
+def test_training_goes_on_after_a_cache_that_was_asked_for():
+    model, input_ids = make_model().train(), tokens(2, 12)
+    expected = model(input_ids).logits[:, 7:]
+    assert model(input_ids).past_key_values is None
+    first = model(input_ids[:, :7], use_cache=True)
+    got = model(input_ids[:, 7:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(got.logits, expected, rtol=1e-4, atol=1e-5)
+    assert got.past_key_values.get_seq_length() == 12
+
+    model.gradient_checkpointing_enable()
+    model(input_ids)
+    with pytest.raises(ValueError, match="gradient checkpointing runs layers twice .* leave out the cache"):
+        model(input_ids, use_cache=True)
 
 
 @pytest.mark.parametrize("branch", [RebasedCache.fork, copy.deepcopy])

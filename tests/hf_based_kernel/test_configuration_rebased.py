@@ -18,6 +18,7 @@ def test_taylor_kernel_learns_no_feature_map():
 
 def test_no_rotary_positions_unless_asked_for():
     assert RebasedConfig().rope_parameters is None
+    assert RebasedConfig(rope_theta=None).rope_parameters is None
     assert RebasedConfig(rope_theta=50.0).rope_parameters == {"rope_type": "default", "rope_theta": 50.0}
     rope_parameters = RebasedConfig(rope_parameters={"rope_type": "linear", "factor": 2.0}).rope_parameters
     assert rope_parameters == {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
@@ -76,6 +77,9 @@ def test_config_survives_saving(tmp_path, options):
         ),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, r"\['factor'\] must be a number above 0"),
         ({"rope_parameters": {"rope_theta": 100.0}, "head_dim": 5}, "rope_parameters need an even head_dim, got 5"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1 or left out, .* 0.5"),
+        ({"rope_theta": 100.0, "partial_rotary_factor": 0.25}, "partial_rotary_factor must be 1 or left out, .* 0.25"),
+        ({"attention_eps": 0.0}, "attention_eps must be a finite number above 0, got 0.0"),
     ],
 )
 def test_bad_configuration_is_one_clear_sentence(options, message):

@@ -303,6 +303,15 @@ def test_maps_start_as_the_principal_directions_of_queries_and_keys(family, feat
     assert not teacher.training
 
 
+def test_generation_settings_that_need_another_cache_stay_behind():
+    teacher = make_teacher("llama")
+    teacher.generation_config.update(cache_implementation="static", prompt_lookup_num_tokens=3, max_new_tokens=4)
+    model = RebasedForCausalLM.from_llama(teacher)
+
+    assert model.generate(tokens(1, 9)).shape == (1, 13)
+    assert teacher.generation_config.cache_implementation == "static"
+
+
 def test_new_maps_are_no_missing_weights(capfd):
     verbosity = logging.get_verbosity()
     RebasedForCausalLM.from_llama(make_teacher("llama"), layers=[1])
@@ -329,6 +338,9 @@ def test_what_attention_did_is_recorded_while_the_context_is_open():
     [
         ([1], {"hidden_size": 3}, "options may be feature_dim, .*, linear_attention_window, got hidden_size"),
         ([], {"feature_dim": 8}, "feature_dim are options of replaced layers, of which there are none; give layers"),
+        ([], {"input_ids": tokens(2, 9)}, "input_ids are options of replaced layers, of which there are none"),
+        ([1], {"input_ids": tokens(1, 9)[0]}, r"input_ids must be a tensor \(rows, seq\), got \(9,\)"),
+        ([1], {"input_ids": [[2, 3]]}, r"input_ids must be a tensor \(rows, seq\), got list"),
         ([1], {"linear_attention_window": -1}, "linear_attention_window must be at least 0, got -1"),
         ([1], {"kernel": "softmax"}, "kernel must be one of rebased, taylor, got 'softmax'"),
     ],

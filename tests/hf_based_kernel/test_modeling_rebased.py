@@ -132,8 +132,9 @@ def test_cached_decoding_matches_full_forward(layers, kernel):
 @pytest.mark.parametrize("layers", LAYER_TYPES)
 @pytest.mark.parametrize("conv_type", ["gated", "base"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_does_not_change_the_other_tokens(layers, conv_type, side):
-    model = tiny_model(layers, conv_type=conv_type, norm_type="layer_norm")
+@pytest.mark.parametrize("learned_positions", [False, True])
+def test_padding_does_not_change_the_other_tokens(layers, conv_type, side, learned_positions):
+    model = tiny_model(layers, conv_type=conv_type, norm_type="layer_norm", use_position_embeddings=learned_positions)
     for name, parameter in model.named_parameters():
         if "bias" in name or "beta" in name:
             torch.nn.init.normal_(parameter)

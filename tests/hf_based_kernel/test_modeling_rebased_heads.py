@@ -66,6 +66,7 @@ def test_every_token_is_classified_by_what_was_before_it():
 
 def test_dropout_before_the_classifier_is_that_of_the_configuration():
     assert RebasedForTokenClassification(tiny_config()).dropout.p == 0.1
+    assert RebasedForTokenClassification(tiny_config(classifier_dropout=None)).dropout.p == 0.1
     assert RebasedForTokenClassification(tiny_config(classifier_dropout=0.0)).dropout.p == 0.0
 
 

@@ -452,7 +452,8 @@ BAD_CALLS = {
     "chunk_size_fraction": (lambda q, k, v: rebased_attention(q, k, v, chunk_size=2.5), "tokens, got 2.5"),
     "chunk_size_bool": (lambda q, k, v: rebased_attention(q, k, v, chunk_size=True), "tokens, got True"),
     "eps_nan": (lambda q, k, v: rebased_attention(q, k, v, eps=float("nan")), "eps must be a finite number"),
-    "eps_negative": (lambda q, k, v: taylor_attention(q, k, v, eps=-1.0), "eps must be .* not negative, got -1.0"),
+    "eps_negative": (lambda q, k, v: taylor_attention(q, k, v, eps=-1.0), "eps must be .* above 0, got -1.0"),
+    "eps_zero": (lambda q, k, v: rebased_attention(q, k, v, eps=0.0), "eps must be .* above 0, got 0.0"),
     "scale_bool": (lambda q, k, v: rebased_attention(q, k, v, scale=True), "scale must be a finite number, got True"),
     "scale_text": (lambda q, k, v: rebased_attention(q, k, v, scale="1"), "scale must be a finite number, got '1'"),
     "lists": (
