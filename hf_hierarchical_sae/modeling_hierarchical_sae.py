@@ -17,7 +17,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
-from .hierarchical_topk import choose_form, normalized_weights
+from .hierarchical_topk import as_indices, choose_form, normalized_weights
 from .large_pages import keep_pages_for
 from .model_card_hierarchical_sae import sae_card, set_metrics
 from .sparse_latents import (
@@ -283,7 +283,7 @@ class HierarchicalSaeModel(PreTrainedModel):
                 f"got {tuple(top_indices.shape)} and {tuple(top_values.shape)}"
             )
         k, shape = top_indices.shape[-1], top_indices.shape[:-1]
-        rows = weighted_rows(top_indices.reshape(-1, k), top_values.reshape(-1, k), self.W_dec)
+        rows = weighted_rows(as_indices(top_indices).reshape(-1, k), top_values.reshape(-1, k), self.W_dec)
         rows = rows + self.b_dec / self._target_scale
         if self.config.skip_connection:
             x = self._check_skipped(hidden_states, shape)

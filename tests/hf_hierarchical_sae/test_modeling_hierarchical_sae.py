@@ -281,6 +281,14 @@ def test_parts_of_the_input_with_different_numbers_of_latents_are_put_together(o
     torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.uint8])
+def test_indices_of_any_integer_type_are_decoded(dtype):
+    sae = make_sae().eval()
+    indices, values = sae.encode(make_activations(5))
+
+    assert torch.equal(sae.decode(indices.to(dtype), values), sae.decode(indices, values))
+
+
 @any_number
 def test_each_place_of_an_input_is_another_latent(options, monkeypatch):
     monkeypatch.setattr("hf_hierarchical_sae.modeling_hierarchical_sae.PRE_ACTIVATIONS", 640)
