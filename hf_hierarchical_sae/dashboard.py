@@ -164,7 +164,6 @@ class _Page:
         self.token_text = cache(partial(decoded, tokenizer))
         self.pieces, self.contexts, self.piece_of, self.place_of = _readable(activations, tokenizer, self.token_text)
         self.context_of = activations.position_contexts.numpy()
-        self.rank_counts = activations.rank_counts().numpy()
         self.decoder = F.normalize(sae.W_dec.detach().float(), dim=1)
         self.unembedding = unembedding_weight(model)
         self.through_final_norm = partial(_through_norm, final_norm(model), model.dtype)
@@ -196,7 +195,7 @@ class _Page:
 
     def row(self, latent: int, detail: dict) -> list:
         """What is listed, sorted and searched."""
-        counts = np.trim_zeros(self.rank_counts[latent], "b").tolist()
+        counts = np.bincount(self.activations.latent(latent)[2].numpy())[1:].tolist()
         promoted = [text for text, _ in detail["promoted"][:LABELS_SHOWN]]
         return [latent, detail["max"], detail["tokens"], promoted, counts]
 
@@ -235,7 +234,9 @@ class _Page:
         usual = np.argsort(-np.bincount(inverse, weights=values), kind="stable")[:LABELS_SHOWN]
         contexts, places = self.context_of[positions], self.place_of[positions]
         shown = []
-        for context in _strongest(contexts, values, ranks, k, count=self.contexts_per_latent).tolist():
+        # Without budgets, k is the largest number of latents of any token, and ranks make no difference.
+        ranked = (ranks, k) if self.activations.has_budgets else (np.ones_like(ranks), 1)
+        for context in _strongest(contexts, values, *ranked, count=self.contexts_per_latent).tolist():
             here = slice(*np.searchsorted(contexts, [context, context + 1]))
             shown.append([context, *_by_piece(places[here], values[here], ranks[here])])
         return {

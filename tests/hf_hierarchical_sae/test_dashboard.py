@@ -184,6 +184,19 @@ def test_what_does_not_reach_the_residual_stream_promotes_no_tokens(model, token
     assert all(len(detail["promoted"]) == 10 for _, detail in data_of(tmp_path / "page.html")[1].values())
 
 
+def test_a_page_without_budgets_holds_the_strongest_contexts_of_all_latents_alone(model, tokenizer, tmp_path):
+    sae = make_sae(selection="relu", k=200, budgets=[200])
+    write(tmp_path / "page.html", sae, model, tokenizer)
+    activations = read_latents(sae, model, tokenizer, TEXTS, context_length=128, show_progress=False)
+    _, latents = data_of(tmp_path / "page.html")
+
+    assert sorted(latents) == activations.live_latents.tolist() and activations.k > 50
+    for latent, (row, detail) in latents.items():
+        held = sorted((max(values) for _, _, values, _ in detail["contexts"]), reverse=True)
+        assert held == pytest.approx(strongest(activations, latent, activations.k), rel=1e-3)
+        assert row[4] == torch.bincount(activations.latent(latent)[2].long())[1:].tolist()
+
+
 def test_characters_that_take_several_tokens_are_shown_whole(page):
     data, latents = data_of(page[0])
     pieces, contexts = data["text"]
