@@ -49,8 +49,8 @@ def size_label(text):
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"type": size_label, "nargs": "+", "default": ["A", "B"]}
-    parser.add_argument("--sizes", **sizes, help="A, B, or batch,k,d_sae,d_in (default: A B)")
+    known = "A, B, or batch,k,d_sae,d_in (default: A B)"
+    parser.add_argument("--sizes", type=size_label, nargs="+", default=["A", "B"], help=known)
     parser.add_argument("--rounds", type=int, default=5, help="rounds that the medians are taken over (default: 5)")
     parser.add_argument("--compile", action="store_true", help="also torch.compile the reference (minutes)")
     parser.add_argument("--output_dir", default="outputs/sae_benchmark", help="where the tables are written")
