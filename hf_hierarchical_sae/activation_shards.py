@@ -237,6 +237,10 @@ class ActivationShards(torch.utils.data.Dataset):
             shards[-1] = shards[-1][:last]
         self._ends = ends.clamp(max=complete["tokens"])
 
+    def __reduce__(self) -> tuple:
+        # A worker process maps the files itself: the shards would be sent to it in full.
+        return type(self), (self.folder, self.layer, self.hook_point, self.target_hook_point)
+
     def __len__(self) -> int:
         return int(self._ends[-1])
 

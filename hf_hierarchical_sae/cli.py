@@ -72,8 +72,6 @@ def harvest(args: argparse.Namespace) -> None:
         args.layer,
         hook_point=args.hook_point,
         **text_settings(args),
-        max_norm_ratio=args.max_norm_ratio,
-        batch_tokens=args.batch_tokens,
     )
     process_index, num_processes = _share(args)
     tokens = save_shards(
@@ -142,8 +140,6 @@ def _activations_to_train_on(args: argparse.Namespace, arguments: TrainingArgume
         hook_point=args.hook_point or "output",
         target_hook_point=args.target_hook_point,
         **text_settings(args),
-        max_norm_ratio=args.max_norm_ratio,
-        batch_tokens=args.batch_tokens,
         shuffle_tokens=max(args.shuffle_tokens, args.batch_tokens),
         seed=args.seed,
         show_progress=False,
@@ -175,8 +171,8 @@ def _sae_to_train(args: argparse.Namespace, source: dict) -> HierarchicalSaeMode
 def _saved_sae(name: str, given: dict, source: dict, dataset_name: str | None) -> HierarchicalSaeModel:
     """The autoencoder in a folder or a repository, with the settings that are given, for what is read at `source`."""
     with expecting(f"an autoencoder in {_place(name)}"):
-        k = HierarchicalSaeConfig.from_pretrained(name).k
-        sae = HierarchicalSaeModel.from_pretrained(name, dtype=torch.float32, **_with_one_budget(given, k))
+        settings = _with_one_budget(given, HierarchicalSaeConfig.from_pretrained(name))
+        sae = HierarchicalSaeModel.from_pretrained(name, dtype=torch.float32, **settings)
     sae.config.validate_architecture()
     for key, value in source.items():
         trained = getattr(sae.config, key)
@@ -190,9 +186,10 @@ def _saved_sae(name: str, given: dict, source: dict, dataset_name: str | None) -
     return sae
 
 
-def _with_one_budget(given: dict, k: int = HierarchicalSaeConfig.k) -> dict:
-    """These settings, with the one budget of batch_topk, which by default is `k`."""
-    return {"budgets": [given.get("k", k)], **given} if given.get("selection") == "batch_topk" else given
+def _with_one_budget(given: dict, saved: Any = HierarchicalSaeConfig) -> dict:
+    """These settings, with the one budget of batch_topk, where others are those of a saved config, or the default ones."""
+    k, selection = (given.get(name, getattr(saved, name)) for name in ("k", "selection"))
+    return {"budgets": [k], **given} if selection == "batch_topk" else given
 
 
 class ProgressLine(TrainerCallback):
@@ -411,7 +408,7 @@ def read_texts(args: argparse.Namespace) -> Any:
 
 def text_settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the options of the text say of [`ActivationSettings`]."""
-    names = ("text_column", "context_length", "skip_special_tokens", "skip_tokens")
+    names = ("text_column", "context_length", "skip_special_tokens", "skip_tokens", "max_norm_ratio", "batch_tokens")
     return {"max_tokens": args.tokens, **{name: getattr(args, name) for name in names}}
 
 

@@ -92,7 +92,6 @@ def _harvest_options(part: argparse.ArgumentParser) -> None:
         help=f"sites of each layer: {', '.join(HOOK_POINTS)}, or a module's path (default: output)",
     )
     _option(part, "shard_tokens", type=_integer(1), default=65_536, help="tokens per file (default: 65536)")
-    _stream_options(part)
     _option(
         part, "shard_dtype", choices=DTYPES[:3], default="float32", help="of the values on disk (default: float32)"
     )
@@ -102,23 +101,10 @@ def _harvest_options(part: argparse.ArgumentParser) -> None:
     _option(part, "process_index", type=_integer(0), help="number of this one, from 0 (default: the launcher's, or 0)")
 
 
-def _stream_options(part: argparse.ArgumentParser) -> None:
-    """How a language model reads its text, where its activations are trained on."""
-    _option(
-        part,
-        "max_norm_ratio",
-        type=_positive,
-        default=5.0,
-        help="leave out tokens above so many median norms (default: 5)",
-    )
-    _option(part, "batch_tokens", type=_integer(1), default=2048, help="positions per forward pass (default: 2048)")
-
-
 def _train_options(part: argparse.ArgumentParser) -> None:
     part.add_argument("harvest", type=Path, nargs="?", help="folder that harvest wrote; none with --model")
     part.add_argument("output", help="where to write checkpoints and the result")
     _text_options(part, required=False, tokens=None)
-    _stream_options(part)
     _option(
         part,
         "shuffle_tokens",
@@ -341,6 +327,14 @@ def _text_options(
         metavar="TOKEN",
         help="likewise, entries of the vocabulary or texts of one token each",
     )
+    _option(
+        parser,
+        "max_norm_ratio",
+        type=_positive,
+        default=5.0,
+        help="leave out tokens above so many median norms (default: 5)",
+    )
+    _option(parser, "batch_tokens", type=_integer(1), default=2048, help="positions per forward pass (default: 2048)")
     _option(parser, "dtype", choices=DTYPES, default="float32", help="of the language model (default: float32)")
     _option(
         parser,

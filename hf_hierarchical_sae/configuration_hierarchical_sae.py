@@ -24,7 +24,7 @@ class HierarchicalSaeConfig(PreTrainedConfig):
             number over a batch, with `"relu"` and `"jumprelu"` it is `d_sae`.
         budgets (`list[int]`, *optional*): sparsity budgets that the loss averages over, strictly increasing, in
             [1, k]. Every prefix 1…k by default; `[k]` is a plain TopK autoencoder.
-        budget_weights (`list[float]`, *optional*): one weight per budget, equal by default.
+        budget_weights (`list[int | float]`, *optional*): one weight per budget, equal by default.
         selection (`str`, defaults to `"topk"`): `"topk"` keeps k latents of each input; `"batch_topk"`
             (arXiv 2412.06410) keeps the batch × k strongest of a training batch and, at inference, those above a
             learned threshold. `"relu"` keeps every latent that is active, `"jumprelu"` (arXiv 2407.14435) those above
@@ -34,7 +34,7 @@ class HierarchicalSaeConfig(PreTrainedConfig):
             budgets: from those of the j strongest latents of an input that are among the first m. Strictly increasing,
             ending in `d_sae`. A plain Matryoshka SAE has `budgets=[k]`.
         normalize_decoder (`bool`, defaults to `True`): keep the rows of `W_dec` at unit norm.
-        aux_loss_coefficient (`float`, defaults to 0.0): weight of the auxiliary loss that lets dead latents model
+        aux_loss_coefficient (`int` or `float`, defaults to 0.0): weight of the auxiliary loss that lets dead latents model
             the residual (arXiv 2406.04093). 0 leaves it out.
         aux_k (`int`, *optional*): dead latents per input in the auxiliary loss; `d_in // 2` by default.
         dead_after_tokens (`int`, defaults to 1000000): a latent is dead once it has not fired for this many tokens.
@@ -61,11 +61,11 @@ class HierarchicalSaeConfig(PreTrainedConfig):
     d_sae: int = 16384
     k: int = 64
     budgets: list[int] | tuple[int, ...] | None = None
-    budget_weights: list[float] | tuple[float, ...] | None = None
+    budget_weights: list[int | float] | tuple[int | float, ...] | None = None
     selection: str = "topk"
     matryoshka_prefixes: list[int] | tuple[int, ...] | None = None
     normalize_decoder: bool = True
-    aux_loss_coefficient: float = 0.0
+    aux_loss_coefficient: int | float = 0.0
     aux_k: int | None = None
     dead_after_tokens: int = 1_000_000
     encoder_chunk_size: int | None = None
@@ -222,6 +222,11 @@ class HierarchicalSaeConfig(PreTrainedConfig):
                 "aux_loss_coefficient must be finite and not negative, and aux_k must be positive or None, "
                 f"got {self.aux_loss_coefficient} and {self.aux_k}"
             )
+
+        if self.dead_after_tokens < 1:
+            raise ValueError(f"dead_after_tokens must be positive, got {self.dead_after_tokens}")
+        if self.layer is not None and self.layer < 0:
+            raise ValueError(f"layer must be counted from 0, or None, got {self.layer}")
 
     def _check_transcoder(self) -> None:
         if self.is_transcoder:

@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .configuration_hierarchical_sae import integer, integers, place_name, positive_number
-from .language_model import check_predicts, hidden_size, unembedding_weight
+from .language_model import check_predicts, unembedding_weight
 from .latent_activations import LatentActivations, decoded, read_latents
 from .modeling_hierarchical_sae import HierarchicalSaeModel
+from .sites import Site, final_norm, find_site, writes_to_stream
 from .texts import check_dataset
 from .whole_files import whole_file
 
@@ -56,8 +58,9 @@ def write_dashboard(
 ) -> dict[str, int]:
     """
     Write one HTML file that needs no network: a list of latents to search and sort and, for each, its strongest
-    contexts with shaded tokens, its activations, the output tokens that it promotes and suppresses, its nearest
-    decoder rows, and how often it is used at each budget. A slider sets the budget for everything at once.
+    contexts with shaded tokens, its activations, the output tokens that it promotes and suppresses if it writes to the
+    residual stream, its nearest decoder rows, and how often it is used at each budget. A slider sets the budget for
+    everything at once.
 
     Every number at every budget is exact, from one encoding: contexts are kept if they are among the strongest at any
     budget. Latents that do not fit into `max_megabytes` are left out at random, and the page says so. The same
@@ -115,7 +118,9 @@ def write_dashboard(
         if not len(wanted):
             raise ValueError(f"none of the latents {latents or []} fires on the {activations.tokens} tokens")
         wanted = wanted[torch.randperm(len(wanted), generator=torch.Generator().manual_seed(seed))]
-        page = _Page(sae, model, tokenizer, activations, contexts_per_latent=contexts_per_latent)
+        written = sae.config.target_hook_point or hook_point or sae.config.hook_point or "output"
+        site = find_site(model, sae.config.layer if layer is None else layer, written)
+        page = _Page(sae, model, tokenizer, activations, site=site, contexts_per_latent=contexts_per_latent)
         blobs, shown = page.blobs(wanted, int(max_megabytes * 1e6), show_progress)
         html = template.render(
             config=sae.config,
@@ -152,16 +157,17 @@ class _Page:
         tokenizer: PreTrainedTokenizerBase,
         activations: LatentActivations,
         *,
+        site: Site,
         contexts_per_latent: int,
     ):
         self.activations, self.contexts_per_latent = activations, contexts_per_latent
         self.token_text = cache(partial(decoded, tokenizer))
         self.pieces, self.contexts, self.piece_of, self.place_of = _readable(activations, tokenizer, self.token_text)
         self.context_of = activations.position_contexts.numpy()
-        self.rank_counts = activations.rank_counts().numpy()
         self.decoder = F.normalize(sae.W_dec.detach().float(), dim=1)
         self.unembedding = unembedding_weight(model)
-        self.through_final_norm = partial(_through_final_norm, model)
+        self.through_final_norm = partial(_through_norm, final_norm(model), model.dtype)
+        self.has_logits = writes_to_stream(model, site)
 
     def blobs(self, latents: torch.Tensor, size: int, show_progress: bool) -> tuple[dict[str, str], int]:
         """As many of `latents`, in this order, as fit into `size` bytes, and how many these are."""
@@ -189,7 +195,7 @@ class _Page:
 
     def row(self, latent: int, detail: dict) -> list:
         """What is listed, sorted and searched."""
-        counts = np.trim_zeros(self.rank_counts[latent], "b").tolist()
+        counts = np.bincount(self.activations.latent(latent)[2].numpy())[1:].tolist()
         promoted = [text for text, _ in detail["promoted"][:LABELS_SHOWN]]
         return [latent, detail["max"], detail["tokens"], promoted, counts]
 
@@ -213,8 +219,8 @@ class _Page:
         ]
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """What directions of the residual stream promote, (n, vocabulary); none for those of another width."""
-        if rows.shape[1] != self.unembedding.shape[1]:
+        """What directions of the residual stream promote, (n, vocabulary); none for those of another site or width."""
+        if not self.has_logits or rows.shape[1] != self.unembedding.shape[1]:
             return rows[:, :0]
         return self.through_final_norm(rows) @ self.unembedding.T
 
@@ -228,7 +234,9 @@ class _Page:
         usual = np.argsort(-np.bincount(inverse, weights=values), kind="stable")[:LABELS_SHOWN]
         contexts, places = self.context_of[positions], self.place_of[positions]
         shown = []
-        for context in _strongest(contexts, values, ranks, k, count=self.contexts_per_latent).tolist():
+        # Without budgets, k is the largest number of latents of any token, and ranks make no difference.
+        ranked = (ranks, k) if self.activations.has_budgets else (np.ones_like(ranks), 1)
+        for context in _strongest(contexts, values, *ranked, count=self.contexts_per_latent).tolist():
             here = slice(*np.searchsorted(contexts, [context, context + 1]))
             shown.append([context, *_by_piece(places[here], values[here], ranks[here])])
         return {
@@ -293,17 +301,16 @@ def _character(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str,
     return decoded(tokenizer, ids[0]), 1
 
 
-def _through_final_norm(model: PreTrainedModel, directions: torch.Tensor) -> torch.Tensor:
-    """(n, hidden_size) directions times the gain of the norm before the unembedding, centred if it centres."""
-    norms = [module for module in model.get_decoder().children() if "norm" in type(module).__name__.lower()]
-    if not norms:
+def _through_norm(norm: nn.Module | None, dtype: torch.dtype, directions: torch.Tensor) -> torch.Tensor:
+    """(n, hidden_size) directions times the gain of a norm of this dtype, centred if it centres."""
+    if norm is None:
         return directions
     # Norms store their gain as w, 1 + w or not at all; on inputs of mean 0 and mean square 1 it can be read off.
-    signs = torch.ones(1, directions.shape[1], device=directions.device, dtype=next(norms[-1].parameters()).dtype)
+    signs = torch.ones(1, directions.shape[1], device=directions.device, dtype=dtype)
     signs[:, 1::2] = -1
     with torch.no_grad():
-        gain = (norms[-1](signs) - norms[-1](-signs)).float() * signs.float() / 2
-        of_constant = norms[-1](signs.abs()) - norms[-1](-signs.abs())
+        gain = (norm(signs) - norm(-signs)).float() * signs.float() / 2
+        of_constant = norm(signs.abs()) - norm(-signs.abs())
     if of_constant.abs().max() < 1e-3 * gain.abs().max():
         directions = directions - directions.mean(dim=1, keepdim=True)
     return directions * gain
@@ -341,7 +348,8 @@ def _check_finite_weights(sae: HierarchicalSaeModel, model: PreTrainedModel) -> 
     if not all(parameter.isfinite().all() for parameter in sae.parameters()):
         raise ValueError("expected an autoencoder of finite weights, got NaN or infinite ones")
     unembedding = unembedding_weight(model)
-    directions = _through_final_norm(model, torch.ones(1, hidden_size(model), device=unembedding.device))
+    ones = torch.ones(1, unembedding.shape[1], device=unembedding.device)
+    directions = _through_norm(final_norm(model), model.dtype, ones)
     if not (directions.isfinite().all() and unembedding.isfinite().all()):
         raise ValueError(
             "expected finite weights in the language model's final norm and unembedding, got NaN or infinite ones"

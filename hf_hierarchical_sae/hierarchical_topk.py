@@ -58,6 +58,7 @@ def hierarchical_topk_loss(
         `IndexError`: If, with numba, indices are outside [0, d_sae).
     """
     _check_shapes(top_indices, top_values, W_dec, b_dec, target=target)
+    top_indices = as_indices(top_indices)
     budgets = resolve_budgets(budgets, top_indices.shape[1])
     budget_errors = choose_form(backend, top_values, W_dec, b_dec, target)
     errors, _ = budget_errors(top_indices, top_values, W_dec, b_dec, target, budgets)
@@ -123,6 +124,11 @@ def suits_numba(*tensors: torch.Tensor) -> bool:
     fits = all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
     # Not transformers' is_numba_available: it also asks for the numpy of an old librosa.
     return fits and not torch.compiler.is_compiling() and importlib.util.find_spec("numba") is not None
+
+
+def as_indices(integers: torch.Tensor) -> torch.Tensor:
+    """The same integers in a type that torch indexes with: int32 or int64."""
+    return integers if integers.dtype in (torch.int32, torch.int64) else integers.long()
 
 
 def resolve_budgets(budgets: Sequence[int] | None, k: int) -> tuple[int, ...]:

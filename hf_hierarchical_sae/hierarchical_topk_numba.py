@@ -76,12 +76,14 @@ def _backward(
     grad_values: numpy.ndarray,
 ) -> None:
     # scales (K): gradient of the loss by the residual's square after latent j, times 2, or 0; residual and grad (B, D)
-    # are used up: grad comes as the reconstruction's gradient and ends as that of b_dec; grad_values (B, K).
+    # are used up: grad comes as the reconstruction's gradient and ends as that of b_dec; grad_values (B, K); grad_W_dec
+    # (F, D), or (1, D) where it is not wanted.
     for b in range(indices.shape[0]):
         r, s = residual[b, start:stop], grad[b, start:stop]
         for j in range(indices.shape[1] - 1, -1, -1):
             v, scale = values[b, j], scales[j]
-            row, grad_row = W_dec[indices[b, j], start:stop], grad_W_dec[indices[b, j], start:stop]
+            row = W_dec[indices[b, j], start:stop]
+            grad_row = grad_W_dec[indices[b, j] % len(grad_W_dec), start:stop]
             product = float32(0)
             for d in range(len(r)):
                 above = s[d] + scale * r[d]
@@ -146,12 +148,14 @@ class HierarchicalTopKNumba(torch.autograd.Function):
             scales[place >= 0] = grad_errors * (2 / last_residual.numel())
         grad = torch.zeros_like(last_residual) if grad_reconstruction is None else grad_reconstruction.clone()
         grad_values = torch.empty(torch.get_num_threads(), *top_values.shape)
-        grad_W_dec = empty_in_large_pages(*W_dec.shape, dtype=W_dec.dtype, device=W_dec.device).zero_()
+        rows = len(W_dec) if ctx.needs_input_grad[2] else 1
+        grad_W_dec = empty_in_large_pages(rows, grad.shape[1], dtype=W_dec.dtype, device=W_dec.device).zero_()
         tensors = (top_indices, top_values, W_dec, scales, last_residual.clone(), grad, grad_W_dec)
         _share_columns(_backward, grad.shape[1], tensors, grad_values)
         grad_target = None
         if ctx.needs_input_grad[4]:
             grad_target = -grad if grad_reconstruction is None else grad_reconstruction - grad
+        grad_W_dec = grad_W_dec if ctx.needs_input_grad[2] else None
         return None, grad_values.sum(dim=0), grad_W_dec, grad.sum(dim=0), grad_target, None
 
 

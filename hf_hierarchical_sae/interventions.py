@@ -17,9 +17,6 @@ from .sites import Site, check_fits, site_hook, target_site
 
 logger = logging.get_logger(__name__)
 
-# Positions of a larger norm, in units of the median on record, were left out of the training data.
-MAX_NORM_RATIO = 5.0
-
 Edit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -34,6 +31,7 @@ def splice(
     keep_error: bool = False,
     edit: Edit | None = None,
     max_norm: float | None = None,
+    max_norm_ratio: float = 5.0,
 ) -> Generator[None, None, None]:
     """
     Inside, reconstructions stand in place of the hidden states at a site of a decoder layer: x̂ for x, or x̂ + (x − x̂₀)
@@ -59,15 +57,17 @@ def splice(
         edit (`Callable`, *optional*): called with top_indices and top_values, (batch, positions, k) each, returns the
             values to reconstruct from.
         max_norm (`float`, *optional*): positions of a larger norm keep the model's own values, such as attention
-            sinks, which an autoencoder is not trained on. By default 5 times the median on record (see
+            sinks, which an autoencoder is not trained on. By default `max_norm_ratio` times the median on record (see
             [`record_statistics`]), or no limit if there is none; for a transcoder that of its targets as well.
+        max_norm_ratio (`float`, defaults to 5.0): the one that it was trained with, see [`ActivationSettings`]; infinity for
+            no limit.
 
     Raises:
         `ValueError`: If there is no such layer or site, another hidden size than `sae.config.d_in`, an autoencoder of another
             site, `k` out of range, or no positive norm; in the forward pass, if `edit` returns
             something else than values, or a transcoder's target comes before what it reads.
     """
-    k, limits = sae.config.check_k(k), _norm_limits(sae, max_norm)
+    k, limits = sae.config.check_k(k), _norm_limits(sae, max_norm, max_norm_ratio)
     if not isinstance(keep_error, bool):
         raise ValueError(f"keep_error must be True or False, got {keep_error!r}")
 
@@ -109,6 +109,7 @@ def ablate(
     hook_point: str | None = None,
     k: int | None = None,
     max_norm: float | None = None,
+    max_norm_ratio: float = 5.0,
 ) -> Generator[None, None, None]:
     """
     Inside, the hidden states at a site of a decoder layer lack what some latents contribute:
@@ -123,6 +124,7 @@ def ablate(
         hook_point (`str`, *optional*): as in [`splice`].
         k (`int`, *optional*): latents per position, at most `sae.config.k`, which is the default.
         max_norm (`float`, *optional*): as in [`splice`].
+        max_norm_ratio (`float`, defaults to 5.0): as in [`splice`].
 
     Raises:
         `ValueError`: If [`splice`] raises it, or a latent is out of range.
@@ -133,7 +135,8 @@ def ablate(
     def drop(top_indices: torch.Tensor, top_values: torch.Tensor) -> torch.Tensor:
         return top_values.masked_fill(is_ablated[top_indices], 0.0)
 
-    with splice(model, sae, layer, hook_point=hook_point, k=k, keep_error=True, edit=drop, max_norm=max_norm):
+    limits: dict[str, Any] = {"max_norm": max_norm, "max_norm_ratio": max_norm_ratio}
+    with splice(model, sae, layer, hook_point=hook_point, k=k, keep_error=True, edit=drop, **limits):
         yield
 
 
@@ -242,12 +245,13 @@ def record_statistics(
         sae.median_target_norm.copy_(torch.cat(target_norms).median())
 
 
-def _norm_limits(sae: HierarchicalSaeModel, max_norm: float | None) -> list[float]:
+def _norm_limits(sae: HierarchicalSaeModel, max_norm: float | None, max_norm_ratio: float) -> list[float]:
     """Largest norms of what is read and, of a transcoder, of its targets; one that is given is of what is read alone."""
     medians = [sae.median_norm, *([sae.median_target_norm] if sae.config.is_transcoder else [])]
     if max_norm is not None:
         return [positive_number("max_norm", max_norm), torch.inf][: len(medians)]
-    return [MAX_NORM_RATIO * median.item() or torch.inf for median in medians]
+    ratio = positive_number("max_norm_ratio", max_norm_ratio)
+    return [ratio * (median.item() or torch.inf) for median in medians]
 
 
 def _site(model: PreTrainedModel, sae: HierarchicalSaeModel, layer: int | None, hook_point: str | None) -> Site:

@@ -51,7 +51,7 @@ def explain_latents(
     Args:
         activations ([`LatentActivations`]): from [`read_latents`].
         tokenizer (`PreTrainedTokenizerBase`): the tokenizer that they were made with.
-        latents (`Sequence[int]`): latents to explain.
+        latents (`Sequence[int]`): latents to explain, a tensor or an array too.
         judge (`PreTrainedModel`): any causal language model.
         judge_tokenizer (`PreTrainedTokenizerBase`): its tokenizer; its chat template is used if it has one.
         k (`int`, *optional*): budget; by default the largest.
@@ -69,6 +69,7 @@ def explain_latents(
     max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
     explanations = {}
     for latent in logging.tqdm(latents, desc="explain", unit="latent", disable=not show_progress):
+        latent = integer("latent", latent)
         shown = _windows(activations, latent, k, window)[::2][:examples]
         if not shown:
             continue

@@ -25,12 +25,11 @@ def sae_card(
     """
     data = ModelCardData(library_name="transformers", tags=tags)
     named = f"`{config.model_name}`" if config.model_name else "a model"
-    what = f"for activations of size {config.d_in} from " + (
-        f"layer {config.layer} ({config.hook_point}) of {named}" if config.model_name else named
-    )
+    is_known = config.layer is not None or config.hook_point is not None
+    read = f"{place_name(config.layer, config.hook_point or 'output')} of {named}" if is_known else named
+    what = f"for activations of size {config.d_in} from {read}"
     if config.is_transcoder:
-        computed = place_name(config.layer, config.target_hook_point)
-        what = f"that computes {computed} from {place_name(config.layer, config.hook_point or 'output')} of {named}"
+        what = f"that computes {place_name(config.layer, config.target_hook_point)} from {read}"
     also = ", activations" if config.skip_connection else ""
     several = config.has_budgets and len(config.trained_budgets) > 1
     chosen = f", k={config.trained_budgets[len(config.trained_budgets) // 2]}" if several else ""

@@ -17,7 +17,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
-from .hierarchical_topk import choose_form, normalized_weights
+from .hierarchical_topk import as_indices, choose_form, normalized_weights
 from .large_pages import keep_pages_for
 from .model_card_hierarchical_sae import sae_card, set_metrics
 from .sparse_latents import (
@@ -283,7 +283,7 @@ class HierarchicalSaeModel(PreTrainedModel):
                 f"got {tuple(top_indices.shape)} and {tuple(top_values.shape)}"
             )
         k, shape = top_indices.shape[-1], top_indices.shape[:-1]
-        rows = weighted_rows(top_indices.reshape(-1, k), top_values.reshape(-1, k), self.W_dec)
+        rows = weighted_rows(as_indices(top_indices).reshape(-1, k), top_values.reshape(-1, k), self.W_dec)
         rows = rows + self.b_dec / self._target_scale
         if self.config.skip_connection:
             x = self._check_skipped(hidden_states, shape)
@@ -581,13 +581,14 @@ class HierarchicalSaeModel(PreTrainedModel):
         more = (values[:, -1] > threshold).nonzero().squeeze(1)
         if len(more):
             chunks = whole or self._chunks(scaled)
-            width = int(sum((latents[more] > threshold).sum(dim=1) for _, latents in chunks).max())
+            width = int(sum((latents[more] <= threshold).logical_not_().sum(dim=1) for _, latents in chunks).max())
             values = F.pad(values, (0, width - values.shape[1]), value=-torch.inf)
             indices = F.pad(indices, (0, width - indices.shape[1]))
             values[more], indices[more] = strongest_latents(whole or self._chunks(scaled), width, more)
             threshold = self._selection_threshold(values, k)
-        values = torch.where((values >= threshold) & (values > 0), values, 0.0)
-        used = int((values > 0).sum(dim=1).max()) if len(values) else 0
+        # Written so that NaN is kept and seen in what comes out.
+        values = torch.where((values < threshold) | (values <= 0), 0.0, values)
+        used = int((values != 0).sum(dim=1).max()) if len(values) else 0
         return values[:, : max(1, used)], indices[:, : max(1, used)]
 
     def _selection_threshold(self, values: torch.Tensor, k: int) -> torch.Tensor:

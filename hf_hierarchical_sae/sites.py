@@ -44,6 +44,8 @@ HOOK_POINTS = {
     "mlp.input": "mlp.hook_in",
     "mlp.output": "hook_mlp_out",
 }
+# Those whose vectors are of the residual stream, or are added to it.
+STREAM = ("input", "middle", "output", "attention.output", "mlp.output")
 # What a layer calls its attention and its MLP, as the first module and the last, from the outermost inwards.
 ATTENTION = r"(self_|linear_|multi_head_)?(attn|attention)|SelfAttention"
 MLP = r"mlp|mlp_block|shared_mlp|feed_forward|ffn|ff|DenseReluDense|block_sparse_moe|moe"
@@ -270,6 +272,30 @@ def target_site(sae: HierarchicalSaeModel, model: PreTrainedModel, site: Site) -
     return target
 
 
+def writes_to_stream(model: PreTrainedModel, site: Site) -> bool:
+    """Whether hidden states at a site of a layer, whatever it is called, are of the residual stream or are added to it."""
+    if site.layer is None:
+        return False
+    layer, names = _Layer(model, site.layer), _sites_of(model, site.layer)
+    stream = [find_site(model, site.layer, name) for name in names if name in STREAM]
+    return layer.memory(site) in map(layer.memory, stream)
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module | None:
+    """The norm between the last decoder layer and the unembedding, as a pass over a few tokens runs it; None without one."""
+    layers, unembedding, found = set(decoder_layers(model).modules()), model.get_output_embeddings(), None
+    for call in _calls(model, model):
+        if call.module is unembedding:
+            break
+        if call.module in layers:
+            found = None
+        elif call.taken and call.given and not _is_linear(call.module) and not list(call.module.children()):
+            # Dropout, which is off, gives what it takes.
+            is_norm = call.given.width == call.taken.width and call.given.memory != call.taken.memory
+            found = call.module if is_norm else found
+    return found
+
+
 def _input_key(module: nn.Module, args: tuple, kwargs: dict) -> str | None:
     """The name under which a module was given its hidden states, None if they are its first argument."""
     if args:
@@ -313,6 +339,12 @@ class _Layer:
         if side == "heads":
             first = next(iter(self._last_matrix(last.module)), None) if last else None
         return self._site(first, hook_point, is_input=True) if first and first.taken else None
+
+    def memory(self, site: Site) -> int | None:
+        """Where the hidden states of a site lie in these passes."""
+        call = self._call(site.module)
+        seen = call and (call.taken if site.is_input else call.given)
+        return seen.memory if seen else None
 
     def _block(self, names: Sequence[tuple[str, str]]) -> tuple[_Call | None, _Call | None]:
         """The first and the last module of attention or MLP: the outermost that is called so, and runs; alone there."""

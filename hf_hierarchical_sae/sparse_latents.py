@@ -156,20 +156,17 @@ class SparseEncoder(torch.autograd.Function):
     def backward(ctx: Any, grad_values: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scaled, encoder_weight, center, values, indices = ctx.saved_tensors
         grad = grad_values.to(scaled.dtype) * (values > 0)
-        grad_weight, grad_b_enc = encoder_gradient(indices, grad, scaled, center, encoder_weight)
-        grad_center = None
-        if ctx.needs_input_grad[3]:
-            # Summed over the batch, the gradient of the input is one product with the summed gradient of the latents.
-            grad_center = -(grad_b_enc @ encoder_weight.to(scaled.dtype)).to(center.dtype)
-        grad_scaled = weighted_rows(indices, grad, encoder_weight) if ctx.needs_input_grad[0] else None
-        return (
-            None if grad_scaled is None else grad_scaled.to(scaled.dtype),
-            grad_weight.to(encoder_weight.dtype),
-            grad_b_enc.to(ctx.b_enc_dtype),
-            grad_center,
-            None,
-            None,
-        )
+        grad_scaled = grad_weight = grad_b_enc = grad_center = None
+        if ctx.needs_input_grad[0]:
+            grad_scaled = weighted_rows(indices, grad, encoder_weight).to(scaled.dtype)
+        # As large as the dictionary: a frozen one has none.
+        if any(ctx.needs_input_grad[1:4]):
+            grad_weight, grad_b_enc = encoder_gradient(indices, grad, scaled, center, encoder_weight)
+            if ctx.needs_input_grad[3]:
+                # Summed over the batch, the gradient of the input is one product with the summed gradient of the latents.
+                grad_center = -(grad_b_enc @ encoder_weight.to(scaled.dtype)).to(center.dtype)
+            grad_weight, grad_b_enc = grad_weight.to(encoder_weight.dtype), grad_b_enc.to(ctx.b_enc_dtype)
+        return grad_scaled, grad_weight, grad_b_enc, grad_center, None, None
 
 
 def encoder_gradient(

@@ -30,6 +30,18 @@ logger = logging.get_logger(__name__)
 
 # What a folder's training was started with.
 RECORD = "training.json"
+# Those of the arguments that have to be the same for a training to go on.
+SETTINGS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "seed",
+    "bf16",
+)
 # Tokens whose norms tell one set of activations from another, and how far they may differ between machines.
 PROBES, TOLERANCE = 8, 0.01
 
@@ -240,18 +252,15 @@ def _is_whole(checkpoint: Path) -> bool:
 def _record(sae: HierarchicalSaeModel, dataset: Any, sample: Any, arguments: TrainingArguments) -> dict:
     """What has to be the same for a training to go on, ready for JSON."""
     config = {name: getattr(sae.config, name) for name in HierarchicalSaeConfig.__annotations__}
-    settings = {
-        name: getattr(arguments, name) for name in ("per_device_train_batch_size", "learning_rate", "seed", "bf16")
-    }
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
     norms = []
     for part in sample if sae.config.is_transcoder else [sample]:
         probes = part[:: max(1, len(part) // PROBES)][:PROBES]
         norms += torch.linalg.vector_norm(probes.float(), dim=1).tolist()
-    if isinstance(dataset, ActivationDataset):
-        data = {**dataset.stream.description(), "num_processes": arguments.world_size}
-    else:
-        data = {"tokens": len(dataset)}
-    return json.loads(json.dumps({**config, **settings, **data, "norms": norms}))
+    is_stream = isinstance(dataset, ActivationDataset)
+    data = dataset.stream.description() if is_stream else {"tokens": len(dataset)}
+    processes = {"num_processes": arguments.world_size}
+    return json.loads(json.dumps({**config, **settings, **processes, **data, "norms": norms}))
 
 
 def _check_same(folder: Path, record: dict) -> None:

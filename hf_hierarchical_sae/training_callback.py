@@ -32,6 +32,9 @@ class HierarchicalSaeCallback(TrainerCallback):
         logs: Any = None,
         **kwargs: Any,
     ) -> None:
+        # Logs of an evaluation have others, and what was summed up so far belongs to the next training log.
+        if "loss" not in logs and "train_loss" not in logs:
+            return
         metrics = model.pop_training_metrics()
         logs.update(metrics)
         state.log_history[-1].update(metrics)

@@ -39,9 +39,18 @@ OURS = "ours, HierarchicalTopK (all budgets)"
 OUR_LOSS = "HierarchicalTopK, compiled (numba)"
 
 
+def size_label(text):
+    """A type of argparse: what `size_of` takes."""
+    numbers = text.split(",")
+    if text not in SIZES and not (len(numbers) == 4 and all(number.isdecimal() and int(number) for number in numbers)):
+        raise argparse.ArgumentTypeError(f"expected {', '.join(SIZES)} or batch,k,d_sae,d_in, got {text!r}")
+    return text
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["A", "B"], help="A, B, or batch,k,d_sae,d_in (default: A B)")
+    known = "A, B, or batch,k,d_sae,d_in (default: A B)"
+    parser.add_argument("--sizes", type=size_label, nargs="+", default=["A", "B"], help=known)
     parser.add_argument("--rounds", type=int, default=5, help="rounds that the medians are taken over (default: 5)")
     parser.add_argument("--compile", action="store_true", help="also torch.compile the reference (minutes)")
     parser.add_argument("--output_dir", default="outputs/sae_benchmark", help="where the tables are written")

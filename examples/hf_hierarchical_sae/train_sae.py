@@ -30,6 +30,7 @@ from hf_hierarchical_sae import (
     explained_variance,
     iterate_activations,
 )
+from hf_hierarchical_sae.texts import Passages
 from hf_hierarchical_sae.training import starting_point, train_sae, training_arguments
 
 
@@ -64,6 +65,8 @@ def parse_arguments():
     for name in ("tokens", "eval_tokens", "max_steps", "batch_size", "learning_rate"):
         if not 0 < getattr(arguments, name) < math.inf:
             parser.error(f"--{name} must be positive, got {getattr(arguments, name)}")
+    if arguments.eval_tokens == 1:
+        parser.error("--eval_tokens must be at least 2, whose variance is explained, got 1")
     try:
         starting_point(arguments.output_dir, resume=arguments.resume_from_checkpoint, overwrite=arguments.overwrite)
     except ValueError as error:
@@ -95,7 +98,10 @@ def read_texts(arguments):
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
         raise SystemExit(f"--text_files: expected files, got {', '.join(missing)}, which do not exist")
-    texts = [file.read_text(encoding="utf-8") for file in files]
+    try:
+        texts = ["".join(Passages([file])) for file in files]
+    except ValueError as error:
+        raise SystemExit(f"--text_files: {error}") from error
     passages = [text[start : start + 2000] for text in texts for start in range(0, len(text), 2000)]
     random.Random(0).shuffle(passages)
     return passages, name

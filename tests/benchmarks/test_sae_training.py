@@ -61,6 +61,16 @@ def test_short_calls_are_repeated_until_a_turn_is_long_enough(monkeypatch, capsy
     assert all(0.05 < per_turn * answer["cpu_ms"] / 1e3 < 0.8 for answer in answers)
 
 
+@pytest.mark.parametrize("size", ["C", "512,64", "512,64,16384,x", "512,0,16384,576"])
+def test_what_is_no_size_is_refused_in_one_sentence(size, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sae_training.py", "--sizes", "A", size])
+
+    with pytest.raises(SystemExit):
+        load_example("benchmarks/sae_training.py").parse_arguments()
+
+    assert f"--sizes: expected A, B or batch,k,d_sae,d_in, got {size!r}" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["step:our transcoder (all budgets)", "loss:HierarchicalTopK, compiled (numba)"])
 def test_a_contestant_of_training_answers_once_for_each_turn(name):

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import pickle
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -97,6 +99,17 @@ def test_shards_are_mapped_not_read(harvested):
     with open("/proc/self/maps") as maps:
         mapped = [line for line in maps if str(harvested[0]) in line]
     assert len(mapped) >= len(shards._shards)
+
+
+def test_a_worker_process_maps_the_shards_itself(harvested):
+    shards = ActivationShards(harvested[0], layer=1)
+    # What a spawned worker of `DataLoader` is sent.
+    sent = bytes(ForkingPickler.dumps(shards))
+    found = pickle.loads(sent)
+
+    assert len(sent) < 1000 < shards.rows(torch.arange(len(shards))).nbytes
+    assert (found.layer, found.hook_point, found.target_hook_point) == (1, "output", None)
+    assert torch.equal(found.rows(torch.arange(len(shards))), shards.rows(torch.arange(len(shards))))
 
 
 @pytest.mark.slow

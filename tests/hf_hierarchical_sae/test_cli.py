@@ -177,6 +177,19 @@ def test_evaluation_prints_a_table_or_json_from_shards_or_inside_the_language_mo
     assert str(measured["loss_recovered", "loss recovered, k = 8"]) in row
 
 
+def test_what_training_left_out_is_left_out_of_evaluation_and_page(sae, text, tiny_language_model, tmp_path, capsys):
+    found = {"evaluate": [], "dashboard": []}
+    for ratio in ("5", "1"):
+        options = [sae, "--model", tiny_language_model, "--text", text, "--max_norm_ratio", ratio]
+        capsys.readouterr()
+        main(["evaluate", *options, "--tokens", "100000", "--json"])
+        found["evaluate"].append(json.loads(capsys.readouterr().out)["tokens"])
+        main(["dashboard", *options, "--output", str(tmp_path / "page.html")])
+        found["dashboard"].append(int(re.search(r"fire on (\d+) tokens", capsys.readouterr().out)[1]))
+
+    assert all(0 < few < 0.6 * many for many, few in found.values())
+
+
 @pytest.mark.slow
 def test_the_dashboard_is_one_page(sae, text, tiny_language_model, tmp_path, capsys):
     page, copy = tmp_path / "page.html", shutil.copytree(sae, tmp_path / "sae")
@@ -608,6 +621,9 @@ def test_training_goes_on_with_a_saved_dictionary(tmp_path, states, sae, capsys)
     main(["train", states, str(tmp_path / "d"), *options, "--init_from", sae, "--selection", "batch_topk"])
     config = HierarchicalSaeModel.from_pretrained(tmp_path / "d").config
     assert (config.selection, list(config.budgets), config.k) == ("batch_topk", [8], 8)
+    main(["train", states, str(tmp_path / "e"), *options, "--init_from", str(tmp_path / "d"), "--k", "4"])
+    config = HierarchicalSaeModel.from_pretrained(tmp_path / "e").config
+    assert (config.selection, list(config.budgets), config.k) == ("batch_topk", [4], 4)
     for wrong, message in {
         ("--budgets", "2", "9"): r"budgets must be strictly increasing integers in \[1, 8\], got \[2, 9\]",
         ("--d_sae", "32"): r"another shape of .*encoder_weight \(64, 32\)",

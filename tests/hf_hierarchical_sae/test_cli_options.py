@@ -11,6 +11,8 @@ TEXT_OPTIONS = {
     "--tokens": (["0", "-1", "1.5", "many", "inf"], "an integer of at least 1"),
     "--context_length": (["1", "0", "-3", "2.0"], "an integer of at least 2"),
     "--layer": (["x", "1.5", "nan"], "an integer"),
+    "--max_norm_ratio": (["-1", "0", "nan", "inf", "x"], "a positive number"),
+    "--batch_tokens": (["0", "-1", "1.5"], "an integer of at least 1"),
 }
 OPTIONS = {
     "harvest states --model m --layer 0": {
@@ -18,7 +20,6 @@ OPTIONS = {
         "--shard_tokens": (["0", "-1", "1e3"], "an integer of at least 1"),
         "--num_processes": (["0", "-1"], "an integer of at least 1"),
         "--process_index": (["-1", "0.5"], "an integer of at least 0"),
-        "--max_norm_ratio": (["-1", "0", "nan", "inf", "x"], "a positive number"),
     },
     "train states sae": {
         "--layer": (["x", "1.5", "nan"], "an integer"),

@@ -50,12 +50,27 @@ def test_a_saved_configuration_is_found_by_its_type(tmp_path):
         ({"budgets": [1, 16], "budget_weights": [1.0, math.nan]}, "finite, not negative and not all zero"),
         ({"budgets": [1, 16], "budget_weights": [1.0, math.inf]}, "finite, not negative and not all zero"),
         ({"aux_loss_coefficient": -1.0}, "aux_loss_coefficient must be finite and not negative"),
+        ({"aux_loss_coefficient": True}, "aux_loss_coefficient"),
+        ({"dead_after_tokens": 0}, "dead_after_tokens must be positive, got 0"),
+        ({"dead_after_tokens": -5}, "dead_after_tokens must be positive, got -5"),
+        ({"layer": -1}, "layer must be counted from 0, or None, got -1"),
         ({"aux_loss_coefficient": math.nan}, "aux_loss_coefficient must be finite and not negative"),
     ],
 )
 def test_values_that_do_not_fit_are_refused_in_one_sentence(change, message):
     with pytest.raises(StrictDataclassError, match=message):
         HierarchicalSaeConfig(**{"d_in": 8, "d_sae": 512, "k": 16, **change})
+
+
+def test_whole_numbers_are_weights_as_a_json_of_other_tools_has_them(tmp_path):
+    config = HierarchicalSaeConfig(
+        d_in=8, d_sae=32, k=4, budgets=[1, 4], budget_weights=[1, 2], aux_loss_coefficient=1
+    )
+    config.save_pretrained(tmp_path)
+
+    loaded = HierarchicalSaeConfig.from_pretrained(tmp_path)
+
+    assert (loaded.budget_weights, loaded.aux_loss_coefficient) == ([1, 2], 1)
 
 
 def test_budgets_are_asked_of_the_config():

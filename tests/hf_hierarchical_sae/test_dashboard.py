@@ -145,6 +145,58 @@ def test_a_layer_norm_before_the_unembedding_is_followed_as_well(tokenizer, tmp_
         assert [score for _, score in detail["promoted"]] == pytest.approx(logits.topk(10).values.tolist(), rel=2e-3)
 
 
+@pytest.mark.parametrize(
+    "kind, sizes",
+    [
+        ("olmo", {}),
+        ("gemma4_text", {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 300, "global_head_dim": 16}),
+    ],
+)
+def test_a_norm_without_a_gain_and_one_of_several_norms_are_followed(kind, sizes, tokenizer, tmp_path):
+    common = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokens = {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(kind, **common, **tokens, **sizes, head_dim=16, num_key_value_heads=2)
+    model, sae = AutoModelForCausalLM.from_config(config).eval(), make_sae(model_name=None)
+    with torch.no_grad():
+        for parameter in model.model.norm.parameters():
+            parameter.uniform_(0.2, 2.0)
+    write(tmp_path / "page.html", sae, model, tokenizer)
+
+    weight = model.lm_head.weight.detach()
+    for latent, (_, detail) in list(data_of(tmp_path / "page.html")[1].items())[:20]:
+        direction = sae.W_dec[latent].detach()
+        if kind == "olmo":
+            direction = direction - direction.mean()
+        else:
+            direction = direction * model.model.norm.weight.detach()
+        expected = (direction @ weight.T).topk(10).values.tolist()
+        assert [score for _, score in detail["promoted"]] == pytest.approx(expected, rel=2e-3)
+
+
+def test_what_does_not_reach_the_residual_stream_promotes_no_tokens(model, tokenizer, tmp_path):
+    # As wide as the residual stream, but given to a matrix before it gets there.
+    for hook_point in ("attention.heads", "self_attn.q_proj"):
+        write(tmp_path / "page.html", make_sae(hook_point=hook_point), model, tokenizer)
+        _, latents = data_of(tmp_path / "page.html")
+        assert latents and not any(detail["promoted"] or detail["suppressed"] for _, detail in latents.values())
+
+    write(tmp_path / "page.html", make_sae(hook_point="self_attn.o_proj"), model, tokenizer)
+    assert all(len(detail["promoted"]) == 10 for _, detail in data_of(tmp_path / "page.html")[1].values())
+
+
+def test_a_page_without_budgets_holds_the_strongest_contexts_of_all_latents_alone(model, tokenizer, tmp_path):
+    sae = make_sae(selection="relu", k=200, budgets=[200])
+    write(tmp_path / "page.html", sae, model, tokenizer)
+    activations = read_latents(sae, model, tokenizer, TEXTS, context_length=128, show_progress=False)
+    _, latents = data_of(tmp_path / "page.html")
+
+    assert sorted(latents) == activations.live_latents.tolist() and activations.k > 50
+    for latent, (row, detail) in latents.items():
+        held = sorted((max(values) for _, _, values, _ in detail["contexts"]), reverse=True)
+        assert held == pytest.approx(strongest(activations, latent, activations.k), rel=1e-3)
+        assert row[4] == torch.bincount(activations.latent(latent)[2].long())[1:].tolist()
+
+
 def test_characters_that_take_several_tokens_are_shown_whole(page):
     data, latents = data_of(page[0])
     pieces, contexts = data["text"]

@@ -112,6 +112,16 @@ def test_zero_values_equal_the_reference(form):
     assert_equal_to_reference((indices, values.requires_grad_(), *rest), **FORMS[form])
 
 
+@forms
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.uint8])
+def test_indices_of_any_integer_type_give_the_same_loss(dtype, form):
+    indices, *tensors = make_inputs(4, 5, 9, 6, dtype=dtype_of(form))
+
+    loss = hierarchical_topk_loss(indices.to(dtype), *tensors, backend=form)
+
+    assert torch.equal(loss, hierarchical_topk_loss(indices, *tensors, backend=form))
+
+
 def test_gradients_and_reconstruction_pass_gradcheck():
     indices, *tensors = make_inputs(3, 4, 6, 2, distinct=False)
 

@@ -51,6 +51,26 @@ def test_numba_reconstruction_is_differentiable_like_that_of_torch():
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_frozen_dictionary_has_no_gradient_and_the_others_are_the_same(monkeypatch):
+    indices, values, W_dec, b_dec, target = make_inputs(9, 5, 20, 50, dtype=torch.float32)
+    wanted, rows = (values, b_dec, target), []
+    expected = torch.autograd.grad(hierarchical_topk_loss_reference(indices, values, W_dec, b_dec, target), wanted)
+    allocate = hierarchical_topk_numba.empty_in_large_pages
+    monkeypatch.setattr(
+        hierarchical_topk_numba,
+        "empty_in_large_pages",
+        lambda *shape, **options: rows.append(shape[0]) or allocate(*shape, **options),
+    )
+
+    loss = hierarchical_topk_loss(indices, values, W_dec.detach(), b_dec, target, backend="numba")
+    gradients = torch.autograd.grad(loss, wanted)
+
+    assert rows == [1]
+    # float32 sums of some dozen terms
+    for gradient, other in zip(gradients, expected):
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5)
+
+
 def test_numba_takes_float32_only_and_checks_what_it_addresses():
     with pytest.raises(ValueError, match="backend='numba' needs float32 on cpu, got torch.float64"):
         hierarchical_topk_loss(*make_inputs(3, 4, 6, 2), backend="numba")

@@ -320,6 +320,22 @@ def test_attention_sinks_keep_their_own_values(model):
     torch.testing.assert_close(explicit[~is_sink], sae(clean).reconstruction.detach()[~is_sink])
 
 
+def test_the_ratio_of_training_says_which_values_are_kept(model):
+    sae, clean = make_sae(), states(model, 0)
+    norms = clean.norm(dim=-1)
+    sae.median_norm.fill_(norms.median().item())
+    between = norms.flatten().sort().values[-2:].mean().item() / norms.median().item()
+
+    with splice(model, sae, 0, max_norm_ratio=between):
+        some = states(model, 0)
+    with splice(model, sae, 0, max_norm_ratio=math.inf):
+        assert torch.equal(states(model, 0) == clean, torch.zeros_like(clean, dtype=torch.bool))
+    with ablate(model, sae, 0, list(range(sae.config.d_sae)), max_norm_ratio=1e-9):
+        assert torch.equal(states(model, 0), clean)
+
+    assert ((some == clean).all(dim=-1)).sum() == 1
+
+
 def test_spliced_loss_is_that_of_the_evaluation(model, tiny_language_model):
     from transformers import AutoTokenizer
 
@@ -586,6 +602,10 @@ def test_statistics_of_a_stream_and_of_its_shards_are_the_same(model, tokenizer,
         (
             lambda model, sae: steer(model, sae, 0, 1, strength="2", typical_activation=1.0),
             "strength must be finite numbers, got '2'",
+        ),
+        (
+            lambda model, sae: splice(model, sae, 0, max_norm_ratio=0),
+            "max_norm_ratio must be a positive number, got 0",
         ),
         (lambda model, sae: splice(model, sae, 0, max_norm="2"), "max_norm must be a positive number, got '2'"),
         (lambda model, sae: record_statistics(sae, {"a": 1}), "expected activations, a tensor or several, got a dict"),

@@ -86,6 +86,20 @@ def test_a_judge_that_knows_where_a_latent_fires_scores_one(planted, tokenizer, 
     assert ignorant[0].balanced_accuracy == 0.5
 
 
+def test_explanations_of_latents_in_a_tensor_are_found_by_number(planted, tokenizer, judge):
+    explanations = explain_latents(
+        planted,
+        tokenizer,
+        planted.live_latents,
+        judge,
+        judge_tokenizer=tokenizer,
+        max_new_tokens=1,
+        show_progress=False,
+    )
+
+    assert planted.live_latents.tolist() == [0] and isinstance(explanations[0], str)
+
+
 def test_what_explains_is_not_what_is_scored(planted, tokenizer, judge, monkeypatch):
     asked = []
     monkeypatch.setattr(

@@ -39,6 +39,17 @@ CLAIMS = {
         ["first 8, 24, 64 latents", "2503.17547", "one budget, the 8 strongest"],
         ["every", "2505.24473", "k="],
     ),
+    "layer": (
+        {"layer": 3, "model_name": "a/b"},
+        ["for activations of size 16 from layer 3 of `a/b`, trained"],
+        ["None"],
+    ),
+    "module": (
+        {"hook_point": "model.layers.3.mlp", "model_name": "a/b"},
+        ["for activations of size 16 from the module model.layers.3.mlp of `a/b`, trained"],
+        ["None", "layer None"],
+    ),
+    "nowhere": ({"model_name": "a/b"}, ["for activations of size 16 from `a/b`, trained"], ["None", "the module"]),
     "transcoder": (
         {"d_out": 10, "hook_point": "mlp.input", "target_hook_point": "mlp.output", "layer": 3, "model_name": "a/b"},
         ["Sparse transcoder", "computes mlp.output of layer 3 from mlp.input of layer 3 of `a/b`", "2505.24473"],

@@ -209,6 +209,9 @@ def test_batch_topk_multiplies_by_the_encoder_once():
 
 FOR_USE = {name: {"selection": name, "k": 64, "budgets": [64]} for name in ("relu", "jumprelu")}
 for_use = pytest.mark.parametrize("options", FOR_USE.values(), ids=FOR_USE)
+any_number = pytest.mark.parametrize(
+    "options", [*FOR_USE.values(), OBJECTIVES["batch_topk"]], ids=[*FOR_USE, "batch_topk"]
+)
 
 
 def make_for_use(**options):
@@ -278,7 +281,15 @@ def test_parts_of_the_input_with_different_numbers_of_latents_are_put_together(o
     torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [*FOR_USE.values(), OBJECTIVES["batch_topk"]], ids=[*FOR_USE, "batch_topk"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.uint8])
+def test_indices_of_any_integer_type_are_decoded(dtype):
+    sae = make_sae().eval()
+    indices, values = sae.encode(make_activations(5))
+
+    assert torch.equal(sae.decode(indices.to(dtype), values), sae.decode(indices, values))
+
+
+@any_number
 def test_each_place_of_an_input_is_another_latent(options, monkeypatch):
     monkeypatch.setattr("hf_hierarchical_sae.modeling_hierarchical_sae.PRE_ACTIVATIONS", 640)
     sae, x = make_for_use(**options), make_activations(40, scale=1.0) - 100
@@ -293,7 +304,7 @@ def test_each_place_of_an_input_is_another_latent(options, monkeypatch):
     torch.testing.assert_close(dense @ sae.W_dec + sae.b_dec / sae.input_scale, sae.decode(indices, values))
 
 
-@for_use
+@any_number
 def test_activations_that_are_not_numbers_do_not_pass_for_inactive(options):
     sae, x = make_for_use(**options), make_activations(5, scale=1.0) - 100
     x[2, 7] = torch.nan

@@ -21,7 +21,15 @@ from hf_hierarchical_sae import (
     steer,
 )
 from hf_hierarchical_sae.language_model import decoder_layers, inputs_of
-from hf_hierarchical_sae.sites import HOOK_POINTS, check_fits, find_site, read_sites, site_hook
+from hf_hierarchical_sae.sites import (
+    HOOK_POINTS,
+    check_fits,
+    final_norm,
+    find_site,
+    read_sites,
+    site_hook,
+    writes_to_stream,
+)
 
 
 IDS, LAYER, WIDTH = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]]), 1, 16
@@ -646,3 +654,68 @@ def test_what_is_read_is_what_transformer_lens_reads_under_its_names(models, tmp
         expected = theirs[f"blocks.{LAYER}.{HOOK_POINTS[site]}"].flatten(2)
         torch.testing.assert_close(read(models[name], site)[0], expected, atol=1e-4, rtol=1e-4)
     assert (f"blocks.{LAYER}.hook_resid_mid" in theirs) == (name in SERIAL)
+
+
+NORMS = {
+    "llama": "model.norm",
+    "granite": "model.norm",
+    "gpt2": "transformer.ln_f",
+    "bloom": "transformer.ln_f",
+    "opt": "model.decoder.final_layer_norm",
+    "modernbert": "head.norm",
+    "bert": "cls.predictions.transform.LayerNorm",
+    "gpt_neox": "gpt_neox.final_layer_norm",
+    "t5": "decoder.final_layer_norm",
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_the_norm_before_the_unembedding_is_found_whatever_it_is_called(name, models):
+    assert final_norm(models[name]) is models[name].get_submodule(NORMS[name])
+
+
+OTHERS = {
+    "olmo": {},
+    "nanochat": {},
+    "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 32, "moe_layers": []},
+    "gemma4_text": {
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 50,
+        "global_head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "num_kv_shared_layers": 0,
+    },
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_final_norm_without_a_gain_and_one_of_several_norms_are_found(name):
+    tokens = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    config = AutoConfig.for_model(name, **{**LLAMA, "num_key_value_heads": 2}, **tokens, **OTHERS[name])
+    model = AutoModelForCausalLM.from_config(config).eval()
+
+    assert final_norm(model) is model.model.norm
+
+
+def test_a_model_whose_layers_end_in_norms_has_no_final_norm():
+    sizes = {**SIZES, "ffn_dim": 32, "word_embed_proj_dim": 8, "do_layer_norm_before": False}
+    config = AutoConfig.for_model("opt", vocab_size=300, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes)
+
+    assert final_norm(AutoModelForCausalLM.from_config(config).eval()) is None
+
+
+@pytest.mark.parametrize(
+    "hook_point, expected",
+    [
+        *((name, name in ("input", "middle", "output", "attention.output", "mlp.output")) for name in HOOK_POINTS),
+        ("mlp", True),
+        ("mlp.down_proj", True),
+        ("self_attn.o_proj", True),
+        ("mlp.up_proj", False),
+        ("self_attn.q_proj", False),
+    ],
+)
+def test_sites_that_write_to_the_residual_stream_are_told_from_others(hook_point, expected, models):
+    model = models["llama"]
+
+    assert writes_to_stream(model, find_site(model, LAYER, hook_point)) == expected

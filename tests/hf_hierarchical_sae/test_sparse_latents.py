@@ -69,6 +69,18 @@ def test_the_sparse_encoder_has_the_gradients_of_the_dense_one():
         torch.testing.assert_close(found, expected)
 
 
+def test_the_gradient_of_a_frozen_sparse_encoder_is_that_of_its_input_alone(monkeypatch):
+    monkeypatch.setattr(sparse_latents, "encoder_gradient", lambda *arguments: pytest.fail("not wanted"))
+    x, weight, bias = make_encoder(dtype=torch.float64)
+    x.requires_grad_()
+    values, indices = F.linear(x, weight, bias).topk(5, dim=1)
+
+    sparse = SparseEncoder.apply(x, weight, bias, torch.zeros(6, dtype=torch.float64), values.detach(), indices)
+
+    expected = torch.autograd.grad(values.relu().sum(), x)
+    torch.testing.assert_close(torch.autograd.grad(sparse.sum(), x), expected)
+
+
 @pytest.mark.parametrize("use_numba", [False, True])
 def test_every_form_of_the_encoder_gradient_equals_float64(use_numba, monkeypatch):
     if use_numba:

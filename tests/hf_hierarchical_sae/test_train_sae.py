@@ -100,6 +100,7 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_training_ends_as_if_never_stopped
         (["--k", "900"], "--k must be in [1, d_sae=64], got 900"),
         (["--k", "0"], "--k must be in [1, d_sae=64], got 0"),
         (["--d_sae", "0"], "--k must be in [1, d_sae=0], got 8"),
+        (["--eval_tokens", "1"], "--eval_tokens must be at least 2, whose variance is explained, got 1"),
         (["--max_steps", "0"], "--max_steps must be positive, got 0"),
         (["--tokens", "-5"], "--tokens must be positive, got -5"),
         (["--learning_rate", "inf"], "--learning_rate must be positive, got inf"),
@@ -122,6 +123,13 @@ def test_bad_input_ends_in_one_sentence(command, run, options, message, capsys):
     # argparse prints its sentence and exits with 2; elsewhere the sentence is the exit status.
     said = capsys.readouterr().err.splitlines()[-1] if stopped.value.code == 2 else stopped.value.code
     assert message in said
+
+
+def test_text_in_another_encoding_is_named(command, run, tmp_path):
+    (tmp_path / "latin.txt").write_bytes(("café " * 400).encode("latin-1"))
+
+    with pytest.raises(SystemExit, match=r"--text_files: expected UTF-8 text in .*latin\.txt, got .*: convert it"):
+        run(command, "--text_files", tmp_path / "latin.txt")
 
 
 def test_a_finished_training_is_not_replaced_in_silence(command, run, tmp_path, capsys):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,11 @@ def test_a_kill_while_a_checkpoint_is_written_costs_that_checkpoint_only(tmp_pat
         ({"settings": {"learning_rate": 1e-3}}, "holds a training with learning_rate=0.01, got learning_rate=0.001"),
         ({"settings": {"batch_size": 25}}, "per_device_train_batch_size=50, got per_device_train_batch_size=25"),
         ({"settings": {"seed": 1}}, "holds a training with seed=42, got seed=1"),
+        ({"settings": {"gradient_accumulation_steps": 2}}, "gradient_accumulation_steps=1, got .*_steps=2"),
+        ({"settings": {"lr_scheduler_type": "cosine"}}, "lr_scheduler_type='linear', got lr_scheduler_type='cosine'"),
+        ({"settings": {"optim": "sgd"}}, "holds a training with optim='adamw_torch.*', got optim='sgd'"),
+        ({"settings": {"weight_decay": 0.5}}, "holds a training with weight_decay=0.0, got weight_decay=0.5"),
+        ({"settings": {"max_grad_norm": 0.1}}, "holds a training with max_grad_norm=1.0, got max_grad_norm=0.1"),
         ({"x": activations(tokens=190)}, "holds a training with tokens=200, got tokens=190"),
         ({"x": activations(seed=1)}, "holds a training on other activations"),
         ({"steps": 4}, "checkpoint-8 has made 8 steps already, got 4 in all"),
@@ -354,13 +360,15 @@ def test_a_training_on_other_text_settings_is_not_gone_on_with(language_model, t
         train_sae(sae, ActivationDataset(stream), sample, arguments, resume=True)
 
 
-def test_a_training_on_text_of_other_processes_is_not_gone_on_with(language_model, tmp_path):
-    train_on_text(language_model, tmp_path)
+@pytest.mark.parametrize("on_text", [False, True])
+def test_a_training_of_other_processes_is_not_gone_on_with(on_text, language_model, tmp_path):
+    go = partial(train_on_text, language_model) if on_text else train
+    go(tmp_path)
     record = json.loads((tmp_path / "training.json").read_text())
     (tmp_path / "training.json").write_text(json.dumps({**record, "num_processes": 2}))
 
     with pytest.raises(ValueError, match="holds a training with num_processes=2, got num_processes=1"):
-        train_on_text(language_model, tmp_path, resume=True)
+        go(tmp_path, resume=True)
 
 
 def test_workers_that_would_each_read_the_whole_text_are_refused(language_model):

@@ -81,3 +81,20 @@ def test_evaluation_does_not_count_as_training(tmp_path):
     trainer.evaluate(trainer.train_dataset)
 
     assert trainer.model.pop_training_metrics() == {}
+
+
+def test_an_evaluation_between_two_logs_leaves_the_numbers_to_the_training_log(tmp_path):
+    x = torch.randn(50, 6)
+    plain, evaluated = make_trainer(tmp_path, x), make_trainer(tmp_path, x)
+    # Behind the first of the two batches that a log is about.
+    evaluated.args.eval_strategy, evaluated.args.eval_steps = "steps", 1
+    evaluated.eval_dataset = evaluated.train_dataset
+    evaluated.model.load_state_dict(plain.model.state_dict())
+
+    plain.train()
+    evaluated.train()
+
+    training, others = ([log for log in evaluated.state.log_history if ("loss" in log) == wanted] for wanted in (1, 0))
+    expected = [log["explained_variance_5"] for log in plain.state.log_history if "loss" in log]
+    assert [log["explained_variance_5"] for log in training] == pytest.approx(expected, abs=1e-6)
+    assert len(others) == 5 and not any("dead_fraction" in log for log in others if "eval_loss" in log)
