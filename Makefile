@@ -109,6 +109,8 @@ VENV_DEEPSPEED ?= .venv-deepspeed
 $(VENV_DEEPSPEED)/.installed: | $(VENV)/.installed
 	$(call beside_development,$(VENV_DEEPSPEED))
 	$(VENV_DEEPSPEED)/bin/python -m pip install -q --no-warn-conflicts deepspeed==0.19.8
+	PATH=$(VENV_DEEPSPEED)/bin:$$PATH DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(VENV_DEEPSPEED)/extensions $(VENV_DEEPSPEED)/bin/python -c \
+		"from deepspeed.comm.torch import build_shm_op; build_shm_op()" || echo "Tests with DeepSpeed need a C++ compiler"
 	touch $@
 
 test: $(VENV)/.installed-dev $(VENV_SPACE)/.installed $(VENV_DEEPSPEED)/.installed model  ## Run the whole test suite

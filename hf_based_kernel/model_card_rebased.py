@@ -83,7 +83,7 @@ def push_with_card(
         card = ModelCard.load(hf_hub_download(repo_id, "README.md", revision=revision, token=token))
         set_metrics(card, metrics, repo_id)
     else:
-        card = rebased_card(model, repo_id, metrics)
+        card = model.model_card(repo_id, metrics=metrics)
     card.data["tags"] = list(dict.fromkeys([*card.data.get("tags", []), *(tags or ())]))
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)

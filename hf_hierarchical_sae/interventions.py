@@ -31,7 +31,7 @@ def splice(
     keep_error: bool = False,
     edit: Edit | None = None,
     max_norm: float | None = None,
-    max_norm_ratio: float = 5.0,
+    max_norm_ratio: float | None = 5.0,
 ) -> Generator[None, None, None]:
     """
     Inside, reconstructions stand in place of the hidden states at a site of a decoder layer: x̂ for x, or x̂ + (x − x̂₀)
@@ -59,8 +59,8 @@ def splice(
         max_norm (`float`, *optional*): positions of a larger norm keep the model's own values, such as attention
             sinks, which an autoencoder is not trained on. By default `max_norm_ratio` times the median on record (see
             [`record_statistics`]), or no limit if there is none; for a transcoder that of its targets as well.
-        max_norm_ratio (`float`, defaults to 5.0): the one that it was trained with, see [`ActivationSettings`]; infinity for
-            no limit.
+        max_norm_ratio (`float`, *optional*, defaults to 5.0): the one that it was trained with, see [`ActivationSettings`];
+            None for no limit.
 
     Raises:
         `ValueError`: If there is no such layer or site, another hidden size than `sae.config.d_in`, an autoencoder of another
@@ -109,7 +109,7 @@ def ablate(
     hook_point: str | None = None,
     k: int | None = None,
     max_norm: float | None = None,
-    max_norm_ratio: float = 5.0,
+    max_norm_ratio: float | None = 5.0,
 ) -> Generator[None, None, None]:
     """
     Inside, the hidden states at a site of a decoder layer lack what some latents contribute:
@@ -124,7 +124,7 @@ def ablate(
         hook_point (`str`, *optional*): as in [`splice`].
         k (`int`, *optional*): latents per position, at most `sae.config.k`, which is the default.
         max_norm (`float`, *optional*): as in [`splice`].
-        max_norm_ratio (`float`, defaults to 5.0): as in [`splice`].
+        max_norm_ratio (`float`, *optional*, defaults to 5.0): as in [`splice`].
 
     Raises:
         `ValueError`: If [`splice`] raises it, or a latent is out of range.
@@ -245,12 +245,12 @@ def record_statistics(
         sae.median_target_norm.copy_(torch.cat(target_norms).median())
 
 
-def _norm_limits(sae: HierarchicalSaeModel, max_norm: float | None, max_norm_ratio: float) -> list[float]:
+def _norm_limits(sae: HierarchicalSaeModel, max_norm: float | None, max_norm_ratio: float | None) -> list[float]:
     """Largest norms of what is read and, of a transcoder, of its targets; one that is given is of what is read alone."""
     medians = [sae.median_norm, *([sae.median_target_norm] if sae.config.is_transcoder else [])]
     if max_norm is not None:
         return [positive_number("max_norm", max_norm), torch.inf][: len(medians)]
-    ratio = positive_number("max_norm_ratio", max_norm_ratio)
+    ratio = torch.inf if max_norm_ratio is None else positive_number("max_norm_ratio", max_norm_ratio)
     return [ratio * (median.item() or torch.inf) for median in medians]
 
 

@@ -1,10 +1,21 @@
-"""The model card that an autoencoder is uploaded with."""
+"""The model card of an autoencoder, and its way to the Hub: in one commit with the weights."""
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import (
+    CommitInfo,
+    EvalResult,
+    ModelCard,
+    ModelCardData,
+    create_branch,
+    create_repo,
+    file_exists,
+    hf_hub_download,
+    upload_folder,
+)
 
 from .configuration_hierarchical_sae import place_name
 
@@ -72,6 +83,44 @@ def set_metrics(card: ModelCard, metrics: Sequence[EvalResult], name: str) -> No
         ]
         card.data["model_name"] = card.data.get("model_name", Path(name).name)
         card.data["eval_results"] = [*earlier, *metrics]
+
+
+def push_with_card(
+    model: Any,
+    repo_id: str,
+    metrics: Sequence[EvalResult],
+    *,
+    commit_message: str = "Upload model",
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str = "50GB",
+    tags: Sequence[str] = (),
+) -> CommitInfo:
+    """One commit with the files of `save_pretrained` and the card: the one that is there, or a new one."""
+    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+    if file_exists(repo_id, "README.md", revision=revision, token=token):
+        card = ModelCard.load(hf_hub_download(repo_id, "README.md", revision=revision, token=token))
+        set_metrics(card, metrics, repo_id)
+    else:
+        card = model.model_card(repo_id, metrics=metrics)
+    card.data["tags"] = list(dict.fromkeys([*card.data.get("tags", []), *(tags or ())]))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        card.save(Path(folder, "README.md"))
+        return upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
 
 
 def _objective(config: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from huggingface_hub import EvalResult, ModelCard, create_repo, file_exists
+from huggingface_hub import CommitInfo, EvalResult, ModelCard
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
 from .hierarchical_topk import as_indices, choose_form, normalized_weights
 from .large_pages import keep_pages_for
-from .model_card_hierarchical_sae import sae_card, set_metrics
+from .model_card_hierarchical_sae import push_with_card, sae_card
 from .sparse_latents import (
     SparseEncoder,
     TangentGradient,
@@ -380,10 +380,20 @@ class HierarchicalSaeModel(PreTrainedModel):
         """Scale the rows of `W_dec` to unit norm, in place; does nothing if `config.normalize_decoder` is off."""
         if not self.config.normalize_decoder:
             return
+        if self.W_dec.dim() != 2:
+            raise ValueError(
+                "the rows of W_dec cannot be normalised where DeepSpeed's ZeRO-3 has shared them out: use stage 2, or FSDP2, "
+                "as examples/hf_hierarchical_sae/train_sharded.py does"
+            )
         norms = torch.linalg.vector_norm(_at_least_float32(self.W_dec), dim=1, keepdim=True)
         # Rows that are at unit norm up to rounding stay as they are: normalising twice changes nothing.
         is_off = ((norms - 1).abs() > max(1e-6, torch.finfo(self.W_dec.dtype).eps)) & (norms > 0)
         self.W_dec.div_(norms.masked_fill(~is_off, 1.0))
+        if getattr(self.W_dec, "_hp_mapping", None) is not None:
+            # DeepSpeed's ZeRO-1 and 2 step copies of their own, which they then write over the weights.
+            from deepspeed.utils import safe_set_full_fp32_param  # ty: ignore[unresolved-import]
+
+            safe_set_full_fp32_param(self.W_dec, self.W_dec)
 
     def pop_training_metrics(self) -> dict[str, float]:
         """
@@ -428,24 +438,16 @@ class HierarchicalSaeModel(PreTrainedModel):
                 if path.name not in written:
                     path.unlink()
 
-    def push_to_hub(self, repo_id: str, *, metrics: Sequence[EvalResult] = (), **kwargs: Any) -> str:
+    def push_to_hub(self, repo_id: str, *, metrics: Sequence[EvalResult] = (), **kwargs: Any) -> CommitInfo:
         """
-        [`~PreTrainedModel.push_to_hub`], with a model card that shows how to use the model if there is none yet.
+        [`~PreTrainedModel.push_to_hub`], in one commit with a model card that shows how to use the model if there is none yet.
 
         Args:
             repo_id (`str`): where to.
             metrics (`Sequence[EvalResult]`): what [`HierarchicalSaeEvaluation.metrics`] gives, for the card's metadata.
             kwargs (*optional*): those of transformers.
         """
-        token = kwargs.get("token")
-        repo_id = create_repo(repo_id, private=kwargs.get("private"), token=token, exist_ok=True).repo_id
-        if not file_exists(repo_id, "README.md", token=token):
-            self.model_card(repo_id, metrics=metrics).push_to_hub(repo_id, token=token)
-        elif metrics:
-            card = ModelCard.load(repo_id, token=token)
-            set_metrics(card, metrics, repo_id)
-            card.push_to_hub(repo_id, token=token)
-        return super().push_to_hub(repo_id, **kwargs)
+        return push_with_card(self, repo_id, metrics, **kwargs)
 
     def model_card(self, repo_id: str, picture: str | None = None, metrics: Sequence[EvalResult] = ()) -> ModelCard:
         """

@@ -125,18 +125,18 @@ def test_a_second_push_keeps_the_card_and_replaces_its_metrics(tiny_language_mod
 
 
 def test_a_pull_request_leaves_the_branch_as_it_is(tiny_language_model, hub):
-    model = rebased(AutoTokenizer.from_pretrained(tiny_language_model))
-    repo_id, metric = "tester/theirs", EvalResult("text-generation", "sums", "Sums", "accuracy", 0.5)
-    HfApi().create_repo(repo_id)
-    model.push_to_hub(repo_id, create_pr=True, metrics=[metric], tags=["mine"])
-    model.push_to_hub(repo_id, revision="v2")
+    language_model = rebased(AutoTokenizer.from_pretrained(tiny_language_model))
+    metric = EvalResult("text-generation", "sums", "Sums", "accuracy", 0.5)
+    for model in (language_model, HierarchicalSaeModel(HierarchicalSaeConfig(d_in=16, d_sae=64, k=8))):
+        repo_id = f"tester/theirs-{model.config.model_type}"
+        HfApi().create_repo(repo_id)
+        model.push_to_hub(repo_id, create_pr=True, metrics=[metric], tags=["mine"])
+        model.push_to_hub(repo_id, revision="v2")
 
-    assert not hub.files(repo_id) and len(hub.repos["models", repo_id].commits) == 3
-    card = ModelCard(hub.files(repo_id, revision="refs/pr/1")["README.md"].decode())
-    assert card.data.eval_results == [metric] and {"rebased", "mine"} <= set(card.data.tags)
-    assert "model.safetensors" in hub.files(repo_id, revision="v2") and "README.md" in hub.files(
-        repo_id, revision="v2"
-    )
+        assert not hub.files(repo_id) and len(hub.repos["models", repo_id].commits) == 3
+        card = ModelCard(hub.files(repo_id, revision="refs/pr/1")["README.md"].decode())
+        assert card.data.eval_results == [metric] and "mine" in card.data.tags
+        assert {"model.safetensors", "README.md"} <= set(hub.files(repo_id, revision="v2"))
 
 
 @pytest.fixture(scope="module")

@@ -328,7 +328,7 @@ def test_the_ratio_of_training_says_which_values_are_kept(model):
 
     with splice(model, sae, 0, max_norm_ratio=between):
         some = states(model, 0)
-    with splice(model, sae, 0, max_norm_ratio=math.inf):
+    with splice(model, sae, 0, max_norm_ratio=None):
         assert torch.equal(states(model, 0) == clean, torch.zeros_like(clean, dtype=torch.bool))
     with ablate(model, sae, 0, list(range(sae.config.d_sae)), max_norm_ratio=1e-9):
         assert torch.equal(states(model, 0), clean)

@@ -52,9 +52,14 @@ dist.destroy_process_group()
 """
 
 
-def in_two_processes(program, tmp_path, *arguments, python=sys.executable, **environment):
+def in_two_processes(program, tmp_path, *arguments, python=sys.executable):
     """What process 0 writes to result.pt."""
     (tmp_path / "program.py").write_text(program)
+    environment = {
+        "DS_ACCELERATOR": "cpu",
+        "PATH": f"{Path(python).parent}:{os.environ['PATH']}",  # of ninja
+        "TORCH_EXTENSIONS_DIR": str(Path(python).parents[1] / "extensions"),  # of DeepSpeed, compiled once
+    }
     launch = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launch, str(tmp_path / "program.py"), *map(str, arguments)],
@@ -282,9 +287,6 @@ def test_what_zero3_shares_out_is_sent_whole_and_checked(mode, name, tiny_langua
         tmp_path,
         *(tmp_path / "base", mode, tmp_path / "out", tmp_path / "result.pt"),
         python=python,
-        DS_ACCELERATOR="cpu",
-        PATH=f"{Path(python).parent}:{os.environ['PATH']}",  # of ninja
-        TORCH_EXTENSIONS_DIR=str(tmp_path / "built"),
     )
 
     probe, restored, *_, last = result["syncs"]
