@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .config import BiasSteerConfig, as_index
 from .merging import merge_sites
 from .model import layer_indices
-from .residual import find_layers, residual_width
+from .residual import find_layers, refuse_seq_first, residual_width
 from .vectors import from_vectors, unwrap
 
 
@@ -73,7 +73,8 @@ def extract_vectors(
     Raises:
         TypeError: If an index or a number is no integer, or `pairs` no iterable.
         ValueError: If there are too few pairs or no difference, a row or prompt is none, a layer does not exist, hidden
-            states are not finite, or the model is in training mode or has an encoder beside its decoder.
+            states are not finite, or the model is in training mode, or has an encoder beside its decoder or layers that
+            return (seq, batch, hidden_size).
     """
     base = unwrap(model)
     _check_model(base)
@@ -110,6 +111,7 @@ def _check_model(base: PreTrainedModel) -> None:
         raise ValueError(
             f"expected a decoder or an encoder, got a {type(base).__name__}, which reads a prompt with both"
         )
+    refuse_seq_first(base, "extract_vectors", "train its vectors")
 
 
 def _prompts(

@@ -25,7 +25,7 @@ from .layer import (
     wrong_length,
 )
 from .merging import merge_sites
-from .residual import find_layers, residual_width
+from .residual import find_layers, refuse_seq_first, residual_width
 from .tokens import Tokens, as_choice, recompute_in_context
 
 
@@ -279,6 +279,7 @@ class BiasSteerModel(BaseTuner):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         if any(layer.merged for layer in self.steering_layers.values()):
             raise ValueError(MERGED)
+        refuse_seq_first(self.model, "adapter_names", "give each adapter a batch of its own")
         if rows is not None and rows != len(adapter_names):
             raise ValueError(wrong_length(adapter_names, rows))
 
@@ -317,8 +318,9 @@ class BiasSteerModel(BaseTuner):
 
         Raises:
             TypeError: If a length is no integer.
-            ValueError: If it is none of these parts, or the model has an encoder beside its decoder. In a forward pass:
-                if adapters are merged, or the lengths of its prompts are unknown.
+            ValueError: If it is none of these parts, or the model has an encoder beside its decoder, or layers that
+                return (seq, batch, hidden_size). In a forward pass: if adapters are merged, or the lengths of its prompts
+                are unknown.
         """
         choice = as_choice(tokens, prompt_lengths)
         if choice is not None and getattr(self.model.config, "is_encoder_decoder", False):
@@ -326,6 +328,8 @@ class BiasSteerModel(BaseTuner):
                 "expected a decoder alone, whose prompt and completion are one sequence, got a model with an encoder: "
                 "steer_tokens has no meaning there"
             )
+        if choice is not None:
+            refuse_seq_first(self.model, "steer_tokens", "steer all tokens")
         layers = list(self.steering_layers.values())
         hooks = [
             self.model.register_forward_pre_hook(partial(_before_pass, layers=layers), with_kwargs=True),

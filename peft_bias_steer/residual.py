@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .architectures import LAYER_LISTS, REFUSED_TYPES, STREAM_COUNTS
+from .architectures import LAYER_LISTS, REFUSED_TYPES, SEQ_FIRST_TYPES, STREAM_COUNTS
 
 
 def find_layers(model: PreTrainedModel, layers_pattern: list[str] | str | None = None) -> tuple[str, nn.ModuleList]:
@@ -85,3 +85,23 @@ def residual_width(model: PreTrainedModel) -> int:
     if getattr(config, "hidden_size", None) is None:
         raise ValueError(f"{config.model_type} cannot be steered: its config names no hidden_size")
     return config.hidden_size
+
+
+def refuse_seq_first(model: nn.Module, what: str, instead: str) -> None:
+    """
+    Refuses what has to tell rows from tokens in the output of a layer, in a model whose layers return them in turn.
+
+    Args:
+        model (`nn.Module`): The base model.
+        what (`str`): What has to, for the error.
+        instead (`str`): What to do instead, for the error.
+
+    Raises:
+        ValueError: If it is such a model.
+    """
+    types = {part.config.model_type for part in model.modules() if isinstance(part, PreTrainedModel)}
+    if found := sorted(types.intersection(SEQ_FIRST_TYPES)):
+        raise ValueError(
+            f"expected a model whose layers return (batch, seq, hidden_size) for {what}, got {found[0]}, whose layers "
+            f"return (seq, batch, hidden_size): {instead}"
+        )
