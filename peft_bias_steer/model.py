@@ -207,13 +207,14 @@ class BiasSteerModel(BaseTuner):
         Adds an adapter whose vectors are the weighted sums of other adapters' vectors, at their present scale.
 
         Args:
-            adapters (`list[str]`): Names of the adapters to sum.
+            adapters (`list[str]`): Names of the adapters to sum. One that stands there twice counts twice.
             weights (`list[float]`): One factor for each of them.
             adapter_name (`str`): Name of the new adapter. Nothing happens if it exists already, as elsewhere in PEFT.
 
         Raises:
             TypeError: If a weight is no number.
-            ValueError: If an adapter does not exist, a weight is not finite, or there is not one weight for each.
+            ValueError: If an adapter does not exist or has trained whole modules too, a weight is not finite, or there is
+                not one weight for each.
         """
         if adapter_name in self.peft_config:
             return
@@ -222,9 +223,16 @@ class BiasSteerModel(BaseTuner):
             raise ValueError(
                 f"expected one weight per adapter, got {len(weights)} weights for {len(adapters)} adapters"
             )
-        factors = {
-            adapter: as_factor(weight, f"the weight of {adapter!r}") for adapter, weight in zip(adapters, weights)
-        }
+        factors = dict.fromkeys(adapters, 0.0)
+        for adapter, weight in zip(adapters, weights):
+            factors[adapter] += as_factor(weight, f"the weight of {adapter!r}")
+        wrappers = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        whole = [adapter for adapter in factors if any(adapter in wrapper._adapters for wrapper in wrappers)]
+        if whole:
+            raise ValueError(
+                f"expected adapters of vectors alone, got {', '.join(whole)} with modules_to_save, of which there is no "
+                "weighted sum: activate one of them with set_adapter()"
+            )
         sums = {name: _weighted_sum(layer, factors) for name, layer in self.steering_layers.items()}
         sums = {name: total for name, total in sums.items() if total is not None}
         self.peft_config[adapter_name] = replace(
