@@ -397,7 +397,7 @@ class BiasSteerModel(BaseTuner):
     @torch.no_grad()
     def check_merge(self, *args: Any, tolerance: float | None = None, **kwargs: Any) -> float:
         """
-        Merges on trial and compares the model's output before and after. The model is left unmerged.
+        Merges on trial and compares the model's output before and after, in evaluation mode. The model is left unmerged.
 
         Args:
             args, kwargs: An input for the model, as for a forward pass.
@@ -411,14 +411,15 @@ class BiasSteerModel(BaseTuner):
         Raises:
             ValueError: If the merged model computes something else.
         """
-        expected = self.model(*args, **kwargs)[0]
-        if tolerance is None:
-            tolerance = max(1e-3, 8 * _coarsest_rounding(self.model, expected))
-        self.merge_adapter(safe_merge=True)
-        try:
-            difference = ((self.model(*args, **kwargs)[0] - expected).abs().max() / expected.abs().max()).item()
-        finally:
-            self.unmerge_adapter()
+        with in_evaluation_mode(self.model):  # dropout changes the output too
+            expected = self.model(*args, **kwargs)[0]
+            if tolerance is None:
+                tolerance = max(1e-3, 8 * _coarsest_rounding(self.model, expected))
+            self.merge_adapter(safe_merge=True)
+            try:
+                difference = ((self.model(*args, **kwargs)[0] - expected).abs().max() / expected.abs().max()).item()
+            finally:
+                self.unmerge_adapter()
         if not difference <= tolerance:
             raise ValueError(f"merging changes the output by {difference:.1e}, expected at most {tolerance:.1e}")
         return difference
@@ -567,6 +568,18 @@ def _before_pass(module: nn.Module, args: tuple, kwargs: dict[str, Any], layers:
 def _after_pass(module: nn.Module, args: tuple, output: Any, layers: list[BiasSteerLayer]) -> None:
     if layers[0].call.choice is not None:
         choose_tokens(layers, None)
+
+
+@contextmanager
+def in_evaluation_mode(model: nn.Module) -> Generator[None]:
+    """Puts every module in evaluation mode, and back into its own: one may be in training mode around others that are not."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _coarsest_rounding(model: nn.Module, output: torch.Tensor) -> float:

@@ -261,6 +261,17 @@ def test_self_check_accepts_an_exact_merge_and_leaves_the_model_unmerged(steered
     assert torch.equal(logits(steered, tokens), expected)
 
 
+def test_self_check_of_a_model_in_training_is_not_misled_by_dropout(llama, tokens, set_vectors):
+    model = get_peft_model(llama(attention_dropout=0.5), BiasSteerConfig())
+    set_vectors(model)
+    model.train()
+    model.get_base_model().model.layers[1].eval()
+
+    assert model.check_merge(tokens) < 1e-5
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert {name for name in modes if not modes[name]} == {name for name in modes if "model.layers.1" in name}
+
+
 def test_self_check_refuses_an_inexact_merge(steered, tokens, monkeypatch):
     layer = steered.get_base_model().model.layers[0]
     layer.mlp.register_forward_hook(lambda module, args, output: 0.9 * output)
