@@ -138,17 +138,21 @@ def _prompts(
 def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, name: str) -> list[int]:
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    messages = prompt if isinstance(prompt, list) else []
-    if not messages or not all(isinstance(message, Mapping) and "role" in message for message in messages):
+    if not is_chat(prompt):
         raise ValueError(f"expected a text or a list of messages as {name}, got {prompt!r}")
-    answered = messages[-1]["role"] == "assistant"
+    answered = prompt[-1]["role"] == "assistant"
     try:
         ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=not answered, continue_final_message=answered, return_dict=False
+            prompt, add_generation_prompt=not answered, continue_final_message=answered, return_dict=False
         )
     except Exception as error:  # templates raise errors of their own
         raise ValueError(f"expected {name} to be a chat that the tokenizer's template takes, got {error}") from error
     return cast(list[int], ids)
+
+
+def is_chat(value: Any) -> bool:
+    """Whether it is a list of messages, each of somebody, and not empty."""
+    return isinstance(value, list) and bool(value) and all(isinstance(m, Mapping) and "role" in m for m in value)
 
 
 def _differences(
