@@ -32,11 +32,9 @@ class MergeSite:
     def merged(self, original: torch.Tensor | None, vector: torch.Tensor) -> torch.Tensor:
         """The bias `original + factor * vector`, (..., size), in the module's dtype."""
         bias = self.factor * vector
-        # a quantised weight has no dtype that a bias could share: then it stays in float32
         weight_dtype = self.module.get_parameter("weight").dtype if original is None else original.dtype
         bias = bias if original is None else original.detach() + bias
-        dtype = weight_dtype if weight_dtype.is_floating_point else torch.float32
-        return bias.to(dtype)
+        return bias.to(vector_dtype(weight_dtype))
 
     def write(self, original: nn.Parameter | None, vector: torch.Tensor) -> None:
         """Makes the [`merged`] bias that of the module; `original` itself is left untouched."""
@@ -44,6 +42,11 @@ class MergeSite:
 
     def restore(self, original: nn.Parameter | None) -> None:
         setattr(self.module, self.attribute, original)
+
+
+def vector_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a vector, or a bias, beside a weight of this one; float32 beside integers and floats of one byte."""
+    return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.float32
 
 
 def merge_sites(module: nn.Module) -> list[MergeSite]:

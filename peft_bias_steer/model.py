@@ -24,7 +24,7 @@ from .layer import (
     in_a_call,
     wrong_length,
 )
-from .merging import merge_sites
+from .merging import merge_sites, vector_dtype
 from .residual import find_layers, refuse_seq_first, residual_width
 from .tokens import Tokens, as_choice, recompute_in_context
 
@@ -168,8 +168,9 @@ class BiasSteerModel(BaseTuner):
             return super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer in self.steering_layers.values():
             if adapter_name in layer.bias_steer_vector:
-                dtype = next(p.dtype for p in layer.get_base_layer().parameters() if p.is_floating_point())
-                layer.bias_steer_vector[adapter_name].to(dtype)
+                dtypes = (parameter.dtype for parameter in layer.get_base_layer().parameters())
+                # the vector itself is the last of them
+                layer.bias_steer_vector[adapter_name].to(next(one for one in dtypes if one == vector_dtype(one)))
 
     def _put_back_vectors_of_disk(self, adapter_name: str) -> None:
         # PEFT has just put layers on disk, and accelerate looks for their vectors in the files of the base model
@@ -584,7 +585,7 @@ def in_evaluation_mode(model: nn.Module) -> Generator[None]:
 
 def _coarsest_rounding(model: nn.Module, output: torch.Tensor) -> float:
     # types of one byte are storage: quantised models compute in two bytes or more
-    dtypes = {output.dtype, *(p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)}
+    dtypes = {output.dtype, *(vector_dtype(parameter.dtype) for parameter in model.parameters())}
     return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
