@@ -26,11 +26,7 @@ def find_layers(model: PreTrainedModel, layers_pattern: list[str] | str | None =
         raise ValueError(f"cannot tell the layers of a {type(model).__name__}: name the modules in target_modules")
     residual_width(model)
     names = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or LAYER_LISTS
-    decoder = model.get_decoder()
-    # some return a model of an encoder and a decoder
-    while isinstance(decoder, PreTrainedModel) and (inner := decoder.get_decoder()) is not decoder:
-        decoder = inner
-    found = layer_lists(decoder, names) or layer_lists(model, names)
+    found = layer_lists(find_decoder(model), names) or layer_lists(model, names)
     if not found:
         raise ValueError(
             f"no nn.ModuleList named {' or '.join(names)} in {type(model).__name__}: name the list of layers in "
@@ -40,6 +36,15 @@ def find_layers(model: PreTrainedModel, layers_pattern: list[str] | str | None =
     text = [entry for entry in found if _model_type_at(model, entry[1]) == _text_config(model).model_type]
     layers = min(text or found, key=lambda entry: entry[0])[1]
     return next(name for name, module in model.named_modules() if module is layers), layers
+
+
+def find_decoder(model: PreTrainedModel) -> nn.Module:
+    """The decoder without a head; the encoder, if the model has no decoder."""
+    decoder = model.get_decoder()
+    # some return a model with a head, or one of an encoder and a decoder
+    while isinstance(decoder, PreTrainedModel) and (inner := decoder.get_decoder()) is not decoder:
+        decoder = inner
+    return decoder
 
 
 def _model_type_at(model: PreTrainedModel, layers: nn.ModuleList) -> str:
