@@ -9,6 +9,7 @@ from accelerate.utils import has_offloaded_params
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import BiasSteerConfig
@@ -151,11 +152,12 @@ class BiasSteerModel(BaseTuner):
             return module.out_features
         if isinstance(module, Conv1D):
             return module.nf
-        if isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.ModuleList):
+        in_list = isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.ModuleList)
+        if in_list and isinstance(self.model, PreTrainedModel):
             return residual_width(self.model)
         raise TypeError(
             f"target module {name} is a {type(module).__name__}, expected a decoder layer, nn.Linear or Conv1D: "
-            "leave target_modules unset to steer every decoder layer"
+            "leave target_modules unset to steer every decoder layer of a transformers model"
         )
 
     def _post_injection_hook(self, model: Any, config: Any, adapter_name: str) -> None:

@@ -23,7 +23,9 @@ def find_layers(model: PreTrainedModel, layers_pattern: list[str] | str | None =
         ValueError: If no such list is found, or if the architecture has more than one residual stream.
     """
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"cannot tell the layers of a {type(model).__name__}: name the modules in target_modules")
+        raise ValueError(
+            f"cannot tell the layers of a {type(model).__name__}: name the modules in target_modules, nn.Linear or Conv1D"
+        )
     residual_width(model)
     names = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or LAYER_LISTS
     found = layer_lists(find_decoder(model), names) or layer_lists(model, names)

@@ -11,8 +11,14 @@ from peft_bias_steer.residual import find_layers
 
 
 def test_model_without_recognisable_layers():
+    base = nn.Sequential(nn.Linear(4, 4), nn.ModuleList([nn.Sequential(nn.Linear(4, 4))]))
     with pytest.raises(ValueError, match="cannot tell the layers of a Sequential: name the modules in target_modules"):
-        get_peft_model(nn.Sequential(nn.Linear(4, 4)), BiasSteerConfig())
+        get_peft_model(base, BiasSteerConfig())
+    with pytest.raises(TypeError, match=r"1\.0 is a Sequential, expected a decoder layer, nn.Linear or Conv1D: leave"):
+        get_peft_model(base, BiasSteerConfig(target_modules=["1.0"]))
+    assert list(get_peft_model(base, BiasSteerConfig(target_modules=["1.0.0"])).base_model.steering_layers) == [
+        "1.0.0"
+    ]
 
 
 def test_unknown_list_of_layers(llama):
