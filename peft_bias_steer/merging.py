@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 from accelerate.utils import has_offloaded_params
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -54,11 +56,18 @@ def merge_sites(module: nn.Module) -> list[MergeSite]:
     The biases that have to change so that the output of `module` moves by a vector.
 
     Raises:
-        ValueError: If there is no place in `module` where a bias does exactly that, or accelerate offloads it.
+        ValueError: If there is no place in `module` where a bias does exactly that, or accelerate offloads it, or another
+            adapter wraps it.
     """
     sites = _sites(module)
     for site in sites:
         refuse_offloaded(site.module)
+        if isinstance(site.module, AuxiliaryTrainingWrapper | BaseTunerLayer):
+            raise ValueError(
+                f"a bias has no place in the {type(site.module).__name__} that PEFT has put around a module of this "
+                f"{type(module).__name__}: keep the adapter unmerged, or leave that module out of modules_to_save, or unload "
+                "the other tuner first"
+            )
     return sites
 
 

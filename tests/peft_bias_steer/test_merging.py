@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -242,6 +242,22 @@ def test_sequence_to_sequence_decoder_merges_exactly(tokens, set_vectors):
     assert all(name.startswith("decoder.block.") for name in model.base_model.steering_layers)
     model.merge_adapter()
     torch.testing.assert_close(logits(model, tokens, decoder_input_ids=tokens), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrapper", ["ModulesToSaveWrapper", "Linear"])
+def test_a_module_that_something_else_wraps_takes_no_bias(llama, tokens, set_vectors, wrapper):
+    base = llama()
+    if wrapper == "Linear":  # LoRA's
+        base = get_peft_model(base, LoraConfig(target_modules=["down_proj"])).base_model.model
+    saved = ["down_proj"] if wrapper == "ModulesToSaveWrapper" else None
+    model = get_peft_model(base, BiasSteerConfig(modules_to_save=saved))
+    set_vectors(model)
+    expected = logits(model, tokens)
+
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=f"no place in the {wrapper} that PEFT .* keep the adapter unmerged"):
+            merge()
+    assert torch.equal(logits(model, tokens), expected)
 
 
 @pytest.mark.parametrize("target", ["down_proj", "q_proj"])
