@@ -23,6 +23,7 @@ from .layer import (
     calling,
     choose_tokens,
     in_a_call,
+    set_scale,
     wrong_length,
 )
 from .merging import merge_sites, vector_dtype
@@ -202,8 +203,7 @@ class BiasSteerModel(BaseTuner):
             ValueError: If the scale is not finite, or the adapter does not exist or is merged.
         """
         self._check_adapters_exist([adapter])
-        for layer in self.steering_layers.values():
-            layer.set_scale(adapter, scale)
+        set_scale(list(self.steering_layers.values()), adapter, scale)
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """
