@@ -414,7 +414,8 @@ class BiasSteerModel(BaseTuner):
         Raises:
             ValueError: If the merged model computes something else.
         """
-        with in_evaluation_mode(self.model):  # dropout changes the output too
+        # dropout changes the output too
+        with in_evaluation_mode(self.model):
             expected = self.model(*args, **kwargs)[0]
             if tolerance is None:
                 tolerance = max(1e-3, 8 * _coarsest_rounding(self.model, expected))

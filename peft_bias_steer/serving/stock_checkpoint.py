@@ -221,7 +221,8 @@ def _verify_checkpoint(model: PeftModel | PreTrainedModel, model_class: type[Pre
     got = _tensors(reloaded.to(base.device).eval()(**inputs))
     # float16 and bfloat16 round the bias itself, and once more at every layer
     tolerance = 1e-4 if base.dtype in (torch.float32, torch.float64) else 5e-2
-    errors = [(ours - theirs).abs().max() / theirs.abs().max() for ours, theirs in zip(got, expected, strict=True)]
+    pairs = zip(got, expected, strict=True)
+    errors = [(ours - theirs).abs().max() / (theirs.abs().max() or 1.0) for ours, theirs in pairs]
     error = torch.stack(errors).max()
     if lost or not error <= tolerance:
         raise RuntimeError(
@@ -233,4 +234,4 @@ def _verify_checkpoint(model: PeftModel | PreTrainedModel, model_class: type[Pre
 
 def _tensors(output: Any) -> list[torch.Tensor]:
     """What a model returns, its cache apart: logits, those of starts and ends, or hidden states."""
-    return [value.float() for value in output.values() if isinstance(value, torch.Tensor)]
+    return [v.float() for v in output.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
