@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .residual import find_layers
+from .residual import find_decoder, find_layers
 from .vectors import set_steering_vectors, steering_vectors
 from .whole_files import whole_file
 
@@ -135,7 +135,7 @@ def logit_lens(
 
 
 def _through_final_norm(base: Any, matrix: torch.Tensor) -> torch.Tensor:
-    norms = [module for module in base.get_decoder().children() if "norm" in type(module).__name__.lower()]
+    norms = [module for module in find_decoder(base).children() if "norm" in type(module).__name__.lower()]
     if not norms:
         return matrix
     # probed, since classes store their weight as w, as 1 + w or not at all: +1, -1, … has mean 0 and mean square 1

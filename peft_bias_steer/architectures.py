@@ -106,6 +106,9 @@ REFUSED_TYPES = {
     "a residual stream that it halves every few layers, at inference only": ("rwkv",),
 }  # fmt: skip
 
+# Model types whose layers return (seq, batch, hidden_size): where the two are equal, no shape tells.
+SEQ_FIRST_TYPES = ("fsmt", "xlnet")
+
 # Config fields that count residual streams.
 STREAM_COUNTS = ("altup_num_inputs", "hc_count", "hc_mult")
 

@@ -23,7 +23,15 @@ from transformers.utils import logging
 from .analysis import lens_table, logit_lens, plot_statistics, statistics_table, vector_statistics
 from .extraction import METHODS, extract_vectors, from_merged
 from .layer import as_factor
-from .report import SCALES, adapter_report, add_to_card, read_completions, read_json_lines, write_report
+from .report import (
+    SCALES,
+    adapter_report,
+    add_to_card,
+    find_card,
+    read_completions,
+    read_json_lines,
+    write_report,
+)
 from .serving.base_model import (
     load_base_model,
     load_steered_model,
@@ -109,6 +117,10 @@ def report(args: argparse.Namespace) -> None:
     data = {Path(file).stem: read_completions(file, args.rows) for file in args.data}
     if len(data) < len(args.data):
         raise ValueError(f"expected files of different names, which name the data sets, got {' '.join(args.data)}")
+    if os.path.isfile(args.output):
+        raise ValueError(f"--output must be a folder, got the file {args.output}")
+    if args.card:
+        find_card(args.adapter)
     other = load_vectors(args.compare_to, skip_modules=True) if args.compare_to else None
     model = load_steered_model(args.adapter, args.base_model)
     tokenizer = load_tokenizer(unwrap(model).name_or_path or args.adapter)

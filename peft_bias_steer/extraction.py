@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .config import BiasSteerConfig, as_index
 from .merging import merge_sites
 from .model import layer_indices
-from .residual import find_layers, residual_width
+from .residual import find_layers, refuse_seq_first, residual_width
 from .vectors import from_vectors, unwrap
 
 
@@ -73,7 +73,8 @@ def extract_vectors(
     Raises:
         TypeError: If an index or a number is no integer, or `pairs` no iterable.
         ValueError: If there are too few pairs or no difference, a row or prompt is none, a layer does not exist, hidden
-            states are not finite, or the model is in training mode or has an encoder beside its decoder.
+            states are not finite, or the model is in training mode, or has an encoder beside its decoder or layers that
+            return (seq, batch, hidden_size).
     """
     base = unwrap(model)
     _check_model(base)
@@ -110,6 +111,7 @@ def _check_model(base: PreTrainedModel) -> None:
         raise ValueError(
             f"expected a decoder or an encoder, got a {type(base).__name__}, which reads a prompt with both"
         )
+    refuse_seq_first(base, "extract_vectors", "train its vectors")
 
 
 def _prompts(
@@ -136,17 +138,21 @@ def _prompts(
 def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, name: str) -> list[int]:
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    messages = prompt if isinstance(prompt, list) else []
-    if not messages or not all(isinstance(message, Mapping) and "role" in message for message in messages):
+    if not is_chat(prompt):
         raise ValueError(f"expected a text or a list of messages as {name}, got {prompt!r}")
-    answered = messages[-1]["role"] == "assistant"
+    answered = prompt[-1]["role"] == "assistant"
     try:
         ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=not answered, continue_final_message=answered, return_dict=False
+            prompt, add_generation_prompt=not answered, continue_final_message=answered, return_dict=False
         )
     except Exception as error:  # templates raise errors of their own
         raise ValueError(f"expected {name} to be a chat that the tokenizer's template takes, got {error}") from error
     return cast(list[int], ids)
+
+
+def is_chat(value: Any) -> bool:
+    """Whether it is a list of messages, each of somebody, and not empty."""
+    return isinstance(value, list) and bool(value) and all(isinstance(m, Mapping) and "role" in m for m in value)
 
 
 def _differences(

@@ -80,6 +80,20 @@ def _show(calls: dict["BiasSteerLayer", Call]) -> None:
         layer.latest_call = call
 
 
+def set_scale(layers: Sequence["BiasSteerLayer"], adapter: str, scale: float) -> None:
+    """[`BiasSteerLayer.set_scale`] of several layers; those without the adapter are left alone."""
+    scale = as_factor(scale, "scale")
+    if any(adapter in layer.merged_adapters for layer in layers):
+        raise ValueError(f"adapter {adapter!r} is merged: call unmerge_adapter() before set_scale()")
+    # a copy: tasks that were started with a copy of this context keep theirs
+    scales = WeakKeyDictionary(_SCALES.get())
+    for layer in layers:
+        if adapter in layer.scaling:
+            layer.scaling[adapter] = scale
+            scales[layer.bias_steer_vector[adapter]] = scale
+    _SCALES.set(scales)
+
+
 def as_factor(value: Any, name: str) -> float:
     """
     A finite number of any library as a `float`.
@@ -225,15 +239,7 @@ class BiasSteerLayer(nn.Module, BaseTunerLayer):
             TypeError: If the scale is no number.
             ValueError: If the scale is not finite, or the adapter is merged.
         """
-        scale = as_factor(scale, "scale")
-        if adapter in self.merged_adapters:
-            raise ValueError(f"adapter {adapter!r} is merged: call unmerge_adapter() before set_scale()")
-        if adapter in self.scaling:
-            self.scaling[adapter] = scale
-            # a copy: tasks that were started with a copy of this context keep theirs
-            scales = WeakKeyDictionary(_SCALES.get())
-            scales[self.bias_steer_vector[adapter]] = scale
-            _SCALES.set(scales)
+        set_scale([self], adapter, scale)
 
     def scale(self, adapter: str) -> float:
         """The factor of an adapter's vector in the forward passes of this thread."""

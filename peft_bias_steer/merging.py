@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 from accelerate.utils import has_offloaded_params
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -32,11 +34,9 @@ class MergeSite:
     def merged(self, original: torch.Tensor | None, vector: torch.Tensor) -> torch.Tensor:
         """The bias `original + factor * vector`, (..., size), in the module's dtype."""
         bias = self.factor * vector
-        # a quantised weight has no dtype that a bias could share: then it stays in float32
         weight_dtype = self.module.get_parameter("weight").dtype if original is None else original.dtype
         bias = bias if original is None else original.detach() + bias
-        dtype = weight_dtype if weight_dtype.is_floating_point else torch.float32
-        return bias.to(dtype)
+        return bias.to(vector_dtype(weight_dtype))
 
     def write(self, original: nn.Parameter | None, vector: torch.Tensor) -> None:
         """Makes the [`merged`] bias that of the module; `original` itself is left untouched."""
@@ -46,16 +46,28 @@ class MergeSite:
         setattr(self.module, self.attribute, original)
 
 
+def vector_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a vector, or a bias, beside a weight of this one; float32 beside integers and floats of one byte."""
+    return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.float32
+
+
 def merge_sites(module: nn.Module) -> list[MergeSite]:
     """
     The biases that have to change so that the output of `module` moves by a vector.
 
     Raises:
-        ValueError: If there is no place in `module` where a bias does exactly that, or accelerate offloads it.
+        ValueError: If there is no place in `module` where a bias does exactly that, or accelerate offloads it, or another
+            adapter wraps it.
     """
     sites = _sites(module)
     for site in sites:
         refuse_offloaded(site.module)
+        if isinstance(site.module, AuxiliaryTrainingWrapper | BaseTunerLayer):
+            raise ValueError(
+                f"a bias has no place in the {type(site.module).__name__} that PEFT has put around a module of this "
+                f"{type(module).__name__}: keep the adapter unmerged, or leave that module out of modules_to_save, or unload "
+                "the other tuner first"
+            )
     return sites
 
 

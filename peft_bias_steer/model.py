@@ -9,6 +9,7 @@ from accelerate.utils import has_offloaded_params
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import BiasSteerConfig
@@ -22,10 +23,11 @@ from .layer import (
     calling,
     choose_tokens,
     in_a_call,
+    set_scale,
     wrong_length,
 )
-from .merging import merge_sites
-from .residual import find_layers, residual_width
+from .merging import merge_sites, vector_dtype
+from .residual import find_layers, refuse_seq_first, residual_width
 from .tokens import Tokens, as_choice, recompute_in_context
 
 
@@ -151,11 +153,12 @@ class BiasSteerModel(BaseTuner):
             return module.out_features
         if isinstance(module, Conv1D):
             return module.nf
-        if isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.ModuleList):
+        in_list = isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.ModuleList)
+        if in_list and isinstance(self.model, PreTrainedModel):
             return residual_width(self.model)
         raise TypeError(
             f"target module {name} is a {type(module).__name__}, expected a decoder layer, nn.Linear or Conv1D: "
-            "leave target_modules unset to steer every decoder layer"
+            "leave target_modules unset to steer every decoder layer of a transformers model"
         )
 
     def _post_injection_hook(self, model: Any, config: Any, adapter_name: str) -> None:
@@ -168,8 +171,9 @@ class BiasSteerModel(BaseTuner):
             return super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer in self.steering_layers.values():
             if adapter_name in layer.bias_steer_vector:
-                dtype = next(p.dtype for p in layer.get_base_layer().parameters() if p.is_floating_point())
-                layer.bias_steer_vector[adapter_name].to(dtype)
+                dtypes = (parameter.dtype for parameter in layer.get_base_layer().parameters())
+                # the vector itself is the last of them
+                layer.bias_steer_vector[adapter_name].to(next(one for one in dtypes if one == vector_dtype(one)))
 
     def _put_back_vectors_of_disk(self, adapter_name: str) -> None:
         # PEFT has just put layers on disk, and accelerate looks for their vectors in the files of the base model
@@ -199,21 +203,21 @@ class BiasSteerModel(BaseTuner):
             ValueError: If the scale is not finite, or the adapter does not exist or is merged.
         """
         self._check_adapters_exist([adapter])
-        for layer in self.steering_layers.values():
-            layer.set_scale(adapter, scale)
+        set_scale(list(self.steering_layers.values()), adapter, scale)
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """
         Adds an adapter whose vectors are the weighted sums of other adapters' vectors, at their present scale.
 
         Args:
-            adapters (`list[str]`): Names of the adapters to sum.
+            adapters (`list[str]`): Names of the adapters to sum. One that stands there twice counts twice.
             weights (`list[float]`): One factor for each of them.
             adapter_name (`str`): Name of the new adapter. Nothing happens if it exists already, as elsewhere in PEFT.
 
         Raises:
             TypeError: If a weight is no number.
-            ValueError: If an adapter does not exist, a weight is not finite, or there is not one weight for each.
+            ValueError: If an adapter does not exist or has trained whole modules too, a weight is not finite, or there is
+                not one weight for each.
         """
         if adapter_name in self.peft_config:
             return
@@ -222,9 +226,16 @@ class BiasSteerModel(BaseTuner):
             raise ValueError(
                 f"expected one weight per adapter, got {len(weights)} weights for {len(adapters)} adapters"
             )
-        factors = {
-            adapter: as_factor(weight, f"the weight of {adapter!r}") for adapter, weight in zip(adapters, weights)
-        }
+        factors = dict.fromkeys(adapters, 0.0)
+        for adapter, weight in zip(adapters, weights):
+            factors[adapter] += as_factor(weight, f"the weight of {adapter!r}")
+        wrappers = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        whole = [adapter for adapter in factors if any(adapter in wrapper._adapters for wrapper in wrappers)]
+        if whole:
+            raise ValueError(
+                f"expected adapters of vectors alone, got {', '.join(whole)} with modules_to_save, of which there is no "
+                "weighted sum: activate one of them with set_adapter()"
+            )
         sums = {name: _weighted_sum(layer, factors) for name, layer in self.steering_layers.items()}
         sums = {name: total for name, total in sums.items() if total is not None}
         self.peft_config[adapter_name] = replace(
@@ -279,6 +290,7 @@ class BiasSteerModel(BaseTuner):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         if any(layer.merged for layer in self.steering_layers.values()):
             raise ValueError(MERGED)
+        refuse_seq_first(self.model, "adapter_names", "give each adapter a batch of its own")
         if rows is not None and rows != len(adapter_names):
             raise ValueError(wrong_length(adapter_names, rows))
 
@@ -317,8 +329,9 @@ class BiasSteerModel(BaseTuner):
 
         Raises:
             TypeError: If a length is no integer.
-            ValueError: If it is none of these parts, or the model has an encoder beside its decoder. In a forward pass:
-                if adapters are merged, or the lengths of its prompts are unknown.
+            ValueError: If it is none of these parts, or the model has an encoder beside its decoder, or layers that
+                return (seq, batch, hidden_size). In a forward pass: if adapters are merged, or the lengths of its prompts
+                are unknown.
         """
         choice = as_choice(tokens, prompt_lengths)
         if choice is not None and getattr(self.model.config, "is_encoder_decoder", False):
@@ -326,6 +339,8 @@ class BiasSteerModel(BaseTuner):
                 "expected a decoder alone, whose prompt and completion are one sequence, got a model with an encoder: "
                 "steer_tokens has no meaning there"
             )
+        if choice is not None:
+            refuse_seq_first(self.model, "steer_tokens", "steer all tokens")
         layers = list(self.steering_layers.values())
         hooks = [
             self.model.register_forward_pre_hook(partial(_before_pass, layers=layers), with_kwargs=True),
@@ -385,7 +400,7 @@ class BiasSteerModel(BaseTuner):
     @torch.no_grad()
     def check_merge(self, *args: Any, tolerance: float | None = None, **kwargs: Any) -> float:
         """
-        Merges on trial and compares the model's output before and after. The model is left unmerged.
+        Merges on trial and compares the model's output before and after, in evaluation mode. The model is left unmerged.
 
         Args:
             args, kwargs: An input for the model, as for a forward pass.
@@ -399,14 +414,16 @@ class BiasSteerModel(BaseTuner):
         Raises:
             ValueError: If the merged model computes something else.
         """
-        expected = self.model(*args, **kwargs)[0]
-        if tolerance is None:
-            tolerance = max(1e-3, 8 * _coarsest_rounding(self.model, expected))
-        self.merge_adapter(safe_merge=True)
-        try:
-            difference = ((self.model(*args, **kwargs)[0] - expected).abs().max() / expected.abs().max()).item()
-        finally:
-            self.unmerge_adapter()
+        # dropout changes the output too
+        with in_evaluation_mode(self.model):
+            expected = self.model(*args, **kwargs)[0]
+            if tolerance is None:
+                tolerance = max(1e-3, 8 * _coarsest_rounding(self.model, expected))
+            self.merge_adapter(safe_merge=True)
+            try:
+                difference = ((self.model(*args, **kwargs)[0] - expected).abs().max() / expected.abs().max()).item()
+            finally:
+                self.unmerge_adapter()
         if not difference <= tolerance:
             raise ValueError(f"merging changes the output by {difference:.1e}, expected at most {tolerance:.1e}")
         return difference
@@ -557,9 +574,21 @@ def _after_pass(module: nn.Module, args: tuple, output: Any, layers: list[BiasSt
         choose_tokens(layers, None)
 
 
+@contextmanager
+def in_evaluation_mode(model: nn.Module) -> Generator[None]:
+    """Puts every module in evaluation mode, and back into its own: one may be in training mode around others that are not."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def _coarsest_rounding(model: nn.Module, output: torch.Tensor) -> float:
     # types of one byte are storage: quantised models compute in two bytes or more
-    dtypes = {output.dtype, *(p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)}
+    dtypes = {output.dtype, *(vector_dtype(parameter.dtype) for parameter in model.parameters())}
     return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 

@@ -6,7 +6,9 @@ The model card of an adapter. Without
 - `push_adapter`: `PeftModel.push_to_hub` uploads a bare card over it.
 """
 
+import json
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,42 +30,64 @@ from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from .whole_files import whole_file
 
 
-USAGE = """## Usage
+USAGE = """## {heading}
 
 ```python
 import peft_bias_steer  # teaches PEFT this adapter type
-from peft import {auto_class}
+from peft import {peft_class}
 
-model = {auto_class}.from_pretrained({place}
+model = {peft_class}.from_pretrained({place})  # this folder, or its repository id on the Hub
 ```
 """
-HERE = '".")  # this folder, or its repository id on the Hub'
+HERE = re.compile(r'"\."(.*)  # this folder, or its repository id on the Hub')
 BASE_TAG = "base_model:adapter:"
 
 
 def complete_card(folder: str | os.PathLike, task_type: str | None, base_model: str | None) -> None:
     """
-    Appends how to load the adapter to the model card in `folder`, if there is one that does not say it, and takes a base
-    model that is a folder out of its metadata.
+    Appends how to load the adapter to its model card, if there is one that does not say it, and takes a base model that is
+    a folder out of its metadata.
 
     Args:
-        folder (`str` or `os.PathLike`): Where PEFT has saved the adapter.
+        folder (`str` or `os.PathLike`):
+            Where PEFT has saved the adapter. If it has a name of its own, the card is that of the folder above.
         task_type (`str`, *optional*): Of the adapter's config.
         base_model (`str`, *optional*): `base_model_name_or_path` of the config. Named in the card if it is an id.
     """
-    card = Path(folder, "README.md")
+    folder = Path(folder).absolute()
+    card, name = folder / "README.md", None
+    if not card.exists():
+        card, name = folder.parent / "README.md", folder.name
     if not card.exists():
         return
     # a card in another encoding keeps its bytes
     old = card.read_text(encoding="utf-8", errors="surrogateescape")
+    if name and "library_name: peft" not in old:  # of something else
+        return
     text = _with_base_on_the_hub(old, base_model)
-    if "import peft_bias_steer" not in text:
-        peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task_type, PeftModel)
-        usage = USAGE.format(auto_class=f"Auto{peft_class.__name__}", place=HERE)
-        text = f"{text.rstrip()}\n\n{usage}"
+    if not _says_how_to_load(text, name):
+        text = f"{text.rstrip()}\n\n{_usage(name, task_type)}"
     if text != old:
         with whole_file(card) as unfinished:
             unfinished.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def _subfolder(name: str) -> str:
+    return f"subfolder={json.dumps(name, ensure_ascii=False)}"
+
+
+def _says_how_to_load(text: str, name: str | None) -> bool:
+    snippets = [after.partition("```")[0] for after in text.split("import peft_bias_steer")[1:]]
+    return any(_subfolder(name) in snippet if name else "subfolder=" not in snippet for snippet in snippets)
+
+
+def _usage(name: str | None, task_type: str | None) -> str:
+    if name:  # PEFT's auto classes look for the base model in that subfolder too
+        return USAGE.format(
+            heading=f"Usage of {name}", peft_class="PeftModel", place=f'base_model, ".", {_subfolder(name)}'
+        )
+    peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task_type, PeftModel)
+    return USAGE.format(heading="Usage", peft_class=f"Auto{peft_class.__name__}", place='"."')
 
 
 def _with_base_on_the_hub(text: str, base_model: str | None) -> str:
@@ -129,7 +153,7 @@ def push_adapter(
             hf_hub_download(repo_id, "README.md", revision=revision, token=token, local_dir=folder)
         model.save_pretrained(folder)
         path = Path(folder, "README.md")
-        path.write_text(path.read_text(encoding="utf-8").replace(HERE, f'"{repo_id}")'), encoding="utf-8")
+        path.write_text(HERE.sub(rf'"{repo_id}"\1', path.read_text(encoding="utf-8")), encoding="utf-8")
         card = ModelCard.load(path)
         card.data["tags"] = sorted({*card.data.get("tags", []), *(tags or [])})
         set_metrics(card, metrics, repo_id)

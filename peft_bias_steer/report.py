@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +28,8 @@ from .analysis import (
     residual_ratios,
     vector_statistics,
 )
+from .extraction import is_chat
+from .layer import as_factor
 from .model_card import set_metrics
 from .vectors import set_steering_vectors, steering_vectors
 from .whole_files import whole_file
@@ -123,6 +125,13 @@ def _check_row(row: Any, place: str) -> dict:
     if not isinstance(row, dict) or not ({"prompt", "completion"} <= row.keys() or "text" in row):
         keys = sorted(row) if isinstance(row, dict) else type(row).__name__
         raise ValueError(f'expected "prompt" and "completion", or "text", in {place}, got {keys}')
+    parts = [row["text"]] if "text" in row else [row["prompt"], row["completion"]]
+    are_texts, are_chats = all(isinstance(part, str) for part in parts), all(map(is_chat, parts))
+    if not are_texts and (not are_chats or "text" in row):
+        raise ValueError(
+            f"expected strings, or a prompt and a completion that are both lists of messages with a role, in {place}, got "
+            f"{json.dumps(row)[:80]}"
+        )
     return row
 
 
@@ -134,7 +143,9 @@ def completion_log_probs(model: Any, tokenizer: PreTrainedTokenizerBase, rows: l
     Args:
         model (`PreTrainedModel` or `PeftModel`): A causal language model.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        rows (`list[dict]`): What [`read_completions`] returns. Of a text, all tokens but the first are its completion.
+        rows (`list[dict]`):
+            What [`read_completions`] returns. Of a text, all tokens but the first are its completion; of a chat, all after
+            those that its prompt, with what begins an answer, has in common with the whole, as in TRL.
 
     Returns:
         `torch.Tensor`: (rows,), float64, nats per token.
@@ -160,8 +171,10 @@ def _tokens_of(tokenizer: PreTrainedTokenizerBase, row: dict) -> tuple[int, list
         prompt, ids = len(ids), ids + tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
     else:
         chat: dict[str, Any] = {"tokenize": True, "return_dict": False}
-        prompt = len(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **chat))
+        begun = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **chat)
         ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"], **chat)
+        # some templates begin an answer with a thought, and leave that out of an answered chat
+        prompt = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(begun, ids)))
     if not 0 < prompt < len(ids):
         raise ValueError(f"expected at least one token in the prompt and in the completion, got the row {row}")
     return prompt, cast(list[int], ids)
@@ -196,7 +209,7 @@ def adapter_report(
         show_progress (`bool`, *optional*, defaults to `False`): Show a bar.
 
     Raises:
-        ValueError: If there is no data, or one completion alone, or `group_size` or `top_k` does not fit.
+        ValueError: If there is no data, or one completion alone, or `group_size`, `top_k` or a scale does not fit.
     """
     if not data:
         raise ValueError("expected at least one data set, got none: give rows with prompts and completions")
@@ -205,7 +218,11 @@ def adapter_report(
             raise ValueError(f"expected at least two completions in {name}, for an interval, got {len(rows)}")
     if group_size < 1:
         raise ValueError(f"group_size must be at least 1, got {group_size}")
+    scales = tuple(as_factor(scale, "each of scales") for scale in scales)
     vectors, first = steering_vectors(model, adapter_name), next(iter(data))
+    # first what is quick, and refuses what does not fit
+    lenses = logit_lens(model, tokenizer, adapter_name, top_k=top_k)
+    cosines = {} if other is None else adapter_cosines(vectors, other)
     groups = list(_groups(list(vectors), group_size))
     # Each data set with and without; then, of the first, each scale, and each group alone and left out, beside none and all.
     bar = logging.tqdm(
@@ -242,14 +259,14 @@ def adapter_report(
     return AdapterReport(
         statistics=vector_statistics(vectors),
         doses=residual_ratios(model, tokenizer, texts, adapter_name),
-        lenses=logit_lens(model, tokenizer, adapter_name, top_k=top_k),
+        lenses=lenses,
         completions={name: len(rows) for name, rows in data.items()},
         base={name: values.mean().item() for name, values in without.items()},
         gains=gains,
         scales=at_scale,
         ablation=ablation,
         errors={"left_out": errors[: len(groups)], "kept": errors[len(groups) :]},
-        cosines={} if other is None else adapter_cosines(vectors, other),
+        cosines=cosines,
     )
 
 
@@ -298,9 +315,7 @@ def add_to_card(report: AdapterReport, adapter: str | os.PathLike, folder: str |
     Raises:
         ValueError: If the adapter is not in a folder, or has no card.
     """
-    card = Path(adapter) / "README.md"
-    if not card.is_file():
-        raise ValueError(f"expected the folder of an adapter with a README.md, got {adapter}: save the adapter again")
+    card = find_card(adapter)
     for name in ("vectors.png", "gains.png"):
         if Path(folder).resolve() != Path(adapter).resolve():
             shutil.copyfile(Path(folder, name), Path(adapter, name))
@@ -314,6 +329,19 @@ def add_to_card(report: AdapterReport, adapter: str | os.PathLike, folder: str |
     set_metrics(found, report_metrics(report), str(Path(adapter).resolve()))
     with whole_file(card) as unfinished:
         unfinished.write_text(str(found), encoding="utf-8")
+
+
+def find_card(adapter: str | os.PathLike) -> Path:
+    """
+    The model card of a saved adapter.
+
+    Raises:
+        ValueError: If the adapter is not in a folder, or has no card.
+    """
+    card = Path(adapter) / "README.md"
+    if not card.is_file():
+        raise ValueError(f"expected the folder of an adapter with a README.md, got {adapter}: save the adapter again")
+    return card
 
 
 def report_metrics(report: AdapterReport) -> list[EvalResult]:

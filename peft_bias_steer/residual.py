@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .architectures import LAYER_LISTS, REFUSED_TYPES, STREAM_COUNTS
+from .architectures import LAYER_LISTS, REFUSED_TYPES, SEQ_FIRST_TYPES, STREAM_COUNTS
 
 
 def find_layers(model: PreTrainedModel, layers_pattern: list[str] | str | None = None) -> tuple[str, nn.ModuleList]:
@@ -23,14 +23,12 @@ def find_layers(model: PreTrainedModel, layers_pattern: list[str] | str | None =
         ValueError: If no such list is found, or if the architecture has more than one residual stream.
     """
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"cannot tell the layers of a {type(model).__name__}: name the modules in target_modules")
+        raise ValueError(
+            f"cannot tell the layers of a {type(model).__name__}: name the modules in target_modules, nn.Linear or Conv1D"
+        )
     residual_width(model)
     names = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or LAYER_LISTS
-    decoder = model.get_decoder()
-    # some return a model of an encoder and a decoder
-    while isinstance(decoder, PreTrainedModel) and (inner := decoder.get_decoder()) is not decoder:
-        decoder = inner
-    found = layer_lists(decoder, names) or layer_lists(model, names)
+    found = layer_lists(find_decoder(model), names) or layer_lists(model, names)
     if not found:
         raise ValueError(
             f"no nn.ModuleList named {' or '.join(names)} in {type(model).__name__}: name the list of layers in "
@@ -40,6 +38,15 @@ def find_layers(model: PreTrainedModel, layers_pattern: list[str] | str | None =
     text = [entry for entry in found if _model_type_at(model, entry[1]) == _text_config(model).model_type]
     layers = min(text or found, key=lambda entry: entry[0])[1]
     return next(name for name, module in model.named_modules() if module is layers), layers
+
+
+def find_decoder(model: PreTrainedModel) -> nn.Module:
+    """The decoder without a head; the encoder, if the model has no decoder."""
+    decoder = model.get_decoder()
+    # some return a model with a head, or one of an encoder and a decoder
+    while isinstance(decoder, PreTrainedModel) and (inner := decoder.get_decoder()) is not decoder:
+        decoder = inner
+    return decoder
 
 
 def _model_type_at(model: PreTrainedModel, layers: nn.ModuleList) -> str:
@@ -85,3 +92,23 @@ def residual_width(model: PreTrainedModel) -> int:
     if getattr(config, "hidden_size", None) is None:
         raise ValueError(f"{config.model_type} cannot be steered: its config names no hidden_size")
     return config.hidden_size
+
+
+def refuse_seq_first(model: nn.Module, what: str, instead: str) -> None:
+    """
+    Refuses what has to tell rows from tokens in the output of a layer, in a model whose layers return them in turn.
+
+    Args:
+        model (`nn.Module`): The base model.
+        what (`str`): What has to, for the error.
+        instead (`str`): What to do instead, for the error.
+
+    Raises:
+        ValueError: If it is such a model.
+    """
+    types = {part.config.model_type for part in model.modules() if isinstance(part, PreTrainedModel)}
+    if found := sorted(types.intersection(SEQ_FIRST_TYPES)):
+        raise ValueError(
+            f"expected a model whose layers return (batch, seq, hidden_size) for {what}, got {found[0]}, whose layers "
+            f"return (seq, batch, hidden_size): {instead}"
+        )

@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .architectures import BIAS_SWITCHES, LLAMA_COUSINS, WHY_NO_STOCK_FORM
+from .merging import vector_dtype
 
 
 @dataclass
@@ -44,7 +45,7 @@ def find_stock_form(model: PreTrainedModel, weights: dict[str, torch.Tensor]) ->
         if biases <= expected.keys() and all(key.endswith(".bias") for key in added):
             for key in added:
                 weight = form.weights[key.removesuffix("bias") + "weight"]
-                dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+                dtype = vector_dtype(weight.dtype)
                 form.weights[key] = torch.zeros(expected[key].shape, dtype=dtype, device=weight.device)
             return form
     raise ValueError(

@@ -210,6 +210,19 @@ def test_card_of_a_pushed_adapter_says_what_it_is_and_keeps_what_others_wrote(pu
     assert card.data.model_name == "adapter" and card.data.eval_results == metrics[1:]
 
 
+def test_an_adapter_of_a_name_of_its_own_is_pushed_with_a_card_that_loads_it(tiny_language_model, hub):
+    base = AutoModelForCausalLM.from_pretrained(tiny_language_model)  # in a folder, which the hub takes in no card
+    config = peft_bias_steer.BiasSteerConfig(task_type="CAUSAL_LM")
+    get_peft_model(base, config, adapter_name="math").push_to_hub("tester/math")
+    card = hub.files("tester/math")["README.md"].decode()
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+
+    assert 'from_pretrained(base_model, "tester/math", subfolder="math")\n' in snippet
+    loaded = {"base_model": AutoModelForCausalLM.from_pretrained(tiny_language_model)}
+    exec(snippet, loaded)
+    assert loaded["model"].peft_config["default"].target_modules == config.target_modules
+
+
 def test_other_methods_are_pushed_as_before(pushed_adapter, hub):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained("tester/base"), LoraConfig(task_type="CAUSAL_LM"))
     model.push_to_hub("tester/lora")

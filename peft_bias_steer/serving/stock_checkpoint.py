@@ -14,6 +14,7 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrain
 from transformers.utils import logging
 
 from ..merging import MergeSite, merge_sites, why_no_merge_site
+from ..model import in_evaluation_mode
 from ..residual import find_layers, residual_width
 from ..stock_forms import StockForm, find_stock_form
 from ..vectors import check_adapters, steering_layers, unwrap
@@ -36,7 +37,7 @@ def export_stock_checkpoint(
 
     The vectors become biases. Where the model's own class has no room for them, another stock class is used: Llama,
     SmolLM3, Granite and others with `mlp_bias=True`; Mistral, Phi3 and Qwen2 as `LlamaForCausalLM`. The checkpoint is
-    loaded again and its logits are compared before it appears under `output_dir`.
+    loaded again and its output is compared before it appears under `output_dir`.
 
     Args:
         model (`PeftModel` or `PreTrainedModel`):
@@ -215,17 +216,22 @@ def _verify_checkpoint(model: PeftModel | PreTrainedModel, model_class: type[Pre
     # a multiplicative walk through the vocabulary: distinct tokens without touching the random state
     input_ids = (torch.arange(1, 17, device=base.device) * 7919 % config.vocab_size)[None]
     inputs = {"input_ids": input_ids, **({"decoder_input_ids": input_ids} if config.is_encoder_decoder else {})}
-    # module by module: a PeftModel may be in training mode around a base that is not
-    modes = [(module, module.training) for module in model.modules()]
-    expected = model.eval()(**inputs).logits.float()
-    for module, mode in modes:
-        module.training = mode
-    got = reloaded.to(base.device).eval()(**inputs).logits.float()
+    with in_evaluation_mode(model):
+        expected = _tensors(model(**inputs))
+    got = _tensors(reloaded.to(base.device).eval()(**inputs))
     # float16 and bfloat16 round the bias itself, and once more at every layer
-    tolerance = (1e-4 if base.dtype in (torch.float32, torch.float64) else 5e-2) * expected.abs().max()
-    error = (got - expected).abs().max()
+    tolerance = 1e-4 if base.dtype in (torch.float32, torch.float64) else 5e-2
+    pairs = zip(got, expected, strict=True)
+    errors = [(ours - theirs).abs().max() / (theirs.abs().max() or 1.0) for ours, theirs in pairs]
+    error = torch.stack(errors).max()
     if lost or not error <= tolerance:
         raise RuntimeError(
-            f"the reloaded {model_class.__name__} should give the model's logits within {tolerance:.1e}, got "
-            f"{error:.1e} and the lost or missing weights {sorted(lost)}: nothing was written; please report this"
+            f"the reloaded {model_class.__name__} should give the model's output within {tolerance:.1e} of its largest "
+            f"number, got {error:.1e} and the lost or missing weights {sorted(lost)}: nothing was written; please report "
+            "this"
         )
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    """What a model returns, its cache apart: logits, those of starts and ends, or hidden states."""
+    return [v.float() for v in output.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]

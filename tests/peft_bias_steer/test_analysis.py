@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, EncoderDecoderConfig, EncoderDecoderModel
 
 from peft_bias_steer import BiasSteerConfig, set_steering_vectors, steering_vectors
 from peft_bias_steer.analysis import (
@@ -93,6 +93,20 @@ def test_lens_through_the_norm_is_the_change_of_the_logits_of_a_unit_stream(mode
     got[ids(lens.normed.promoted)] = torch.tensor([score.score for score in lens.normed.promoted])
     # the norms' eps of 1e-5 beside a mean square of 1
     torch.testing.assert_close(got, expected[0].detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_lens_finds_the_norm_of_a_decoder_with_a_head_of_its_own(tokenizer):
+    bert = {**SMALL, "vocab_size": 64}
+    configs = AutoConfig.for_model("bert", **bert), AutoConfig.for_model("gpt2", **GPT2)
+    base = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(*configs))
+    torch.nn.init.normal_(base.decoder.transformer.ln_f.weight)
+    model = get_peft_model(base, BiasSteerConfig(init_weights=False)).eval()
+
+    lenses = logit_lens(model, tokenizer, top_k=4)
+
+    for lens, vector in zip(lenses, steering_vectors(model).values(), strict=True):
+        through_norm = base.decoder.transformer.ln_f.weight * (vector - vector.mean())
+        assert ids(lens.normed.promoted) == (base.decoder.lm_head.weight @ through_norm).topk(4).indices.tolist()
 
 
 def test_lens_promotes_the_token_whose_direction_was_written(tokenizer):

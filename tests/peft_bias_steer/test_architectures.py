@@ -29,6 +29,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from peft_bias_steer import BiasSteerConfig
+from peft_bias_steer.architectures import SEQ_FIRST_TYPES
 from peft_bias_steer.merging import merge_sites
 from peft_bias_steer.residual import find_layers
 
@@ -187,6 +188,9 @@ media, speech, and sequence to sequence, built with random weights and a few lay
 adds the same vectors by hand: hidden states and logits, greedy decoding with and without cache, gradients of every
 vector in training, gradient checkpointing in both modes. Written by
 `python tests/peft_bias_steer/test_architectures.py`; CI fails if it says anything else than what the code does.
+
+"Exact, in all rows alike": the layers return (seq, batch, hidden_size), where rows are not told from tokens, so that
+`adapter_names`, `steer_tokens` and `extract_vectors` raise.
 
 "Merge site" is the bias that holds a vector once it is merged (checked by comparing logits, and by unmerging bit for
 bit). "None" means that no bias of the layer reaches its output as it is: there, merging raises and names the layer, and
@@ -407,6 +411,16 @@ def describe_sites(base: PreTrainedModel) -> str:
     return ", ".join(sites)
 
 
+def returns_seq_first(base: PreTrainedModel) -> bool:
+    """Whether a layer returns the tokens of this batch, of which there are more than rows, before its rows."""
+    outputs = []
+    for layer in find_layers(base)[1]:
+        layer.register_forward_hook(lambda layer, args, output: outputs.append(output))
+    with torch.no_grad():
+        base(**inputs_of(base))
+    return any(len(output if isinstance(output, torch.Tensor) else output[0]) != len(IDS) for output in outputs)
+
+
 def verdict(config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel] | None = None) -> tuple[str, ...]:
     """A row of the table without its first cell. Raises if anything is inexact."""
     model_type = config_class.model_type
@@ -423,13 +437,15 @@ def verdict(config_class: type[PreTrainedConfig], model_class: type[PreTrainedMo
     if model_type not in COUNTS_OTHERWISE:
         assert len(layers) == base.config.get_text_config(decoder=True).num_hidden_layers
     assert_steered_exactly(copy.deepcopy(base))
+    assert returns_seq_first(copy.deepcopy(base)) == (model_type in SEQ_FIRST_TYPES)
+    steering = "exact, in all rows alike" if model_type in SEQ_FIRST_TYPES else "exact"
     try:
         sites = describe_sites(base)
     except ValueError:
         assert_merging_is_refused(base)
-        return f"`{path}`", "exact", "none", ""
+        return f"`{path}`", steering, "none", ""
     assert_merged_exactly(base)
-    return f"`{path}`", "exact", sites, save_merged(base)
+    return f"`{path}`", steering, sites, save_merged(base)
 
 
 def row(model_type: str) -> str:

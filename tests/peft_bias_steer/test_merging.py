@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -244,6 +244,22 @@ def test_sequence_to_sequence_decoder_merges_exactly(tokens, set_vectors):
     torch.testing.assert_close(logits(model, tokens, decoder_input_ids=tokens), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("wrapper", ["ModulesToSaveWrapper", "Linear"])
+def test_a_module_that_something_else_wraps_takes_no_bias(llama, tokens, set_vectors, wrapper):
+    base = llama()
+    if wrapper == "Linear":  # LoRA's
+        base = get_peft_model(base, LoraConfig(target_modules=["down_proj"])).base_model.model
+    saved = ["down_proj"] if wrapper == "ModulesToSaveWrapper" else None
+    model = get_peft_model(base, BiasSteerConfig(modules_to_save=saved))
+    set_vectors(model)
+    expected = logits(model, tokens)
+
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=f"no place in the {wrapper} that PEFT .* keep the adapter unmerged"):
+            merge()
+    assert torch.equal(logits(model, tokens), expected)
+
+
 @pytest.mark.parametrize("target", ["down_proj", "q_proj"])
 def test_steered_linear_modules_merge_into_their_own_bias(llama, tokens, set_vectors, target):
     model = get_peft_model(llama(), BiasSteerConfig(target_modules=[target]))
@@ -259,6 +275,17 @@ def test_self_check_accepts_an_exact_merge_and_leaves_the_model_unmerged(steered
 
     assert steered.check_merge(tokens) < 1e-5
     assert torch.equal(logits(steered, tokens), expected)
+
+
+def test_self_check_of_a_model_in_training_is_not_misled_by_dropout(llama, tokens, set_vectors):
+    model = get_peft_model(llama(attention_dropout=0.5), BiasSteerConfig())
+    set_vectors(model)
+    model.train()
+    model.get_base_model().model.layers[1].eval()
+
+    assert model.check_merge(tokens) < 1e-5
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert {name for name in modes if not modes[name]} == {name for name in modes if "model.layers.1" in name}
 
 
 def test_self_check_refuses_an_inexact_merge(steered, tokens, monkeypatch):

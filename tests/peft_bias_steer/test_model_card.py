@@ -56,6 +56,35 @@ def test_a_base_in_a_folder_is_named_in_the_card_by_its_id_or_not_at_all(tiny_la
     assert card.text.count("import peft_bias_steer") == 1
 
 
+@pytest.mark.parametrize("names", [["math"], ["math", "verse"], ["default", "math"], ["math", "default"]], ids=str)
+def test_the_card_beside_the_folders_of_named_adapters_loads_each(tiny_language_model, tmp_path, monkeypatch, names):
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_language_model)
+    model = get_peft_model(base, BiasSteerConfig(task_type="CAUSAL_LM"), adapter_name=names[0])
+    for layer, name in enumerate(names[1:]):
+        model.add_adapter(name, BiasSteerConfig(task_type="CAUSAL_LM", layers_to_transform=layer))
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    snippets = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+
+    assert card.data.get("base_model") is None and not [tag for tag in card.data.tags if "base_model" in tag]
+    monkeypatch.chdir(tmp_path)
+    for snippet, name in zip(snippets, names, strict=True):
+        loaded = {"base_model": AutoModelForCausalLM.from_pretrained(tiny_language_model)}
+        exec(snippet, loaded)
+        expected, got = model.peft_config[name], loaded["model"].peft_config["default"]
+        assert got.target_modules == expected.target_modules
+
+
+def test_a_card_of_something_else_above_the_folder_is_left_alone(tmp_path):
+    (tmp_path / "README.md").write_text("# My runs\n")
+    BiasSteerConfig().save_pretrained(tmp_path / "adapter")
+
+    assert (tmp_path / "README.md").read_text() == "# My runs\n"
+
+
 def test_a_card_in_another_encoding_keeps_its_bytes(tmp_path):
     card = "---\nbase_model: /a/b\n---\nSchrödinger\n".encode("latin-1")
     (tmp_path / "README.md").write_bytes(card)

@@ -176,6 +176,24 @@ def test_weighted_adapter_is_the_weighted_sum(two_adapters, tokens):
     assert not torch.equal(logits(two_adapters, tokens), of_each(two_adapters, lambda m: logits(m, tokens))[1])
 
 
+def test_an_adapter_that_is_named_twice_counts_twice(two_adapters):
+    two_adapters.add_weighted_adapter(["first", "second", "first"], [0.5, 0.0, 0.25], "mix")
+
+    for layer in two_adapters.base_model.steering_layers.values():
+        torch.testing.assert_close(layer.vector("mix"), 0.75 * layer.vector("first"))
+
+
+@pytest.mark.parametrize("names", [["head"], ["first", "head"]], ids=str)
+def test_weighted_adapter_is_refused_where_a_module_was_trained_whole(two_adapters, names):
+    two_adapters.add_adapter("head", BiasSteerConfig(modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match="adapters of vectors alone, got head with modules_to_save"):
+        two_adapters.add_weighted_adapter(names, [1.0] * len(names), "mix")
+
+    assert "mix" not in two_adapters.peft_config
+    two_adapters.delete_adapter("head")
+    two_adapters.add_weighted_adapter(["first"], [1.0], "mix")
+
+
 def test_weighted_adapter_is_saved_and_loaded_like_any_other(llama, two_adapters, tokens, tmp_path):
     two_adapters.add_weighted_adapter(["first", "second"], [0.5, 1.0], "mix")
     two_adapters.set_adapter("mix")

@@ -3,9 +3,13 @@
 import pytest
 import torch
 from peft import get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from peft_bias_steer import BiasSteerConfig
+from peft_bias_steer.serving.stock_checkpoint import zero_biased_weights
+from peft_bias_steer.stock_forms import find_stock_form
+from tests.peft_bias_steer.tiny_models import SMALL, make_base
 
 
 def bitsandbytes_4bit():
@@ -48,3 +52,27 @@ def test_quantised_base_is_steered_and_merged(llama, tokens, tmp_path, set_vecto
     # a merged vector is rounded to the bfloat16 that the quantised module computes in
     torch.testing.assert_close(merged, steered, rtol=0, atol=0.02 * steered.abs().max().item())
     assert torch.equal(again, steered)
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "dtype"), [(None, torch.bfloat16), (["mlp.down_proj"], torch.float32)], ids=str
+)
+def test_no_vector_or_bias_is_stored_in_one_byte(target_modules, dtype):
+    def load():
+        base = make_base("qwen2", **SMALL).to(torch.bfloat16)
+        for module in base.model.layers.modules():
+            if isinstance(module, nn.Linear):
+                module.weight = nn.Parameter(module.weight.to(torch.float8_e4m3fn), requires_grad=False)
+        return base
+
+    config = BiasSteerConfig(target_modules=target_modules, init_weights=False)
+    model = get_peft_model(load(), config, autocast_adapter_dtype=False)
+    model.merge_adapter()
+
+    layers = model.base_model.steering_layers.values()
+    assert {layer.vector("default").dtype for layer in layers} == {dtype}
+    for layer, host in zip(layers, model.get_base_model().model.layers, strict=True):
+        assert torch.equal(host.mlp.down_proj.bias, layer.vector("default").float())
+        assert host.mlp.down_proj.bias.dtype == torch.float32
+    stock = find_stock_form(load(), zero_biased_weights(load()))
+    assert stock.weights["model.layers.0.self_attn.o_proj.bias"].dtype == torch.float32

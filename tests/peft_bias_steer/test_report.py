@@ -71,6 +71,16 @@ def test_messages_go_through_the_chat_template(model, tokenizer):
     assert chat == pytest.approx(text.item())
 
 
+def test_an_answer_that_the_template_begins_otherwise_is_scored_whole(model, tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}{% if add_generation_prompt %}<assistant>{think}{% endif %}"
+    row = {"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "you"}]}
+    plain = {"prompt": "<user>hi;<assistant>", "completion": "you;"}
+
+    chat, text = completion_log_probs(model, tokenizer, [row, plain])
+
+    assert chat == pytest.approx(text.item())
+
+
 def test_gains_are_differences_of_the_same_completions(model, tokenizer, capsys):
     vectors = steering_vectors(model)
     # The command line, which other tests run in this process, switches bars off.
@@ -173,6 +183,15 @@ def test_the_card_holds_the_last_report_once(files):
         ("{", "expected JSON in line 1 of"),
         ("3", 'expected "prompt" and "completion", or "text", in line 1 of .*, got int'),
         ('{"prompt": "a"}', "in line 1 of .*, got \\['prompt'\\]"),
+        ('{"prompt": "a", "completion": ["b"]}', 'expected strings, or .* in line 1 of .*, got {"prompt": "a", "comp'),
+        ('{"prompt": ["a"], "completion": "b"}', "lists of messages with a role, in line 1 of"),
+        ('{"prompt": ["a"], "completion": ["b"]}', "in line 1 of"),
+        ('{"prompt": [], "completion": [{"role": "user"}]}', "in line 1 of"),
+        ('{"prompt": [{"role": "user"}], "completion": "b"}', "in line 1 of"),
+        ('{"prompt": 5, "completion": "b"}', "in line 1 of"),
+        ('{"prompt": "a", "completion": null}', "in line 1 of"),
+        ('{"text": 5}', "in line 1 of"),
+        ('{"text": [{"role": "user"}]}', "in line 1 of"),
         ("", "expected rows with a prompt and a completion in .*, got an empty file"),
     ],
 )
@@ -192,7 +211,7 @@ def test_lines_end_where_json_lines_end(tmp_path):
     assert read_completions(tmp_path / "rows.jsonl", limit=1) == rows[:1]
 
 
-def test_what_cannot_be_measured_is_refused(model, tokenizer, files):
+def test_what_cannot_be_measured_is_refused(model, tokenizer, files, monkeypatch):
     with pytest.raises(ValueError, match="at least one token in the prompt and in the completion"):
         completion_log_probs(model, tokenizer, [{"prompt": "a", "completion": ""}])
     with pytest.raises(ValueError, match="expected at least one data set, got none"):
@@ -201,10 +220,19 @@ def test_what_cannot_be_measured_is_refused(model, tokenizer, files):
         adapter_report(model, tokenizer, {"other": OTHER, "task": ROWS[:1]})
     with pytest.raises(ValueError, match="group_size must be at least 1, got 0"):
         adapter_report(model, tokenizer, {"task": ROWS}, group_size=0)
+    monkeypatch.setattr(report, "completion_log_probs", lambda *arguments: pytest.fail("measured first"))
+    for options, sentence in (
+        ({"top_k": 0}, "top_k must be in"),
+        ({"scales": (1.0, math.nan)}, "scales must be a finite number"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            adapter_report(model, tokenizer, {"task": ROWS}, **options)
     same = str(files / "task.jsonl")
     with pytest.raises(SystemExit, match="files of different names"):
         main(["report", str(files / "adapter"), "--data", same, same, "--output", str(files / "out")])
+    with pytest.raises(SystemExit, match="--output must be a folder, got the file"):
+        main(["report", str(files / "adapter"), "--data", same, "--output", same])
     (files / "adapter" / "README.md").unlink()
     with pytest.raises(SystemExit, match="expected the folder of an adapter with a README.md"):
         main(["report", str(files / "adapter"), "--data", same, "--output", str(files / "out"), "--card"])
-    assert Path(files / "out" / "report.md").exists()
+    assert not Path(files / "out").exists()

@@ -6,13 +6,19 @@ import transformers
 from peft import get_peft_model
 from torch import nn
 
-from peft_bias_steer import BiasSteerConfig
+from peft_bias_steer import BiasSteerConfig, extract_vectors
 from peft_bias_steer.residual import find_layers
 
 
 def test_model_without_recognisable_layers():
+    base = nn.Sequential(nn.Linear(4, 4), nn.ModuleList([nn.Sequential(nn.Linear(4, 4))]))
     with pytest.raises(ValueError, match="cannot tell the layers of a Sequential: name the modules in target_modules"):
-        get_peft_model(nn.Sequential(nn.Linear(4, 4)), BiasSteerConfig())
+        get_peft_model(base, BiasSteerConfig())
+    with pytest.raises(TypeError, match=r"1\.0 is a Sequential, expected a decoder layer, nn.Linear or Conv1D: leave"):
+        get_peft_model(base, BiasSteerConfig(target_modules=["1.0"]))
+    assert list(get_peft_model(base, BiasSteerConfig(target_modules=["1.0.0"])).base_model.steering_layers) == [
+        "1.0.0"
+    ]
 
 
 def test_unknown_list_of_layers(llama):
@@ -63,3 +69,24 @@ def test_several_residual_streams_are_refused_by_whatever_name(llama):
     base.config.hc_mult = 4
     with pytest.raises(ValueError, match=r"its config counts 4 residual streams \(hc_mult\)"):
         get_peft_model(base, BiasSteerConfig())
+
+
+def test_rows_that_cannot_be_told_from_tokens_are_refused():
+    config = transformers.XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    model = get_peft_model(transformers.XLNetLMHeadModel(config), BiasSteerConfig(init_weights=False)).eval()
+    square = torch.arange(1, 10).view(3, 3)  # no shape tells
+    names = ["default", "__base__", "default"]
+
+    reason = (
+        r"return \(batch, seq, hidden_size\) for {}, got xlnet, whose layers return \(seq, batch, hidden_size\): {}"
+    )
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=reason.format("adapter_names", "give each adapter a batch of its own")):
+            call(input_ids=square, adapter_names=names)
+    refused = pytest.raises(ValueError, match=reason.format("steer_tokens", "steer all tokens"))
+    with refused, model.steer_tokens("generated", prompt_lengths=[3, 0, 0]):
+        pass
+    with pytest.raises(ValueError, match=reason.format("extract_vectors", "train its vectors")):
+        extract_vectors(model, lambda text: {"input_ids": [1, 2, 3]}, [{"positive": "a", "negative": "b"}])
+    with model.steer_tokens("all"):
+        assert model(input_ids=square).logits.shape == (3, 3, 64)

@@ -122,9 +122,26 @@ def test_a_checkpoint_that_does_not_reload_to_the_same_logits_is_not_delivered(t
         return save(self, *args, **kwargs)
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "save_pretrained", save_with_one_bit_of_damage)
-    with pytest.raises(RuntimeError, match="should give the model's logits within .*nothing was written"):
+    with pytest.raises(RuntimeError, match="should give the model's output within .*nothing was written"):
         export_stock_checkpoint(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("auto_class", ["AutoModel", "AutoModelForQuestionAnswering"])
+def test_models_without_logits_of_words_are_exported_too(tmp_path, auto_class):
+    sizes = {name: SMALL[name] for name in SMALL if name != "num_key_value_heads"}
+    base = getattr(transformers, auto_class).from_config(transformers.BertConfig(**sizes))
+    model = steer(base)
+
+    export_stock_checkpoint(model.train(), tmp_path)
+
+    assert model.training
+    reloaded = type(base).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        expected, got = model.eval()(INPUT_IDS), reloaded(INPUT_IDS)
+    assert len(got) == 2  # starts and ends of answers, or hidden and pooled states
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], **CLOSE)
 
 
 @pytest.mark.parametrize("model_type, stock_class", [("llama", "LlamaForCausalLM"), ("mistral", "LlamaForCausalLM"),

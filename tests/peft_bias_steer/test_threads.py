@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import LlamaForSequenceClassification
 
-from peft_bias_steer import BiasSteerConfig
+from peft_bias_steer import BiasSteerConfig, layer
 
 
 @pytest.fixture
@@ -114,6 +115,20 @@ def test_each_thread_gets_its_own_scale_and_others_follow_the_last_one(shared, t
     shared.set_scale("x", 0.5)
     with ThreadPoolExecutor(1) as pool:
         assert torch.equal(pool.submit(logits, shared, tokens).result(), expected[0.5])
+
+
+def test_setting_a_scale_copies_those_of_the_thread_once_for_all_layers(shared, monkeypatch):
+    copies = []
+
+    def copy(scales):
+        copies.append(WeakKeyDictionary(scales))
+        return copies[-1]
+
+    monkeypatch.setattr(layer, "WeakKeyDictionary", copy)
+    shared.set_scale("x", 0.5)
+    shared.set_scale("y", 2.0)
+
+    assert len(copies) == 2
 
 
 def test_a_new_adapter_of_an_old_name_starts_at_scale_one(shared, tokens, set_vectors):
