@@ -10,6 +10,7 @@ from ..architectures import (
     CONTROL_VECTOR_TYPES,
     GGUF_BIAS_TYPES,
     LLAMA_CPP_WINDOW_TYPES,
+    SEQ_FIRST_TYPES,
     VLLM_DROPS_BIASES,
     VLLM_PLUGIN_CLASSES,
     VLLM_STOCK_CLASSES,
@@ -74,7 +75,7 @@ def serving_routes(
         vectors_alone = [Route(route.name, False, reason) for route in vectors_alone]
     return [
         Route("transformers, adapter", True, "PeftModel.from_pretrained(base, adapter)"),
-        Route("transformers, one adapter per row", True, f"{call}(**inputs, adapter_names=[...])"),
+        _one_adapter_per_row(base, call),
         Route("transformers, merged checkpoint", form is not None, "export --format stock" if form else why_not),
         _vllm_stock(form, why_not),
         *vectors_alone,
@@ -107,6 +108,13 @@ def routes_table(routes: list[Route]) -> "Table":
     for route in routes:
         table.add_row(route.name, "yes" if route.exact else "no", route.reason)
     return table
+
+
+def _one_adapter_per_row(base: PreTrainedModel, call: str) -> Route:
+    name = "transformers, one adapter per row"
+    if base.config.model_type in SEQ_FIRST_TYPES:
+        return Route(name, False, "its layers return (seq, batch, hidden_size), where rows are not told from tokens")
+    return Route(name, True, f"{call}(**inputs, adapter_names=[...])")
 
 
 def _stock_form(base: PreTrainedModel) -> tuple[StockForm | None, str]:
