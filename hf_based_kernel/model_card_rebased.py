@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import (
     CommitInfo,
@@ -62,7 +63,7 @@ def set_metrics(card: ModelCard, metrics: Sequence[EvalResult], name: str) -> No
 
 
 def push_with_card(
-    model: PreTrainedModel,
+    model: Any,
     repo_id: str,
     metrics: Sequence[EvalResult],
     *,

@@ -293,6 +293,12 @@ def _text_options(
     _option(parser, "dataset", help="Hub id or folder of a dataset, read as a stream, instead of --text")
     _option(parser, "dataset_config", metavar="NAME", help="which configuration of the dataset, if it has several")
     _option(parser, "split", default="train", help="which split of the dataset (default: train)")
+    _reading_options(parser, tokens, context_length)
+    _language_model_options(parser)
+
+
+def _reading_options(parser: argparse.ArgumentParser, tokens: int | None, context_length: int) -> None:
+    """Which of the text's tokens are read, and how many at a time."""
     _option(
         parser,
         "text_column",
@@ -335,6 +341,9 @@ def _text_options(
         help="leave out tokens above so many median norms (default: 5)",
     )
     _option(parser, "batch_tokens", type=_integer(1), default=2048, help="positions per forward pass (default: 2048)")
+
+
+def _language_model_options(parser: argparse.ArgumentParser) -> None:
     _option(parser, "dtype", choices=DTYPES, default="float32", help="of the language model (default: float32)")
     _option(
         parser,

@@ -389,11 +389,10 @@ class HierarchicalSaeModel(PreTrainedModel):
         # Rows that are at unit norm up to rounding stay as they are: normalising twice changes nothing.
         is_off = ((norms - 1).abs() > max(1e-6, torch.finfo(self.W_dec.dtype).eps)) & (norms > 0)
         self.W_dec.div_(norms.masked_fill(~is_off, 1.0))
-        if getattr(self.W_dec, "_hp_mapping", None) is not None:
-            # DeepSpeed's ZeRO-1 and 2 step copies of their own, which they then write over the weights.
-            from deepspeed.utils import safe_set_full_fp32_param  # ty: ignore[unresolved-import]
-
-            safe_set_full_fp32_param(self.W_dec, self.W_dec)
+        # DeepSpeed's ZeRO-1 and 2 step copies of their own, which they then write over the weights.
+        set_copy: Any = getattr(self.W_dec, "set_full_hp_param", None)
+        if set_copy is not None:
+            set_copy(self.W_dec)
 
     def pop_training_metrics(self) -> dict[str, float]:
         """
