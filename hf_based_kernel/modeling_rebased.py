@@ -19,6 +19,7 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
@@ -433,6 +434,10 @@ def _from_first_token_on(first_tokens: torch.Tensor | None, seen_tokens: int) ->
         return None
     last = first_tokens.shape[1] - 1
     return lambda batch, head, query, key: key >= first_tokens[batch, (query - seen_tokens).clamp(max=last)]
+
+
+# Trainer shifts the labels that it smooths where it finds a model's class here.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["rebased"] = "RebasedForCausalLM"
 
 
 class RebasedForCausalLM(RebasedPreTrainedModel, GenerationMixin):

@@ -40,6 +40,7 @@ SETTINGS = (
     "weight_decay",
     "max_grad_norm",
     "seed",
+    "data_seed",
     "bf16",
 )
 # Tokens whose norms tell one set of activations from another, and how far they may differ between machines.
@@ -105,8 +106,8 @@ def train_sae(
         sample (`torch.Tensor`): (tokens, d_in), some of it, which statistics are recorded of; for a transcoder, a pair of
             that and (tokens, d_out).
         arguments (`TrainingArguments`): such as [`training_arguments`] gives.
-        resume (`bool` or `str`, defaults to `False`): as in [`starting_point`]. More steps than before are allowed,
-            everything else has to be as it was.
+        resume (`bool` or `str`, defaults to `False`): as in [`starting_point`]. More steps than before are allowed, with
+            another warm-up or more epochs; everything else has to be as it was.
         overwrite (`bool`, defaults to `False`): as in [`starting_point`].
         callbacks (`Sequence[TrainerCallback]`, *optional*): besides [`HierarchicalSaeCallback`].
 
@@ -142,7 +143,8 @@ def train_sae(
         callbacks.append(_StreamState(stream))
         trainer = _StreamTrainer(model=sae, args=arguments, train_dataset=stream, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.state.global_step >= arguments.max_steps and trainer.is_world_process_zero():
+    # Those of the arguments, or of their epochs.
+    if trainer.state.global_step >= trainer.state.max_steps and trainer.is_world_process_zero():
         sae.eval()
         sae.fold_input_scale()
         record_statistics(sae, sample)
@@ -284,7 +286,7 @@ def _check_same(folder: Path, record: dict) -> None:
 
 def _check_steps(checkpoint: str, max_steps: int) -> None:
     done = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())["global_step"]
-    if max_steps < done:
+    if 0 < max_steps < done:
         raise ValueError(f"{checkpoint} has made {done} steps already, got {max_steps} in all: give at least as many")
 
 

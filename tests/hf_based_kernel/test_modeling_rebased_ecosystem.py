@@ -13,7 +13,14 @@ import torch
 from packaging import version
 from peft import BeftConfig, IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    TextIteratorStreamer,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hf_based_kernel import RebasedConfig, RebasedForCausalLM
@@ -433,3 +440,13 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("same gradients") == 2
+
+
+def test_trainer_smooths_the_labels_of_the_next_tokens(tmp_path):
+    model, input_ids = tiny_model(), tokens(2, 9)
+    args = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, use_cpu=True, report_to="none")
+    loss = Trainer(model, args).compute_loss(model, {"input_ids": input_ids, "labels": input_ids})
+    expected = torch.nn.functional.cross_entropy(
+        model(input_ids).logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten(), label_smoothing=0.1
+    )
+    torch.testing.assert_close(loss, expected)

@@ -159,6 +159,7 @@ def test_a_kill_while_a_checkpoint_is_written_costs_that_checkpoint_only(tmp_pat
         ({"settings": {"learning_rate": 1e-3}}, "holds a training with learning_rate=0.01, got learning_rate=0.001"),
         ({"settings": {"batch_size": 25}}, "per_device_train_batch_size=50, got per_device_train_batch_size=25"),
         ({"settings": {"seed": 1}}, "holds a training with seed=42, got seed=1"),
+        ({"settings": {"data_seed": 7}}, "holds a training with data_seed=None, got data_seed=7"),
         ({"settings": {"gradient_accumulation_steps": 2}}, "gradient_accumulation_steps=1, got .*_steps=2"),
         ({"settings": {"lr_scheduler_type": "cosine"}}, "lr_scheduler_type='linear', got lr_scheduler_type='cosine'"),
         ({"settings": {"optim": "sgd"}}, "holds a training with optim='adamw_torch.*', got optim='sgd'"),
@@ -174,6 +175,21 @@ def test_another_training_is_not_gone_on_with(copy, finished, change, message):
         train(copy, resume=True, **change)
 
     assert (copy / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
+class StopAtThree(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 3
+
+
+def test_epochs_end_a_training_as_steps_do(finished, tmp_path):
+    epochs = {"steps": -1, "settings": {"num_train_epochs": 2, "logging_steps": 1}}
+    train(tmp_path, callbacks=[StopAtThree()], **epochs)
+    assert not (tmp_path / "model.safetensors").exists()
+    train(tmp_path, resume=True, **epochs)
+
+    expected = load_file(finished / "model.safetensors")
+    assert all(tensor.equal(expected[name]) for name, tensor in load_file(tmp_path / "model.safetensors").items())
 
 
 def test_a_finished_training_may_get_more_steps(copy):

@@ -234,6 +234,9 @@ def off_by(ours: Answers, theirs: Answers) -> float:
 @contextlib.contextmanager
 def engine(folder: str, **options: Any) -> Generator[vllm.LLM]:
     defaults = {"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True, "max_model_len": 128}
+    if "kv_lora_rank" in Path(folder, "config.json").read_text():
+        # latent attention: where the processor has AMX, vLLM 0.32 takes a backend that has no float32
+        defaults["attention_config"] = {"backend": "CPU_MLA"}
     # an engine of this process that is gone may have left no group for experts
     cleanup_dist_env_and_memory()
     yield vllm.LLM(folder, **{**defaults, "max_num_seqs": 4, **options})
