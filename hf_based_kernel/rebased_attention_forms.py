@@ -252,7 +252,7 @@ def _check_numbers(scale: float | None, eps: float, chunk_size: int | None) -> N
 
 
 def _is_finite(number: Any) -> bool:
-    return isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
+    return isinstance(number, (int, float)) and not isinstance(number, bool) and -math.inf < number < math.inf
 
 
 def _check_tensors(
@@ -279,20 +279,24 @@ def _check_tensors(
         )
     if not (q.is_floating_point() and q.dtype == k.dtype == v.dtype):
         raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them")
-    if q.shape[1] == 0:
-        raise ValueError(f"expected at least one token, got q of shape {tuple(q.shape)}")
+    if 0 in (*q.shape, v.shape[3]):
+        raise ValueError(
+            f"expected at least one sequence, token, head and number of each, got q and v of shapes {tuple(q.shape)} and "
+            f"{tuple(v.shape)}"
+        )
     for name, tensor in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
         if tensor is not None and (not isinstance(tensor, torch.Tensor) or tensor.shape != q.shape[:2]):
             raise ValueError(
                 f"{name} must have the shape (batch, seq) = {tuple(q.shape[:2])}, got {_shape_of(tensor)}"
             )
-    if segment_ids is not None and (segment_ids.is_floating_point() or segment_ids.dtype == torch.bool):
+    integers = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    if segment_ids is not None and segment_ids.dtype not in integers:
         raise ValueError(
-            f"segment_ids must be integers, got {segment_ids.dtype}; number the segments from left to right"
+            f"segment_ids must be integers, signed or uint8, got {segment_ids.dtype}; number the segments from left to right"
         )
     # Reading a value stops a traced graph and waits for a GPU, so the order is only looked at where that is free.
     readable = segment_ids is not None and segment_ids.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and bool((segment_ids.diff(dim=1) < 0).any()):
+    if readable and bool((segment_ids[:, 1:] < segment_ids[:, :-1]).any()):
         raise ValueError("segment_ids must never decrease along the sequence; number the segments from left to right")
 
 

@@ -92,10 +92,13 @@ def _code_segments(attention_mask: torch.Tensor | None, segment_ids: torch.Tenso
     if attention_mask is None and segment_ids is None:
         return None
     if segment_ids is None:
-        return attention_mask.to(torch.int32) - 1
-    changes = torch.nn.functional.pad(segment_ids.diff(dim=1) != 0, (1, 0))
-    segments = changes.cumsum(dim=1, dtype=torch.int32)
-    return segments if attention_mask is None else torch.where(attention_mask, segments, -1 - segments)
+        segments = attention_mask.to(torch.int32) - 1
+    else:
+        changes = torch.nn.functional.pad(segment_ids.diff(dim=1) != 0, (1, 0))
+        segments = changes.cumsum(dim=1, dtype=torch.int32)
+        segments = segments if attention_mask is None else torch.where(attention_mask, segments, -1 - segments)
+    # A mask may lie transposed in memory.
+    return segments.contiguous()
 
 
 def _sizes(q: torch.Tensor, kernel: str) -> dict[str, int]:

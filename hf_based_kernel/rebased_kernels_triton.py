@@ -213,7 +213,7 @@ def query_gradient_kernel(
     if KERNEL[5] != 0:
         inner += tl.trans((2.0 * KERNEL[4] * KERNEL[5]) * scale * length[:, None] * queries.to(tl.float32))
     factor = kernel_scale / load_scalars(denominators, token, start, head, L, H, 1.0, C)
-    grad_q += tl.program_id(1) * value_block_stride.to(tl.int64)
+    grad_q += tl.program_id(1).to(tl.int64) * value_block_stride
     grad = tl.trans((grad + inner * scale) * factor[None, :])
     store(grad_q, grad, token, start, head, element, L, H, KERNEL[0], C, WHOLE)
 
@@ -341,7 +341,7 @@ def key_value_gradient_kernel(
     if KERNEL[5] != 0:
         grad_key += tl.trans(2.0 * length[:, None] * keys.to(tl.float32))
     store(grad_v, grad_value, token, start, head, column, L, H // G, V, C, WHOLE)
-    grad_k += tl.program_id(1) * value_block_stride.to(tl.int64)
+    grad_k += tl.program_id(1).to(tl.int64) * value_block_stride
     store(grad_k, tl.trans(grad_key + inner * scale), token, start, head, element, L, H // G, KERNEL[0], C, WHOLE)
 
 

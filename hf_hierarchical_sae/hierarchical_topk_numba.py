@@ -28,7 +28,11 @@ def compiled(function: Callable) -> Callable:
     if njit is None:
         return function
     # Sums may be reordered, which lets them use vector instructions; NaN and infinity keep their meaning.
-    return njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})(function)
+    options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # there is no folder to write to: every process compiles anew
+        return njit(**options)(function)
 
 
 @compiled

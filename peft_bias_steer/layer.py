@@ -311,23 +311,39 @@ class BiasSteerLayer(nn.Module, BaseTunerLayer):
         Writes the vectors into biases inside the host.
 
         Args:
-            safe_merge (`bool`, *optional*, defaults to `False`): Refuse vectors that are not finite.
+            safe_merge (`bool`, *optional*, defaults to `False`): Refuse biases that would not be finite.
             adapter_names (`list[str]`, *optional*): The adapters to merge; the active ones if unset.
 
         Raises:
             ValueError: If the host has no place for a bias, or `safe_merge` meets NaN or infinity.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.bias_steer_vector]
+        names = self._to_merge(adapter_names)
         if not names:
             return
+        if safe_merge and not self.merges_finitely(names):
+            raise ValueError(
+                f"NaNs or infinity in biases with the vectors of {names}: nothing was merged into this layer"
+            )
         total = self.sum_vectors(self.merged_adapters + names).detach()
-        if safe_merge and not torch.isfinite(total).all():
-            raise ValueError(f"NaNs detected in the vectors of {names}: nothing was merged into this layer")
-        if not self.merged:
-            self._merged_sites = [(site, site.bias) for site in merge_sites(self.get_base_layer())]
+        self._merged_sites = self._sites()
         for site, original in self._merged_sites:
             site.write(original, total)
         self.merged_adapters += names
+
+    def merges_finitely(self, adapter_names: list[str] | None = None) -> bool:
+        """Whether the biases that [`merge`] would write are finite in their own dtype."""
+        names = self._to_merge(adapter_names)
+        if not names:
+            return True
+        total = self.sum_vectors(self.merged_adapters + names).detach()
+        return all(bool(site.merged(original, total).isfinite().all()) for site, original in self._sites())
+
+    def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        return [name for name in check_adapters_to_merge(self, adapter_names) if name in self.bias_steer_vector]
+
+    def _sites(self) -> list[tuple[MergeSite, nn.Parameter | None]]:
+        """Where the vectors go, with the biases that were there before the first merge."""
+        return self._merged_sites or [(site, site.bias) for site in merge_sites(self.get_base_layer())]
 
     def unmerge(self) -> None:
         """Puts back the very biases that were there before the first `merge`: nothing is subtracted, nothing drifts."""

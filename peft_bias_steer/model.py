@@ -396,6 +396,11 @@ class BiasSteerModel(BaseTuner):
                         f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: its vector at "
                         f"{name} is not finite. Nothing was merged"
                     )
+            if not layer.merges_finitely(adapter_names):
+                raise ValueError(
+                    f"NaNs or infinity detected in the merged weights: {name} has no room for the vectors in its dtype. Nothing "
+                    "was merged: keep the adapter unmerged, or load the base in float32"
+                )
 
     @torch.no_grad()
     def check_merge(self, *args: Any, tolerance: float | None = None, **kwargs: Any) -> float:

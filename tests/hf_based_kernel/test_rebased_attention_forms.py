@@ -427,7 +427,17 @@ BAD_CALLS = {
     "value_heads": (lambda q, k, v: rebased_attention(q, k, v[:, :, :1]), "v must have the shape"),
     "dtypes": (lambda q, k, v: rebased_attention(q, k, v.float()), "one floating dtype, got torch.float64"),
     "integers": (lambda q, k, v: rebased_attention(q.long(), k.long(), v.long()), "one floating dtype"),
-    "empty": (lambda q, k, v: rebased_attention(q[:, :0], k[:, :0], v[:, :0]), "at least one token"),
+    "empty": (lambda q, k, v: rebased_attention(q[:, :0], k[:, :0], v[:, :0]), "at least one sequence, token, head"),
+    "no_batch": (lambda q, k, v: rebased_attention(q[:0], k[:0], v[:0]), "at least one sequence, token, head"),
+    "no_values": (lambda q, k, v: rebased_attention(q, k, v[..., :0]), r"number of each, got q and v of .*, 0\)"),
+    "segments_unsigned": (
+        lambda q, k, v: rebased_attention(q, k, v, segment_ids=torch.arange(13).flip(0).expand(2, -1).byte()),
+        "segment_ids must never decrease",
+    ),
+    "segments_uint16": (
+        lambda q, k, v: rebased_attention(q, k, v, segment_ids=torch.zeros(2, 13, dtype=torch.uint16)),
+        "segment_ids must be integers, signed or uint8, got torch.uint16",
+    ),
     "mask": (
         lambda q, k, v: rebased_attention(q, k, v, attention_mask=torch.ones(2, 4)),
         r"attention_mask must have the shape \(batch, seq\) = \(2, 13\), got \(2, 4\)",
@@ -466,7 +476,7 @@ BAD_CALLS = {
     ),
     "segments_dtype": (
         lambda q, k, v: rebased_attention(q, k, v, segment_ids=torch.zeros(2, 13)),
-        "segment_ids must be integers, got torch.float32",
+        "segment_ids must be integers, signed or uint8, got torch.float32",
     ),
     "state_list": (lambda q, k, v: rebased_attention(q, k, v, initial_state=[1]), r"= \(2, 3, 12, 6\), got list"),
     "backend": (lambda q, k, v: rebased_attention(q, k, v, backend="cuda"), 'backend must be "auto", "torch" or'),
@@ -478,6 +488,22 @@ def test_bad_input_is_one_clear_sentence(case):
     call, message = BAD_CALLS[case]
     with pytest.raises(ValueError, match=message):
         call(*make_inputs())
+
+
+def test_segments_may_be_as_far_apart_as_their_type_allows():
+    q, k, v = make_inputs()
+    ids = torch.tensor([-128] * 4 + [0] * 4 + [127] * 5).expand(2, -1)
+    expected = rebased_attention(q, k, v, segment_ids=ids)
+
+    assert torch.equal(rebased_attention(q, k, v, segment_ids=ids.to(torch.int8)), expected)
+
+
+@pytest.mark.parametrize("attention", [rebased_attention, taylor_attention])
+def test_compiled_call_takes_a_scale_that_changes(attention):
+    q, k, v = make_inputs()
+    compiled = torch.compile(attention, backend="eager", dynamic=True, fullgraph=True)
+    for scale in (0.5, 0.7):
+        torch.testing.assert_close(compiled(q, k, v, scale=scale), attention(q, k, v, scale=scale))
 
 
 def test_triton_is_asked_for_only_where_it_is_installed():

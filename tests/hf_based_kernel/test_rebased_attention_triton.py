@@ -123,6 +123,18 @@ def test_layout_in_memory_and_chunk_size_change_nothing(interpreted):
     torch.testing.assert_close(smaller, expected, rtol=2**-9, atol=2**-10)
 
 
+def test_a_mask_may_lie_transposed_in_memory(interpreted):
+    (q, k, v), options = make_inputs(batch_size=3, seq_len=18, dtype=torch.float32)
+    options = {**options, "coefficients": TAYLOR}
+    mask = torch.ones(3, 18, dtype=torch.bool)
+    mask[0, :7] = mask[2, 11:] = False
+    segment_ids = torch.arange(18).expand(3, -1) // 5
+    for marks in ({"attention_mask": mask}, {"attention_mask": mask, "segment_ids": segment_ids}):
+        expected = interpreted.rebased_attention_triton(q, k, v, **options, **marks)
+        transposed = {name: x.t().contiguous().t() for name, x in marks.items()}
+        assert torch.equal(interpreted.rebased_attention_triton(q, k, v, **options, **transposed), expected)
+
+
 def test_float64_is_refused_in_a_sentence(interpreted):
     inputs, options = make_inputs(dtype=torch.float64, seq_len=2)
 

@@ -40,6 +40,19 @@ def test_numba_form_is_the_same_with_more_threads(threads):
         torch.set_num_threads(before)
 
 
+def test_numba_form_runs_where_no_folder_takes_its_cache(monkeypatch):
+    def njit(cache=False, **options):
+        def without_a_folder(function):
+            if cache:
+                raise RuntimeError(f"cannot cache function {function.__name__!r}: no locator available")
+            return importlib.import_module("numba").njit(**options)(function)
+
+        return without_a_folder
+
+    monkeypatch.setattr(hierarchical_topk_numba, "njit", njit)
+    assert hierarchical_topk_numba.compiled(lambda x: x + 1)(2) == 3
+
+
 def test_numba_reconstruction_is_differentiable_like_that_of_torch():
     indices, *tensors = make_inputs(9, 5, 20, 50, dtype=torch.float32)
     gradients = {}

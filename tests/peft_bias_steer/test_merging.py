@@ -167,6 +167,22 @@ def test_safe_merge_refuses_what_is_not_finite_and_changes_nothing(steered, toke
     assert not any(layer.merged for layer in steered.base_model.steering_layers.values())
 
 
+def test_safe_merge_refuses_a_bias_that_overflows_and_changes_nothing(tokens):
+    base = GraniteForCausalLM(GraniteConfig(**SMALL, residual_multiplier=0.22)).half().eval()
+    model = get_peft_model(base, BiasSteerConfig())
+    first, second = model.base_model.steering_layers.values()
+    with torch.no_grad():
+        first.vector("default")[0], second.vector("default")[0] = 1.0, 2e4
+    expected = logits(model, tokens)
+    assert expected.isfinite().all()
+    with pytest.raises(
+        ValueError, match="model.layers.1 has no room for the vectors in its dtype. Nothing was merged"
+    ):
+        model.merge_adapter(safe_merge=True)
+
+    assert not first.merged and torch.equal(logits(model, tokens), expected)
+
+
 def test_architecture_without_a_place_for_the_bias_is_named(tokens, set_vectors):
     base = Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8))
     model = get_peft_model(base, BiasSteerConfig())
