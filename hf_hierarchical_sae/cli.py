@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Generator
@@ -85,7 +86,9 @@ def harvest(args: argparse.Namespace) -> None:
     if tokens is None:
         print(f"{stream.counts['tokens']} tokens written to {args.folder}, where other processes have still to write")
     else:
-        print(f"{tokens} tokens in {args.folder}: train with `hierarchical-sae train {args.folder} sae`")
+        print(
+            f"{tokens} tokens in {args.folder}: train with `hierarchical-sae train {shlex.quote(str(args.folder))} sae`"
+        )
 
 
 def train(args: argparse.Namespace) -> None:

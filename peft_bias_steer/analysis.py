@@ -293,7 +293,7 @@ def lens_table(lenses: list[LayerLens], reading: str = "raw", shown: int = 5) ->
     """
     if reading not in ("raw", "cosine", "normed"):
         raise ValueError(f"reading must be raw, cosine or normed, got {reading!r}")
-    table = _new_table("layer", f"promoted ({reading})", f"suppressed ({reading})")
+    table = new_table("layer", f"promoted ({reading})", f"suppressed ({reading})")
     for lens in lenses:
         ranking: TokenRanking = getattr(lens, reading)
         table.add_row(str(lens.layer), *(_tokens(side[:shown]) for side in (ranking.promoted, ranking.suppressed)))
@@ -316,7 +316,7 @@ def statistics_table(statistics: VectorStatistics, ratios: dict[int, float] | No
         ratios (`dict[int, float]`, *optional*): What [`residual_ratios`] returned, for one more column.
     """
     titles = ["layer", "norm", "cosine with the one before", *([] if ratios is None else ["norm / residual"])]
-    table = _new_table(*titles)
+    table = new_table(*titles)
     for row, layer in enumerate(statistics.layers):
         before = f"{statistics.cosines[row][row - 1]:+.3f}" if row else ""
         ratio = [] if ratios is None else [f"{ratios[layer]:.2%}"]
@@ -325,7 +325,8 @@ def statistics_table(statistics: VectorStatistics, ratios: dict[int, float] | No
     return table
 
 
-def _new_table(*titles: str) -> Any:
+def new_table(*titles: str) -> Any:
+    """A table for the terminal. Raises `ImportError`, with what to install, without `rich`."""
     try:
         from rich.table import Table
     except ImportError as error:

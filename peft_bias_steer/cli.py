@@ -12,7 +12,7 @@ import runpy
 import shutil
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def inspect(args: argparse.Namespace) -> None:
     statistics = vector_statistics(load_vectors(args.adapter, skip_modules=True))
     if args.plot:
         plot_statistics(statistics, args.plot, title=args.adapter)
-    _show(args, {**asdict(statistics), "trained_modules": trained}, statistics_table(statistics))
+    _show(args, {**asdict(statistics), "trained_modules": trained}, lambda: statistics_table(statistics))
     if trained and not args.json:
         print(f"trained whole beside the vectors, and not in these numbers: {', '.join(trained)}")
 
@@ -110,7 +110,7 @@ def lens(args: argparse.Namespace) -> None:
     model = load_steered_model(args.adapter, args.base_model)
     tokenizer = load_tokenizer(unwrap(model).name_or_path or args.adapter)
     lenses = logit_lens(model, tokenizer, top_k=args.top_k)
-    _show(args, [asdict(layer) for layer in lenses], lens_table(lenses, args.reading, shown=args.top_k))
+    _show(args, [asdict(layer) for layer in lenses], lambda: lens_table(lenses, args.reading, shown=args.top_k))
 
 
 def report(args: argparse.Namespace) -> None:
@@ -178,7 +178,7 @@ def _check_export(args: argparse.Namespace) -> None:
 
 def routes(args: argparse.Namespace) -> None:
     found = adapter_routes(args.adapter, args.base_model)
-    _show(args, [asdict(route) for route in found], routes_table(found))
+    _show(args, [asdict(route) for route in found], lambda: routes_table(found))
 
 
 def extract(args: argparse.Namespace) -> None:
@@ -244,10 +244,11 @@ def _is_python(path: str) -> bool:
     return head.startswith(b"#!") and b"python" in head
 
 
-def _show(args: argparse.Namespace, data: Any, table: Any) -> None:
+def _show(args: argparse.Namespace, data: Any, make_table: Callable[[], Any]) -> None:
     if args.json:
         print(json.dumps(data, indent=2, ensure_ascii=False))
         return
+    table = make_table()
     from rich.console import Console
 
     Console().print(table)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from tests.example_module import load_example
 from tests.forked_processes import run_forked
+from tests.peft_bias_steer.test_distributed import in_two_processes
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -54,6 +55,32 @@ def test_what_users_copy_is_short(package):
         text = path.read_text()
 
         assert len(text.splitlines()) <= 250 and text.count(".add_argument(") <= 15, path.name
+
+
+INTERRUPTED = """
+import sys
+import torch
+import torch.distributed as dist
+from transformers import TrainerControl, TrainingArguments
+sys.path.append("examples/shared")
+from interrupts import StopOnInterrupt
+
+dist.init_process_group("gloo")
+stop, control = StopOnInterrupt(), TrainerControl()
+stop.interrupted = dist.get_rank() == 1
+stop.on_step_end(TrainingArguments(sys.argv[1], use_cpu=True, report_to="none"), None, control)
+seen = [None, None]
+dist.all_gather_object(seen, (control.should_save, control.should_training_stop))
+if dist.get_rank() == 0:
+    torch.save(seen, sys.argv[1] + "/result.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_processes_stop_after_the_same_step(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    assert in_two_processes(INTERRUPTED, tmp_path, tmp_path) == [(True, True), (True, True)]
 
 
 def test_readme_has_a_line_for_every_example():

@@ -45,6 +45,7 @@ from conversions import (
     spread,
     train,
 )
+from options import check_least
 from packed_text import DEMO_MODEL
 
 
@@ -96,14 +97,15 @@ def complete(parser, arguments):
         setattr(arguments, name, value if getattr(arguments, name) is None else getattr(arguments, name))
     least = {"window": 0, "feature_dim": 1, "transfer_steps": 1, "distill_steps": 0, "seq_len": 8, "batch_size": 1}
     # One text has no standard error.
-    for name, minimum in {**least, "eval_texts": 2}.items():
-        if getattr(arguments, name) < minimum:
-            parser.error(f"--{name} must be at least {minimum}, got {getattr(arguments, name)}")
+    check_least(parser, arguments, **least, eval_texts=2)
     return arguments
 
 
 def begin(arguments):
-    """Make the folder, and refuse one in which something else was begun: what is there is not done again."""
+    """
+    Make the folder, and refuse one in which something else was begun: what is there is not done again. Called when model and
+    text are there, so that nothing is begun with options that were wrong.
+    """
     # How many layers are replaced may differ, as stage 1 is of all, and what is measured.
     free = ("replace", "numbers", "output_dir", "long_rows", "other_files", "lm_eval")
     settings = {name: str(value) for name, value in vars(arguments).items() if name not in free}
@@ -126,7 +128,7 @@ def load_teacher(arguments, device):
     if type(teacher).__name__ not in LLAMAS:
         raise SystemExit(f"--model: expected one of {', '.join(LLAMAS)}, got a {type(teacher).__name__}")
     layers = teacher.config.num_hidden_layers
-    arguments.replace = arguments.replace or layers // 2
+    arguments.replace = layers // 2 if arguments.replace is None else arguments.replace
     if not 1 <= arguments.replace <= layers:
         raise SystemExit(f"--replace: expected 1 to {layers}, the layers of the model, got {arguments.replace}")
     return teacher.eval().requires_grad_(False).to(device), tokenizer
@@ -214,9 +216,9 @@ def distill(arguments, teacher, tokenizer, weights, rows, layers):
 
 def main():
     arguments, started = parse_arguments(), time.time()
-    begin(arguments)
     teacher, tokenizer = load_teacher(arguments, PartialState().device)
     rows, held_out, text_name = read_rows(arguments, tokenizer)
+    begin(arguments)
     weights = transfer(arguments, teacher, rows)
     layers = order_layers(arguments, teacher, weights, rows)[: arguments.replace]
     model = distill(arguments, teacher, tokenizer, weights, rows, layers)

@@ -28,6 +28,7 @@ from hf_based_kernel.associative_recall import make_recall_dataset, query_positi
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 from interrupts import StopOnInterrupt, add_resume_option, find_checkpoint
+from options import check_least
 
 
 # Options of RebasedConfig.
@@ -61,9 +62,7 @@ def parse_arguments():
     parser.add_argument("--output_dir", default="outputs/recall", help="where all is written (outputs/recall)")
     add_resume_option(parser)
     arguments = parser.parse_args()
-    for name in ("batch_size", "max_steps", "eval_examples"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    check_least(parser, arguments, batch_size=1, max_steps=1, eval_examples=1)
     find_checkpoint(parser, arguments)
     return arguments
 
@@ -143,6 +142,8 @@ def train(arguments, build, output_dir, checkpoint, *, quiet=False, **task):
         save_steps=arguments.save_steps,
         save_total_limit=1,
         dataloader_pin_memory=torch.cuda.is_available(),
+        # Without it, processes that torchrun starts on CPUs would each train a model of their own.
+        use_cpu=not torch.accelerator.is_available(),
         # Each process reads its own part: a batch cannot be cut up, as logits_to_keep belongs to all of its rows.
         accelerator_config={"dispatch_batches": False},
         disable_tqdm=quiet,

@@ -28,6 +28,7 @@ from hf_based_kernel import RebasedConfig, RebasedForCausalLM
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 from interrupts import StopOnInterrupt, add_resume_option, find_checkpoint
+from options import check_least
 from packed_text import add_text_options, check_text_options, make_blocks, make_tokenizer, read_texts
 
 
@@ -62,9 +63,7 @@ def add_options(parser):
 
 def check_options(parser, arguments):
     check_text_options(parser, arguments)
-    for name, least in {"seq_len": 2, "batch_size": 1, "max_steps": 1, "eval_tokens": arguments.seq_len}.items():
-        if getattr(arguments, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
+    check_least(parser, arguments, seq_len=2, batch_size=1, max_steps=1, eval_tokens=arguments.seq_len)
 
 
 def make_model(arguments, tokenizer, **options):
@@ -104,6 +103,8 @@ def make_trainer(arguments, model, train, held_out, **options):
         save_total_limit=1,
         prediction_loss_only=True,
         dataloader_pin_memory=torch.cuda.is_available(),
+        # Without it, processes that torchrun starts on CPUs would each train a model of their own.
+        use_cpu=not torch.accelerator.is_available(),
         report_to="none",
         **defaults | options,
     )

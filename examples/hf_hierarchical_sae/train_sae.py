@@ -11,7 +11,6 @@ Ctrl-C saves a checkpoint and stops; the same command with --resume_from_checkpo
 
 import argparse
 import json
-import math
 import random
 import sys
 import time
@@ -36,6 +35,7 @@ from hf_hierarchical_sae.training import starting_point, train_sae, training_arg
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 from interrupts import StopOnInterrupt, add_resume_option
+from options import check_least
 from plays import PLAYS, find_plays
 
 
@@ -62,11 +62,8 @@ def parse_arguments():
     parser.add_argument("--overwrite", action="store_true", help="start afresh where --output_dir holds a training")
     add_resume_option(parser)
     arguments = parser.parse_args()
-    for name in ("tokens", "eval_tokens", "max_steps", "batch_size", "learning_rate"):
-        if not 0 < getattr(arguments, name) < math.inf:
-            parser.error(f"--{name} must be positive, got {getattr(arguments, name)}")
-    if arguments.eval_tokens == 1:
-        parser.error("--eval_tokens must be at least 2, whose variance is explained, got 1")
+    # One token has no variance that could be explained.
+    check_least(parser, arguments, tokens=1, eval_tokens=2, max_steps=1, batch_size=1, learning_rate=0.0)
     try:
         starting_point(arguments.output_dir, resume=arguments.resume_from_checkpoint, overwrite=arguments.overwrite)
     except ValueError as error:

@@ -47,7 +47,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--layers", type=int, nargs="+", default=[18], help="layers to steer; several add up (default: 18)")
     add("--scales", type=float, nargs="+", default=[-1, -0.5, 0, 0.5, 1], help="of the vectors (default: -1 to 1)")
     add("--max_new_tokens", type=int, default=12, help="tokens to write (%(default)s)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.max_new_tokens < 1:
+        parser.error(f"--max_new_tokens must be at least 1, got {args.max_new_tokens}")
+    return args
 
 
 @torch.no_grad()

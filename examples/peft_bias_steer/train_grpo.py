@@ -9,9 +9,8 @@ Train one bias vector per decoder layer with GRPO on questions whose answers can
 Several processes: `--config_file examples/peft_bias_steer/configs/ddp.yaml` (or `fsdp2.yaml`, `deepspeed.yaml`) after
 `accelerate launch`. With `--use_vllm` vLLM samples, and receives the vectors alone.
 
-Questions come from any task of reasoning-gym whose answers are integers (`--task chain_sum`); the reward is 1 if the
-last integer of a completion is the answer, otherwise 0. Held-out questions are answered before and after training.
-Datasets, other rewards and other methods: examples/studies/train_methods.py.
+Questions are of any task of reasoning-gym whose answers are integers (`--task chain_sum`), held-out ones are answered before
+and after; the reward is 1 if a completion's last integer is right. More: examples/studies/train_methods.py.
 """
 
 import argparse
@@ -39,7 +38,8 @@ from peft_bias_steer.serving.trl import check_vllm_sync, prepare_for_vllm, sync_
 
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
-from interrupts import StopOnInterrupt
+from interrupts import StopOnInterrupt, add_resume_option, find_checkpoint
+from options import check_least
 
 
 # no division: those of this task carry the answer of another expression
@@ -68,7 +68,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--use_vllm", action="store_true", help="sample with vLLM")
     add("--seed", type=int, default=0, help="of sampling and training order (%(default)s)")
     add("--report_to", nargs="+", default=["none"], help="tensorboard, trackio, ... (%(default)s)")
-    add("--resume_from_checkpoint", nargs="?", const=True, help="go on from this folder, by default the last one")
+    add_resume_option(parser)
 
 
 def make_questions(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
@@ -195,6 +195,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     args = parser.parse_args()
+    check_least(parser, args, max_steps=1, learning_rate=0.0, num_generations=2, max_completion_length=1)
+    find_checkpoint(parser, args)
     logging.disable_progress_bar()  # of weights; training keeps its own
     state, config = PartialState(), training_config(args)
     set_seed(args.seed)
@@ -213,9 +215,7 @@ def main() -> None:
         return [float(is_right(text, right)) for text, right in zip(completions, answer)]
 
     data = Dataset.from_list([{"prompt": make_prompt(tokenizer, row), "answer": row["answer"]} for row in questions])
-    trainer = GRPOTrainer(
-        model=model, reward_funcs=reward, args=config, train_dataset=data, processing_class=tokenizer
-    )
+    trainer = GRPOTrainer(model, reward, args=config, train_dataset=data, processing_class=tokenizer)
     if not train(trainer, args, steers_vllm=args.use_vllm):
         return
     adapter, step = args.output_dir / "adapter", trainer.state.global_step

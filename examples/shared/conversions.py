@@ -229,6 +229,8 @@ def train(arguments, trainer_class, model, rows, folder, steps, learning_rate, t
         remove_unused_columns=False,
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         dataloader_pin_memory=torch.cuda.is_available(),
+        # Without it, processes that torchrun starts on CPUs would each train a model of their own.
+        use_cpu=not torch.accelerator.is_available(),
         report_to="none",
     )
     trainer = trainer_class(

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+import torch.distributed
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -34,6 +36,11 @@ class StopOnInterrupt(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if args.world_size > 1:
+            # One process may have heard of it a step before the others, which would wait for it in vain.
+            heard = torch.tensor(int(self.interrupted), device=args.device)
+            torch.distributed.all_reduce(heard, op=torch.distributed.ReduceOp.MAX)
+            self.interrupted = bool(heard)
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 

@@ -47,7 +47,13 @@ def read_files(files, option):
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
         raise SystemExit(f"{option}: expected files, got {', '.join(missing)}, which do not exist")
-    return [file.read_text(encoding="utf-8") for file in files]
+    texts = []
+    for file in files:
+        try:
+            texts.append(file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise SystemExit(f"{option}: expected text in UTF-8, got {file} ({error}); iconv converts it") from None
+    return texts
 
 
 def make_tokenizer(arguments, texts):

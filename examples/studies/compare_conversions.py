@@ -243,10 +243,10 @@ def plot(results, curves, path):
 
 def main():
     arguments, started = parse_arguments(), time.time()
-    example.begin(arguments)
     teacher, tokenizer = example.load_teacher(arguments, PartialState().device)
     rows, long_texts, text_name = read_rows(arguments, tokenizer, arguments.long_rows)
     other = read_other(arguments, tokenizer)
+    example.begin(arguments)
     held_out = long_texts[:, : arguments.seq_len]
     weights = example.transfer(arguments, teacher, rows)
     order = example.order_layers(arguments, teacher, weights, rows)

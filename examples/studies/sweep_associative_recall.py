@@ -32,6 +32,7 @@ sys.path.append(str(Path(__file__).parents[1] / "shared"))
 sys.path.append(str(Path(__file__).parents[1] / "hf_based_kernel"))
 import train_associative_recall as example
 from interrupts import last_checkpoint
+from options import check_least
 
 
 # Options of RebasedConfig; those between taylor and attention are the ablations of the paper's Table 1.
@@ -171,9 +172,7 @@ def parse_arguments():
 
 
 def check_arguments(parser, arguments):
-    for name in ("batch_size", "max_steps", "eval_examples", "jobs"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    check_least(parser, arguments, batch_size=1, max_steps=1, eval_examples=1, jobs=1)
     if len(arguments.seq_len) != len(arguments.num_pairs):
         parser.error(
             f"--num_pairs must give one number for each --seq_len, got {len(arguments.num_pairs)} for "

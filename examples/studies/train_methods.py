@@ -413,6 +413,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     evaluation("--eval_steps", type=int, default=0, help="steps between greedy evaluations, 0 for none (%(default)s)")
     evaluation("--skip_eval_before", action="store_true", help="the base model's accuracy is known already")
     args = parser.parse_args(arguments)
+    example.find_checkpoint(parser, args)
     fill_defaults(args)
     return args
 

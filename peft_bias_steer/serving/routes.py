@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
+from ..analysis import new_table
 from ..architectures import (
     CONTROL_VECTOR_TYPES,
     GGUF_BIAS_TYPES,
@@ -102,9 +103,7 @@ def adapter_routes(adapter: str, base_model: str | None = None) -> list[Route]:
 
 def routes_table(routes: list[Route]) -> "Table":
     """The routes as a table for the terminal."""
-    from rich.table import Table
-
-    table = Table("route", "exact", "how, or why not")
+    table = new_table("route", "exact", "how, or why not")
     for route in routes:
         table.add_row(route.name, "yes" if route.exact else "no", route.reason)
     return table

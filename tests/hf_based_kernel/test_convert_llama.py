@@ -211,6 +211,7 @@ def test_a_random_sequence_comes_twice(example, measures):
     ("options", "sentence"),
     [
         (("--replace", "4"), "--replace: expected 1 to 3, the layers of the model, got 4"),
+        (("--replace", "0"), "--replace: expected 1 to 3, the layers of the model, got 0"),
         (
             ("--seq_len", "5000"),
             "texts of 5000 tokens for --eval_texts 2, and 0 rows besides of --seq_len 5000 tokens",
@@ -220,6 +221,7 @@ def test_a_random_sequence_comes_twice(example, measures):
 def test_what_cannot_be_done_is_refused_in_a_sentence(example, teacher, monkeypatch, options, sentence):
     with pytest.raises(SystemExit, match=sentence):
         run(example, monkeypatch, teacher, *options)
+    assert not (teacher / "out").exists(), "nothing was begun that the right options would be held against"
 
 
 def test_recall_hits_end_a_pair_of_before_beyond_the_window(example, measures):

@@ -139,6 +139,7 @@ def test_dataset_is_read_as_a_stream(monkeypatch, tmp_path, text_file):
     ("arguments", "message"),
     [
         (["--text_files", "nowhere.md"], "--text_files: expected files, got nowhere.md, which do not exist"),
+        (["--text_files", "latin.txt"], "--text_files: expected text in UTF-8, got latin.txt .*; iconv converts it"),
         (["--max_steps", "0"], "--max_steps must be at least 1, got 0"),
         (["--seq_len", "64", "--eval_tokens", "8"], "--eval_tokens must be at least 64, got 8"),
         (["--train_tokenizer", "8"], "--train_tokenizer needs at least 257 tokens"),
@@ -150,6 +151,7 @@ def test_dataset_is_read_as_a_stream(monkeypatch, tmp_path, text_file):
 )
 def test_bad_input_is_one_clear_sentence(monkeypatch, tmp_path, text_file, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin.txt").write_text("Où est le café ?", encoding="latin-1")
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, *SMALL, "--text_files", text_file, *arguments)
     said = capsys.readouterr().err + str(stopped.value)

@@ -462,3 +462,13 @@ def test_the_installed_command_runs():
 
     assert done.returncode == 0, done.stderr
     assert "--drop_first_layer" in done.stdout and "llama.cpp" in done.stdout
+
+
+def test_tables_say_what_they_need_and_json_needs_nothing(capsys, monkeypatch, adapter):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setitem(sys.modules, "rich.table", None)
+    for command in ("inspect", "routes"):
+        assert json.loads(run(capsys, command, adapter, "--json"))
+        with pytest.raises(SystemExit) as error:
+            main([command, str(adapter)])
+        assert "pip install 'peft_bias_steer[cli]'" in f"{error.value}{capsys.readouterr().err}"

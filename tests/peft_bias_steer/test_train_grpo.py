@@ -140,9 +140,9 @@ def test_vllm_gets_a_base_with_room_for_the_vectors_and_is_checked(train, exampl
     calls, trainers = [], []
 
     class Trainer(example.GRPOTrainer):
-        def __init__(self, *, args, **kwargs):
+        def __init__(self, *given, args, **kwargs):
             args.use_vllm = False  # there is none here
-            super().__init__(args=args, **kwargs)
+            super().__init__(*given, args=args, **kwargs)
             trainers.append(self)
 
     found = types.SimpleNamespace(util=types.SimpleNamespace(find_spec=lambda name: object()))
@@ -185,3 +185,19 @@ def test_bad_arguments_end_in_one_sentence(train, arguments, sentence):
 
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--max_steps", 0], "--max_steps must be at least 1, got 0"),
+        (["--learning_rate", -1], "--learning_rate must be positive, got -1.0"),
+        (["--num_generations", 1], "--num_generations must be at least 2, got 1"),
+        (["--resume_from_checkpoint"], "out holds no checkpoint that was written to its end"),
+    ],
+)
+def test_bad_numbers_and_checkpoints_are_refused_before_anything_is_loaded(train, capsys, arguments, sentence):
+    with pytest.raises(SystemExit):
+        train(*arguments)
+
+    assert sentence in capsys.readouterr().err
