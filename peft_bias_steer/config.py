@@ -184,3 +184,19 @@ def _flag(field: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{field} must be True or False, got {value!r}")
     return value
+
+
+def layer_indices(indices: int | list[int], num_layers: int) -> list[int]:
+    """
+    The layers that `layers_to_transform` names, counted from the first one, in order.
+
+    Raises:
+        ValueError: If there is none, or one does not exist.
+    """
+    indices = [indices] if isinstance(indices, int) else list(indices)
+    outside = [index for index in indices if not -num_layers <= index < num_layers]
+    if outside or not indices:
+        raise ValueError(
+            f"layers_to_transform must hold indices in [{-num_layers}, {num_layers - 1}], got {outside or indices}"
+        )
+    return sorted({index % num_layers for index in indices})

@@ -11,9 +11,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import BiasSteerConfig, as_index
+from .config import BiasSteerConfig, as_index, layer_indices
 from .merging import merge_sites
-from .model import layer_indices
 from .residual import find_layers, refuse_seq_first, residual_width
 from .vectors import from_vectors, unwrap
 

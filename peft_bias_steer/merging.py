@@ -1,5 +1,7 @@
 """Where a layer can hold an exact bias: a vector that is added to its output, as a weight of the model."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -122,3 +124,22 @@ def why_no_merge_site(layer: nn.Module) -> str:
     if any(name.startswith(("post_feedforward", "post_mlp")) for name in parts):
         return "a norm after the MLP rescales any bias in it"
     return "no bias in it reaches its output unchanged"
+
+
+@contextmanager
+def in_evaluation_mode(model: nn.Module) -> Generator[None]:
+    """Puts every module in evaluation mode, and back into its own: one may be in training mode around others that are not."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def coarsest_rounding(model: nn.Module, output: torch.Tensor) -> float:
+    """The spacing of numbers near 1 in the least exact dtype that a model computes this output in."""
+    # types of one byte are storage: quantised models compute in two bytes or more
+    dtypes = {output.dtype, *(vector_dtype(parameter.dtype) for parameter in model.parameters())}
+    return max(torch.finfo(dtype).eps for dtype in dtypes)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .config import BiasSteerConfig
+from .config import BiasSteerConfig, layer_indices
 from .guards import keep_biases_on_save, refuse_lossy_rollout_sync
 from .layer import (
     MERGED,
@@ -26,7 +26,7 @@ from .layer import (
     set_scale,
     wrong_length,
 )
-from .merging import merge_sites, vector_dtype
+from .merging import coarsest_rounding, in_evaluation_mode, merge_sites, vector_dtype
 from .residual import find_layers, refuse_seq_first, residual_width
 from .tokens import Tokens, as_choice, recompute_in_context
 
@@ -423,7 +423,7 @@ class BiasSteerModel(BaseTuner):
         with in_evaluation_mode(self.model):
             expected = self.model(*args, **kwargs)[0]
             if tolerance is None:
-                tolerance = max(1e-3, 8 * _coarsest_rounding(self.model, expected))
+                tolerance = max(1e-3, 8 * coarsest_rounding(self.model, expected))
             self.merge_adapter(safe_merge=True)
             try:
                 difference = ((self.model(*args, **kwargs)[0] - expected).abs().max() / expected.abs().max()).item()
@@ -579,43 +579,9 @@ def _after_pass(module: nn.Module, args: tuple, output: Any, layers: list[BiasSt
         choose_tokens(layers, None)
 
 
-@contextmanager
-def in_evaluation_mode(model: nn.Module) -> Generator[None]:
-    """Puts every module in evaluation mode, and back into its own: one may be in training mode around others that are not."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _coarsest_rounding(model: nn.Module, output: torch.Tensor) -> float:
-    # types of one byte are storage: quantised models compute in two bytes or more
-    dtypes = {output.dtype, *(vector_dtype(parameter.dtype) for parameter in model.parameters())}
-    return max(torch.finfo(dtype).eps for dtype in dtypes)
-
-
 def _vector_at(model: nn.Module, key: str) -> SteeringVector:
     return cast(SteeringVector, model.get_submodule(key.removesuffix(".weight")))
 
 
 def _targets(config: BiasSteerConfig) -> tuple:
     return config.target_modules, config.layers_to_transform
-
-
-def layer_indices(indices: int | list[int], num_layers: int) -> list[int]:
-    """
-    The layers that `layers_to_transform` names, counted from the first one, in order.
-
-    Raises:
-        ValueError: If there is none, or one does not exist.
-    """
-    indices = [indices] if isinstance(indices, int) else list(indices)
-    outside = [index for index in indices if not -num_layers <= index < num_layers]
-    if outside or not indices:
-        raise ValueError(
-            f"layers_to_transform must hold indices in [{-num_layers}, {num_layers - 1}], got {outside or indices}"
-        )
-    return sorted({index % num_layers for index in indices})

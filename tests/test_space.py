@@ -1,12 +1,10 @@
 """The page of examples/space in headless Chromium, with a tiny random model, adapter and autoencoder."""
 
-import importlib.util
 import os
 import re
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -17,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, read_latents
 from peft_bias_steer import from_vectors, steering_vectors
+from tests.environments import python_with
 from tests.example_module import load_example
 
 
@@ -26,18 +25,6 @@ SENTENCE = "to be or not"
 K = 6
 # gradio's pins and those of the other tests exclude each other.
 pytestmark = [pytest.mark.slow, pytest.mark.pinned]
-
-
-def python_with_gradio():
-    """This Python, or the one that `make space` installs gradio for."""
-    of_makefile = REPOSITORY / os.environ.get("VENV_SPACE", ".venv-space") / "bin" / "python"
-    if importlib.util.find_spec("gradio") is not None:
-        return sys.executable
-    if not of_makefile.exists():
-        missing = "needs gradio in .venv-space, which `make test` and `make space` make"
-        assert "CI" not in os.environ, missing
-        pytest.skip(missing)
-    return str(of_makefile)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +92,7 @@ class Page:
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """Start the app with options; all that were started end with the tests."""
-    running, python = [], python_with_gradio()
+    running, python = [], python_with("gradio", ".venv-space")
 
     def run(*options):
         with socket.socket() as free:

@@ -13,8 +13,7 @@ from torch import nn
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..merging import MergeSite, merge_sites, why_no_merge_site
-from ..model import in_evaluation_mode
+from ..merging import MergeSite, in_evaluation_mode, merge_sites, why_no_merge_site
 from ..residual import find_layers, residual_width
 from ..stock_forms import StockForm, find_stock_form
 from ..vectors import check_adapters, steering_layers, unwrap

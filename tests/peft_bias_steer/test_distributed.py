@@ -1,6 +1,5 @@
 """Two processes compute, and send to vLLM, what one does: DDP, FSDP2 and DeepSpeed's ZeRO-3 over gloo."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -9,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from tests.environments import python_with
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -253,17 +254,10 @@ dist.destroy_process_group()
 
 
 def python_with_deepspeed():
-    """This Python, or the one that `make test` installs DeepSpeed for, which builds its communication in C++."""
-    of_makefile = REPOSITORY / os.environ.get("VENV_DEEPSPEED", ".venv-deepspeed") / "bin" / "python"
+    """It builds its communication in C++."""
     if shutil.which("c++") is None:
         pytest.skip("DeepSpeed needs a C++ compiler")
-    if importlib.util.find_spec("deepspeed") is not None:
-        return sys.executable
-    if not of_makefile.exists():
-        missing = "needs DeepSpeed in .venv-deepspeed, which `make test` makes"
-        assert "CI" not in os.environ, missing
-        pytest.skip(missing)
-    return str(of_makefile)
+    return python_with("deepspeed", ".venv-deepspeed")
 
 
 @pytest.mark.slow
