@@ -23,6 +23,12 @@ DEVICE_MAP = {
 ADAPTED_MAP = {f"base_model.model.{name}": place for name, place in DEVICE_MAP.items()}
 
 
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(monkeypatch, tmp_path):
+    """PEFT puts weights of a base in parts beneath the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
 @torch.no_grad()
 def logits(model, tokens):
     return model.eval()(tokens).logits
