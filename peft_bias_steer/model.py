@@ -386,6 +386,12 @@ class BiasSteerModel(BaseTuner):
             self._check_finite(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
+    def unmerge_adapter(self) -> None:
+        # a layer and a module in it may have written one bias: the last to write has to give it back first
+        for layer in reversed(list(self.steering_layers.values())):
+            layer.unmerge()
+        super().unmerge_adapter()
+
     def _check_finite(self, adapter_names: list[str] | None) -> None:
         # before any layer is merged: a refused merge must not leave half of the layers merged
         for name, layer in self.steering_layers.items():

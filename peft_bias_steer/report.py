@@ -35,6 +35,9 @@ from .vectors import set_steering_vectors, steering_vectors
 from .whole_files import whole_file
 
 
+logger = logging.get_logger(__name__)
+
+
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 METRIC = "log_probability_gain"
 CARD_START, CARD_END = "<!-- bias-steer report -->", "<!-- end of the report -->"
@@ -175,6 +178,14 @@ def _tokens_of(tokenizer: PreTrainedTokenizerBase, row: dict) -> tuple[int, list
         ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"], **chat)
         # some templates begin an answer with a thought, and leave that out of an answered chat
         prompt = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(begun, ids)))
+        if not prompt:
+            raise ValueError(
+                f"expected a chat template that begins the answered chat as its prompt, got other tokens from the first on in {row}"
+            )
+        if prompt < len(begun):
+            logger.warning_once(
+                "The chat template writes the prompt otherwise once it is answered: all that differs is scored"
+            )
     if not 0 < prompt < len(ids):
         raise ValueError(f"expected at least one token in the prompt and in the completion, got the row {row}")
     return prompt, cast(list[int], ids)

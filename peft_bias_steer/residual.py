@@ -1,6 +1,7 @@
 """The residual stream of an architecture: its layers and its width."""
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -94,6 +95,16 @@ def residual_width(model: PreTrainedModel) -> int:
     return config.hidden_size
 
 
+def seq_first_type(model: nn.Module) -> str | None:
+    """The model type of the decoder's layers if these return (seq, batch, hidden_size)."""
+    try:
+        _, layers = find_layers(cast(PreTrainedModel, model))
+    except ValueError:  # none that would be known to
+        return None
+    found = _model_type_at(cast(PreTrainedModel, model), layers)
+    return found if found in SEQ_FIRST_TYPES else None
+
+
 def refuse_seq_first(model: nn.Module, what: str, instead: str) -> None:
     """
     Refuses what has to tell rows from tokens in the output of a layer, in a model whose layers return them in turn.
@@ -106,9 +117,8 @@ def refuse_seq_first(model: nn.Module, what: str, instead: str) -> None:
     Raises:
         ValueError: If it is such a model.
     """
-    types = {part.config.model_type for part in model.modules() if isinstance(part, PreTrainedModel)}
-    if found := sorted(types.intersection(SEQ_FIRST_TYPES)):
+    if found := seq_first_type(model):
         raise ValueError(
-            f"expected a model whose layers return (batch, seq, hidden_size) for {what}, got {found[0]}, whose layers "
+            f"expected a model whose layers return (batch, seq, hidden_size) for {what}, got {found}, whose layers "
             f"return (seq, batch, hidden_size): {instead}"
         )

@@ -11,14 +11,13 @@ from ..architectures import (
     CONTROL_VECTOR_TYPES,
     GGUF_BIAS_TYPES,
     LLAMA_CPP_WINDOW_TYPES,
-    SEQ_FIRST_TYPES,
     VLLM_DROPS_BIASES,
     VLLM_PLUGIN_CLASSES,
     VLLM_STOCK_CLASSES,
     WHY_NOT_IN_VLLM,
 )
 from ..merging import merge_sites, why_no_merge_site
-from ..residual import find_layers
+from ..residual import find_layers, seq_first_type
 from ..stock_forms import StockForm, find_stock_form, why_no_stock_form
 from ..vectors import load_vectors
 from .base_model import find_base_model, read_config, trained_modules
@@ -111,7 +110,7 @@ def routes_table(routes: list[Route]) -> "Table":
 
 def _one_adapter_per_row(base: PreTrainedModel, call: str) -> Route:
     name = "transformers, one adapter per row"
-    if base.config.model_type in SEQ_FIRST_TYPES:
+    if seq_first_type(base):
         return Route(name, False, "its layers return (seq, batch, hidden_size), where rows are not told from tokens")
     return Route(name, True, f"{call}(**inputs, adapter_names=[...])")
 

@@ -207,6 +207,12 @@ def test_a_random_sequence_comes_twice(example, measures):
     assert not torch.equal(tokens, measures.repeated_tokens(1000, 3, seed=0))
 
 
+def test_rows_must_reach_beyond_the_window(example, teacher, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(example, monkeypatch, teacher, "--window", "15")
+    assert "--seq_len must be at least 17, got 16" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -220,7 +226,7 @@ def test_a_random_sequence_comes_twice(example, measures):
 )
 def test_what_cannot_be_done_is_refused_in_a_sentence(example, teacher, monkeypatch, options, sentence):
     with pytest.raises(SystemExit, match=sentence):
-        run(example, monkeypatch, teacher, *options)
+        run(example, monkeypatch, teacher, "--window", "4", *options)
     assert not (teacher / "out").exists(), "nothing was begun that the right options would be held against"
 
 

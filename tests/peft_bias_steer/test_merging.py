@@ -10,6 +10,8 @@ from transformers import (
     GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     T5Config,
@@ -336,3 +338,19 @@ def test_copies_of_a_merged_model_unmerge_on_their_own(llama, steered, tokens):
     assert torch.equal(logits(clone, tokens), expected)
     assert torch.equal(logits(steered, tokens), merged)
     assert clone.get_base_model().model.layers[0].mlp.down_proj.bias is None
+
+
+def test_a_layer_and_a_module_in_it_give_one_bias_back(tokens):
+    base = LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
+    model = get_peft_model(base, BiasSteerConfig(init_weights=False, task_type="CAUSAL_LM"))
+    model.add_adapter(
+        "inner", BiasSteerConfig(init_weights=False, task_type="CAUSAL_LM", target_modules=["down_proj"])
+    )
+    model.base_model.set_adapter(["default", "inner"])
+    expected = logits(model, tokens)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, tokens), expected)
+    model.unmerge_adapter()
+    assert base.model.layers[0].mlp.down_proj.bias is None and torch.equal(logits(model, tokens), expected)
+    model.base_model.check_merge(tokens)
+    assert torch.equal(logits(model, tokens), expected)

@@ -90,3 +90,25 @@ def test_rows_that_cannot_be_told_from_tokens_are_refused():
         extract_vectors(model, lambda text: {"input_ids": [1, 2, 3]}, [{"positive": "a", "negative": "b"}])
     with model.steer_tokens("all"):
         assert model(input_ids=square).logits.shape == (3, 3, 64)
+
+
+def test_an_encoder_of_such_layers_is_no_reason_to_refuse():
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }
+    encoder = transformers.XLNetModel(
+        transformers.XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    )
+    decoder = transformers.BertLMHeadModel(transformers.BertConfig(**sizes, is_decoder=True, add_cross_attention=True))
+    base = transformers.EncoderDecoderModel(encoder=encoder, decoder=decoder)
+    model = get_peft_model(base, BiasSteerConfig(init_weights=False)).eval()
+    inputs = {"input_ids": torch.arange(1, 7).view(2, 3), "decoder_input_ids": torch.arange(1, 5).view(2, 2)}
+    got = model(**inputs, adapter_names=["default", "__base__"]).logits
+
+    torch.testing.assert_close(got[0], model(**inputs).logits[0])
+    with model.disable_adapter():
+        torch.testing.assert_close(got[1], model(**inputs).logits[1])
