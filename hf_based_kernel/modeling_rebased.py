@@ -39,6 +39,8 @@ from .softmax_attention_rebased import RebasedRMSNorm, RebasedSoftmaxAttention
 from .window_attention_rebased import make_window_mask
 
 
+logger = logging.get_logger(__name__)
+
 SOFTMAX_MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
@@ -219,6 +221,9 @@ class RebasedModel(RebasedPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache is None:
             use_cache = self.config.use_cache and (past_key_values is not None or not self.training)
+        if past_key_values is None and use_cache and self.gradient_checkpointing and self.training:
+            logger.warning_once("use_cache=True is incompatible with gradient checkpointing: no cache is made")
+            use_cache = False
         if past_key_values is None and use_cache:
             past_key_values = RebasedCache(self.config)
         seen_tokens = self._check_past(past_key_values, inputs_embeds)

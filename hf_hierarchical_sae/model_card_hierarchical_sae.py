@@ -108,7 +108,7 @@ def push_with_card(
         set_metrics(card, metrics, repo_id)
     else:
         card = model.model_card(repo_id, metrics=metrics)
-    card.data["tags"] = list(dict.fromkeys([*card.data.get("tags", []), *(tags or ())]))
+    card.data["tags"] = list(dict.fromkeys([*card.data.get("tags", []), *(model.model_tags or ()), *(tags or ())]))
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         card.save(Path(folder, "README.md"))

@@ -389,9 +389,10 @@ class HierarchicalSaeModel(PreTrainedModel):
         # Rows that are at unit norm up to rounding stay as they are: normalising twice changes nothing.
         is_off = ((norms - 1).abs() > max(1e-6, torch.finfo(self.W_dec.dtype).eps)) & (norms > 0)
         self.W_dec.div_(norms.masked_fill(~is_off, 1.0))
-        # DeepSpeed's ZeRO-1 and 2 step copies of their own, which they then write over the weights.
+        # DeepSpeed's ZeRO-1 and 2 step copies of their own, which they then write over the weights; to one that is more exact
+        # than the weights these would do harm.
         set_copy: Any = getattr(self.W_dec, "set_full_hp_param", None)
-        if set_copy is not None:
+        if set_copy is not None and self.W_dec.dtype == torch.float32:
             set_copy(self.W_dec)
 
     def pop_training_metrics(self) -> dict[str, float]:

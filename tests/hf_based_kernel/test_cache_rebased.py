@@ -88,9 +88,9 @@ def test_training_goes_on_after_a_cache_that_was_asked_for():
     assert got.past_key_values.get_seq_length() == 12
 
     model.gradient_checkpointing_enable()
-    model(input_ids)
+    assert model(input_ids, use_cache=True).past_key_values is None
     with pytest.raises(ValueError, match="gradient checkpointing runs layers twice .* leave out the cache"):
-        model(input_ids, use_cache=True)
+        model(input_ids, past_key_values=RebasedCache(model.config))
 
 
 @pytest.mark.parametrize("branch", [RebasedCache.fork, copy.deepcopy])
