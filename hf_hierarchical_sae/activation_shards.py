@@ -200,7 +200,8 @@ class ActivationShards(torch.utils.data.Dataset):
         hook_point: str | None = None,
         target_hook_point: str | None = None,
     ):
-        self.folder = Path(folder)
+        # A worker process may have another working directory.
+        self.folder = Path(folder).absolute()
         if not (self.folder / DESCRIPTION).exists():
             raise ValueError(f"expected a folder written by save_shards, got {folder}, which has no {DESCRIPTION}")
         self.description = _read_description(self.folder)

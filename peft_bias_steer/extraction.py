@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import BiasSteerConfig, as_index, layer_indices
 from .merging import merge_sites
-from .residual import find_layers, refuse_seq_first, residual_width
+from .residual import find_layers, refuse_seq_first, residual_width, seq_first_type
 from .vectors import from_vectors, unwrap
 
 
@@ -110,7 +110,7 @@ def _check_model(base: PreTrainedModel) -> None:
         raise ValueError(
             f"expected a decoder or an encoder, got a {type(base).__name__}, which reads a prompt with both"
         )
-    refuse_seq_first(base, "extract_vectors", "train its vectors")
+    refuse_seq_first(seq_first_type(base), "extract_vectors", "train its vectors")
 
 
 def _prompts(

@@ -317,7 +317,7 @@ class BiasSteerLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: If the host has no place for a bias, or `safe_merge` meets NaN or infinity.
         """
-        names = self._to_merge(adapter_names)
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.bias_steer_vector]
         if not names:
             return
         if safe_merge and not self.merges_finitely(names):
@@ -332,14 +332,10 @@ class BiasSteerLayer(nn.Module, BaseTunerLayer):
 
     def merges_finitely(self, adapter_names: list[str] | None = None) -> bool:
         """Whether the biases that [`merge`] would write are finite in their own dtype."""
-        names = self._to_merge(adapter_names)
-        if not names:
+        total = self.sum_vectors([*dict.fromkeys([*self.merged_adapters, *(adapter_names or self.active_adapters)])])
+        if total is None:
             return True
-        total = self.sum_vectors(self.merged_adapters + names).detach()
-        return all(bool(site.merged(original, total).isfinite().all()) for site, original in self._sites())
-
-    def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
-        return [name for name in check_adapters_to_merge(self, adapter_names) if name in self.bias_steer_vector]
+        return all(bool(site.merged(original, total.detach()).isfinite().all()) for site, original in self._sites())
 
     def _sites(self) -> list[tuple[MergeSite, nn.Parameter | None]]:
         """Where the vectors go, with the biases that were there before the first merge."""

@@ -1,7 +1,7 @@
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -27,7 +27,7 @@ from .layer import (
     wrong_length,
 )
 from .merging import coarsest_rounding, in_evaluation_mode, merge_sites, vector_dtype
-from .residual import find_layers, refuse_seq_first, residual_width
+from .residual import find_layers, refuse_seq_first, residual_width, seq_first_type
 from .tokens import Tokens, as_choice, recompute_in_context
 
 
@@ -49,6 +49,10 @@ class BiasSteerModel(BaseTuner):
         """Name of each steered module, and its [`BiasSteerLayer`], in the order of the model."""
         modules = self.model.named_modules()
         return {name.removesuffix(".bias_steer"): m for name, m in modules if isinstance(m, BiasSteerLayer)}
+
+    @cached_property
+    def _seq_first_type(self) -> str | None:
+        return seq_first_type(self.model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> BiasSteerConfig:
         peft_config.check()  # a value may have been set since it was made
@@ -290,7 +294,7 @@ class BiasSteerModel(BaseTuner):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         if any(layer.merged for layer in self.steering_layers.values()):
             raise ValueError(MERGED)
-        refuse_seq_first(self.model, "adapter_names", "give each adapter a batch of its own")
+        refuse_seq_first(self._seq_first_type, "adapter_names", "give each adapter a batch of its own")
         if rows is not None and rows != len(adapter_names):
             raise ValueError(wrong_length(adapter_names, rows))
 
@@ -340,7 +344,7 @@ class BiasSteerModel(BaseTuner):
                 "steer_tokens has no meaning there"
             )
         if choice is not None:
-            refuse_seq_first(self.model, "steer_tokens", "steer all tokens")
+            refuse_seq_first(self._seq_first_type, "steer_tokens", "steer all tokens")
         layers = list(self.steering_layers.values())
         hooks = [
             self.model.register_forward_pre_hook(partial(_before_pass, layers=layers), with_kwargs=True),

@@ -105,19 +105,19 @@ def seq_first_type(model: nn.Module) -> str | None:
     return found if found in SEQ_FIRST_TYPES else None
 
 
-def refuse_seq_first(model: nn.Module, what: str, instead: str) -> None:
+def refuse_seq_first(found: str | None, what: str, instead: str) -> None:
     """
     Refuses what has to tell rows from tokens in the output of a layer, in a model whose layers return them in turn.
 
     Args:
-        model (`nn.Module`): The base model.
+        found (`str`, *optional*): What [`seq_first_type`] says of the base model.
         what (`str`): What has to, for the error.
         instead (`str`): What to do instead, for the error.
 
     Raises:
         ValueError: If it is such a model.
     """
-    if found := seq_first_type(model):
+    if found:
         raise ValueError(
             f"expected a model whose layers return (batch, seq, hidden_size) for {what}, got {found}, whose layers "
             f"return (seq, batch, hidden_size): {instead}"

@@ -117,10 +117,12 @@ def test_a_second_push_keeps_the_card_and_replaces_its_metrics(tiny_language_mod
         first = ModelCard.load(repo_id)
         first.text += "Mine\n"
         first.push_to_hub(repo_id)
+        model.add_model_tags(["ours"])
         model.push_to_hub(repo_id, metrics=metrics[1:])
 
         second = ModelCard.load(repo_id)
         assert first.data.eval_results == metrics[:1] and second.data.eval_results == metrics[1:]
+        assert second.data.tags == [*first.data.tags, "ours"]
         assert second.text == first.text and second.data.model_name == repo_id.rpartition("/")[2]
 
 

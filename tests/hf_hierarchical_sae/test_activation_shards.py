@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,10 +102,12 @@ def test_shards_are_mapped_not_read(harvested):
     assert len(mapped) >= len(shards._shards)
 
 
-def test_a_worker_process_maps_the_shards_itself(harvested):
-    shards = ActivationShards(harvested[0], layer=1)
+def test_a_worker_process_maps_the_shards_itself(harvested, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(harvested[0]).parent)
+    shards = ActivationShards(Path(harvested[0]).name, layer=1)
     # What a spawned worker of `DataLoader` is sent.
     sent = bytes(ForkingPickler.dumps(shards))
+    monkeypatch.chdir(tmp_path)
     found = pickle.loads(sent)
 
     assert len(sent) < 1000 < shards.rows(torch.arange(len(shards))).nbytes

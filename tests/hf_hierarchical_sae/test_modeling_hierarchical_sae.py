@@ -1057,3 +1057,14 @@ def test_what_is_no_tensor_is_refused(x):
 def test_what_names_no_latents_is_not_decoded(indices, values, message):
     with pytest.raises(ValueError, match=message):
         make_sae().decode(indices, values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_more_exact_copy_of_an_optimizer_is_left_alone(dtype):
+    sae = HierarchicalSaeModel(HierarchicalSaeConfig(d_in=8, d_sae=16, k=2)).to(dtype)
+    written = []
+    # What DeepSpeed's ZeRO-1 and 2 give a parameter; tests/test_deepspeed.py trains with them.
+    sae.W_dec.set_full_hp_param = written.append
+    sae.normalize_decoder()
+
+    assert len(written) == (dtype == torch.float32)

@@ -61,8 +61,11 @@ def test_log_probabilities_are_those_of_a_loop_over_the_tokens(model, tokenizer)
     )
 
 
-def test_messages_go_through_the_chat_template(model, tokenizer):
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+# Some templates begin an answer with a thought, and leave that out of an answered chat.
+@pytest.mark.parametrize("begun", ["<assistant>", "<assistant>{think}"])
+def test_messages_go_through_the_chat_template(model, tokenizer, begun):
+    chats = "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
+    tokenizer.chat_template = f"{chats}{{% if add_generation_prompt %}}{begun}{{% endif %}}"
     row = {"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "you"}]}
     plain = {"prompt": "<user>hi;<assistant>", "completion": "you;"}
 
@@ -71,14 +74,14 @@ def test_messages_go_through_the_chat_template(model, tokenizer):
     assert chat == pytest.approx(text.item())
 
 
-def test_an_answer_that_the_template_begins_otherwise_is_scored_whole(model, tokenizer):
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}{% if add_generation_prompt %}<assistant>{think}{% endif %}"
+def test_a_template_that_writes_the_prompt_otherwise_is_refused(model, tokenizer):
+    tokenizer.chat_template = (
+        "{{ messages | length }}{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
+    )
     row = {"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "you"}]}
-    plain = {"prompt": "<user>hi;<assistant>", "completion": "you;"}
 
-    chat, text = completion_log_probs(model, tokenizer, [row, plain])
-
-    assert chat == pytest.approx(text.item())
+    with pytest.raises(ValueError, match="expected a chat template that begins the answered chat as its prompt"):
+        completion_log_probs(model, tokenizer, [row])
 
 
 def test_gains_are_differences_of_the_same_completions(model, tokenizer, capsys):
