@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .config import BiasSteerConfig
-from .merging import MergeSite, merge_sites, refuse_offloaded
+from .merging import SHARES, MergeSite, merge_sites, refuse_offloaded
 from .tokens import TokenChoice
 
 
@@ -180,7 +180,7 @@ class BiasSteerLayer(nn.Module, BaseTunerLayer):
         self.bias_steer_vector = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
-        self._merged_sites: list[tuple[MergeSite, nn.Parameter | None]] = []
+        self._merged_sites: list[MergeSite] = []
         # what the last caller of any thread asked for
         self.latest_call = NO_CALL
         host.bias_steer = self
@@ -326,8 +326,8 @@ class BiasSteerLayer(nn.Module, BaseTunerLayer):
             )
         total = self.sum_vectors(self.merged_adapters + names).detach()
         self._merged_sites = self._sites()
-        for site, original in self._merged_sites:
-            site.write(original, total)
+        for site in self._merged_sites:
+            site.share(self, total)
         self.merged_adapters += names
 
     def merges_finitely(self, adapter_names: list[str] | None = None) -> bool:
@@ -335,22 +335,24 @@ class BiasSteerLayer(nn.Module, BaseTunerLayer):
         total = self.sum_vectors([*dict.fromkeys([*self.merged_adapters, *(adapter_names or self.active_adapters)])])
         if total is None:
             return True
-        return all(bool(site.merged(original, total.detach()).isfinite().all()) for site, original in self._sites())
+        return all(bool(site.shared(self, total.detach()).isfinite().all()) for site in self._sites())
 
-    def _sites(self) -> list[tuple[MergeSite, nn.Parameter | None]]:
-        """Where the vectors go, with the biases that were there before the first merge."""
-        return self._merged_sites or [(site, site.bias) for site in merge_sites(self.get_base_layer())]
+    def _sites(self) -> list[MergeSite]:
+        """Where the vectors go, and where they are while they are merged."""
+        return self._merged_sites or merge_sites(self.get_base_layer())
 
     def unmerge(self) -> None:
         """Puts back the very biases that were there before the first `merge`: nothing is subtracted, nothing drifts."""
-        for site, _ in self._merged_sites:
+        for site in self._merged_sites:
             refuse_offloaded(site.module)
-        for site, original in self._merged_sites:
-            site.restore(original)
+        for site in self._merged_sites:
+            site.share(self, None)
         self._merged_sites = []
         self.merged_adapters = []
 
     def detach_from_host(self) -> None:
+        for site in self._merged_sites:  # for good: the biases are the model's own from now on
+            vars(site.module).pop(SHARES, None)
         self._hook.remove()
         del self.get_base_layer().bias_steer
 

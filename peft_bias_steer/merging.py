@@ -14,6 +14,10 @@ from transformers.pytorch_utils import Conv1D
 from .architectures import FACTORS, MERGE_SITES
 
 
+# attribute of a module with merged biases: by their name, the bias before, and what each owner added to it
+SHARES = "bias_steer_shares"
+
+
 @dataclass
 class MergeSite:
     """
@@ -35,17 +39,53 @@ class MergeSite:
 
     def merged(self, original: torch.Tensor | None, vector: torch.Tensor) -> torch.Tensor:
         """The bias `original + factor * vector`, (..., size), in the module's dtype."""
-        bias = self.factor * vector
-        weight_dtype = self.module.get_parameter("weight").dtype if original is None else original.dtype
-        bias = bias if original is None else original.detach() + bias
-        return bias.to(vector_dtype(weight_dtype))
+        return self._sum(original, self.factor * vector)
 
     def write(self, original: nn.Parameter | None, vector: torch.Tensor) -> None:
         """Makes the [`merged`] bias that of the module; `original` itself is left untouched."""
-        setattr(self.module, self.attribute, nn.Parameter(self.merged(original, vector), requires_grad=False))
+        self._set(self.merged(original, vector))
 
     def restore(self, original: nn.Parameter | None) -> None:
+        """Puts a bias back that was there before; a model that was moved or cast meanwhile gets a copy that fits."""
+        present = self.bias
+        if original is not None and present is not None:
+            moved = original.detach().to(present)
+            if moved.dtype != original.dtype or moved.device != original.device:
+                original = nn.Parameter(moved, requires_grad=original.requires_grad)
         setattr(self.module, self.attribute, original)
+
+    def shared(self, owner: nn.Module, vector: torch.Tensor) -> torch.Tensor:
+        """The bias that [`share`] would write."""
+        original, shares = self._shares(owner, vector)
+        return self._sum(original, torch.stack([*shares.values()]).sum(0))
+
+    def share(self, owner: nn.Module, vector: torch.Tensor | None) -> None:
+        """
+        Merges the vector of an owner, or takes it out if it is None. A layer and a module in it may own parts of one bias;
+        when the last part has gone, the bias is the very one that was there before the first.
+        """
+        original, shares = self._shares(owner, vector)
+        known = vars(self.module).setdefault(SHARES, {})
+        if shares:
+            known[self.attribute] = original, shares
+            self._set(self._sum(original, torch.stack([*shares.values()]).sum(0)))
+        elif known.pop(self.attribute, None) is not None:
+            self.restore(original)
+
+    def _shares(
+        self, owner: nn.Module, vector: torch.Tensor | None
+    ) -> tuple[nn.Parameter | None, dict[nn.Module, torch.Tensor]]:
+        original, shares = vars(self.module).get(SHARES, {}).get(self.attribute, (self.bias, {}))
+        shares = {other: share for other, share in shares.items() if other is not owner}
+        return original, shares if vector is None else {**shares, owner: self.factor * vector}
+
+    def _sum(self, original: torch.Tensor | None, addend: torch.Tensor) -> torch.Tensor:
+        weight_dtype = self.module.get_parameter("weight").dtype if original is None else original.dtype
+        addend = addend if original is None else original.detach() + addend
+        return addend.to(vector_dtype(weight_dtype))
+
+    def _set(self, bias: torch.Tensor) -> None:
+        setattr(self.module, self.attribute, nn.Parameter(bias, requires_grad=False))
 
 
 def vector_dtype(dtype: torch.dtype) -> torch.dtype:

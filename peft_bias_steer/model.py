@@ -390,12 +390,6 @@ class BiasSteerModel(BaseTuner):
             self._check_finite(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
-    def unmerge_adapter(self) -> None:
-        # a layer and a module in it may have written one bias: the last to write has to give it back first
-        for layer in reversed(list(self.steering_layers.values())):
-            layer.unmerge()
-        super().unmerge_adapter()
-
     def _check_finite(self, adapter_names: list[str] | None) -> None:
         # before any layer is merged: a refused merge must not leave half of the layers merged
         for name, layer in self.steering_layers.items():
@@ -465,6 +459,10 @@ class BiasSteerModel(BaseTuner):
         if merged:
             keep_biases_on_save(self.model)
         return self.model
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's moves a weight along, which what modules_to_save wraps need not have: an MLP, say
+        setattr(parent, child_name, new_module)
 
     @classmethod
     def _get_adapter_state_dict(  # PEFT passes these by position

@@ -210,8 +210,12 @@ def _iter_weights(trainer: Any, places: list[Place]) -> Iterator[tuple[str, torc
                     weight += layer.scale(adapter) * whole(layer.vector(adapter).to(device))
             if not weight.isfinite().all():
                 raise ValueError(f"expected finite vectors, got NaN or infinity in what becomes {name} in vLLM")
-            # from the very bias of the base: a merge would have to be undone, and of a shard would be another shard
-            weights[name] = weight if site is None else site.merged(whole(cast(Any, site.bias).to(device)), weight)
+            if site is not None:
+                # from the very bias of the base: a merge would have to be undone, and of a shard would be another shard;
+                # a layer and a module in it may write to one
+                bias = weights[name] if name in weights else whole(cast(Any, site.bias).to(device))
+                weight = site.merged(bias, weight)
+            weights[name] = weight
     yield from weights.items()
 
 

@@ -340,17 +340,65 @@ def test_copies_of_a_merged_model_unmerge_on_their_own(llama, steered, tokens):
     assert clone.get_base_model().model.layers[0].mlp.down_proj.bias is None
 
 
-def test_a_layer_and_a_module_in_it_give_one_bias_back(tokens):
+@pytest.mark.parametrize("calls", [[None], [["default"], ["inner"]], [["inner"], ["default"]]])
+def test_a_layer_and_a_module_in_it_give_one_bias_back(tokens, calls):
     base = LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
+    without = logits(base, tokens)
     model = get_peft_model(base, BiasSteerConfig(init_weights=False, task_type="CAUSAL_LM"))
     model.add_adapter(
         "inner", BiasSteerConfig(init_weights=False, task_type="CAUSAL_LM", target_modules=["down_proj"])
     )
     model.base_model.set_adapter(["default", "inner"])
     expected = logits(model, tokens)
-    model.merge_adapter()
+    for names in calls:
+        model.merge_adapter(names)
     torch.testing.assert_close(logits(model, tokens), expected)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, tokens), without)
+    for names in calls:
+        model.merge_adapter(names)
     model.unmerge_adapter()
     assert base.model.layers[0].mlp.down_proj.bias is None and torch.equal(logits(model, tokens), expected)
     model.base_model.check_merge(tokens)
     assert torch.equal(logits(model, tokens), expected)
+
+
+def test_taking_out_one_of_two_that_share_a_bias_leaves_the_other(tokens):
+    base = LlamaForCausalLM(LlamaConfig(**SMALL, mlp_bias=True)).eval()
+    model = get_peft_model(base, BiasSteerConfig(init_weights=False))
+    model.add_adapter("inner", BiasSteerConfig(init_weights=False, target_modules=["down_proj"]))
+    down_proj = base.model.layers[0].mlp.down_proj
+    original = down_proj.bias
+    down_proj.bias_steer.merge(adapter_names=["inner"])
+    base.model.layers[0].bias_steer.merge(adapter_names=["default"])
+    down_proj.bias_steer.unmerge()
+    assert torch.equal(down_proj.bias, original + base.model.layers[0].bias_steer.vector("default"))
+    base.model.layers[0].bias_steer.unmerge()
+    assert down_proj.bias is original
+
+
+def test_a_model_that_was_cast_while_merged_gets_its_biases_back_in_its_own_type(tokens, set_vectors):
+    base = LlamaForCausalLM(LlamaConfig(**SMALL, mlp_bias=True)).eval()
+    original = base.model.layers[0].mlp.down_proj.bias
+    model = get_peft_model(base, BiasSteerConfig())
+    set_vectors(model)
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    bias = base.model.layers[0].mlp.down_proj.bias
+    assert torch.equal(bias, original.bfloat16()) and logits(model, tokens).isfinite().all()
+
+
+@pytest.mark.parametrize("saved", ["mlp", "self_attn", "norm"])
+def test_a_container_that_is_trained_whole_is_merged_and_unloaded(tokens, set_vectors, saved):
+    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**SMALL)), BiasSteerConfig(modules_to_save=[saved]))
+    set_vectors(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.mul_(1.5)
+    expected = logits(model, tokens)
+    merged = model.merge_and_unload()
+
+    torch.testing.assert_close(logits(merged, tokens), expected)
+    assert not [name for name, _ in merged.named_modules() if "modules_to_save" in name or "bias_steer" in name]
