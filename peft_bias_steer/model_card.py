@@ -56,7 +56,8 @@ def complete_card(folder: str | os.PathLike, task_type: str | None, base_model: 
     """
     folder = Path(folder).absolute()
     card, name = folder / "README.md", None
-    if not card.exists():
+    # PEFT writes the vectors before the config; a config alone is no adapter of the folder above
+    if not card.exists() and any(folder.glob("adapter_model.*")):
         card, name = folder.parent / "README.md", folder.name
     if not card.exists():
         return

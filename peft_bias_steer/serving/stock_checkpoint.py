@@ -214,6 +214,9 @@ def _verify_checkpoint(model: PeftModel | PreTrainedModel, model_class: type[Pre
     config = base.config.get_text_config(decoder=True)
     # a multiplicative walk through the vocabulary: distinct tokens without touching the random state
     input_ids = (torch.arange(1, 17, device=base.device) * 7919 % config.vocab_size)[None]
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if (end := next((end for end in ends if end in range(config.vocab_size)), None)) is not None:
+        input_ids[0, -1] = end  # BART classifies what stands there
     inputs = {"input_ids": input_ids, **({"decoder_input_ids": input_ids} if config.is_encoder_decoder else {})}
     with in_evaluation_mode(model):
         expected = _tensors(model(**inputs))

@@ -80,9 +80,18 @@ def test_the_card_beside_the_folders_of_named_adapters_loads_each(tiny_language_
 
 def test_a_card_of_something_else_above_the_folder_is_left_alone(tmp_path):
     (tmp_path / "README.md").write_text("# My runs\n")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors").touch()
     BiasSteerConfig().save_pretrained(tmp_path / "adapter")
 
     assert (tmp_path / "README.md").read_text() == "# My runs\n"
+
+
+def test_a_config_alone_is_no_adapter_of_the_folder_above(tmp_path):
+    card = "---\nlibrary_name: peft\n---\n# LoRA\n"
+    (tmp_path / "README.md").write_text(card)
+    BiasSteerConfig().save_pretrained(tmp_path / "settings")
+    assert (tmp_path / "README.md").read_text() == card
 
 
 def test_a_card_in_another_encoding_keeps_its_bytes(tmp_path):

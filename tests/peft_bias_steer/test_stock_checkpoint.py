@@ -21,6 +21,9 @@ from peft_bias_steer import (
 from tests.peft_bias_steer.tiny_models import CLOSE, GPT2, INPUT_IDS, SMALL, logits, make_base, steer
 
 
+ENDS_IN_EOS = torch.tensor([[5, 9, 3, 2], [7, 7, 4, 2]])
+
+
 def test_all_active_adapters_are_exported_at_their_scale(tmp_path):
     model = steer(make_base())
     model.add_adapter("second", BiasSteerConfig(init_weights=False, layers_to_transform=[1]))
@@ -142,6 +145,16 @@ def test_models_without_logits_of_words_are_exported_too(tmp_path, auto_class):
     assert len(got) == 2  # starts and ends of answers, or hidden and pooled states
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], **CLOSE)
+
+
+def test_a_classifier_of_what_ends_a_text_is_exported(tmp_path):
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "vocab_size": 64}
+    more = {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "decoder_attention_heads": 2, "max_position_embeddings": 32}
+    model = steer(transformers.BartForSequenceClassification(transformers.BartConfig(**sizes, **more)).eval())
+    export_stock_checkpoint(model, tmp_path / "stock")
+    stock = transformers.BartForSequenceClassification.from_pretrained(tmp_path / "stock").eval()
+
+    torch.testing.assert_close(logits(stock, ENDS_IN_EOS), logits(model, ENDS_IN_EOS), **CLOSE)
 
 
 @pytest.mark.parametrize("model_type, stock_class", [("llama", "LlamaForCausalLM"), ("mistral", "LlamaForCausalLM"),
