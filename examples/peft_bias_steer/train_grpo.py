@@ -202,12 +202,12 @@ def main() -> None:
     set_seed(args.seed)
     questions, held_out = make_questions(args)
     base, tokenizer = load(args.model)
-    state.print(f"Answering {len(held_out)} held-out questions with the base model ...", flush=True)
-    before = answer(base, tokenizer, held_out, args.max_completion_length)
     if args.use_vllm:
         base = with_room_for_vectors(base, tokenizer, args.output_dir / "base")
     model = get_peft_model(base, BiasSteerConfig(task_type="CAUSAL_LM", layers_to_transform=args.layers))
     model.peft_config["default"].base_model_name_or_path = args.model
+    state.print(f"Answering {len(held_out)} held-out questions with the base model ...", flush=True)
+    before = answer(model, tokenizer, held_out, args.max_completion_length)  # the vectors are zero
     trainable, total = model.get_nb_trainable_parameters()
     state.print(f"Training {trainable:,} of {total:,} parameters ...", flush=True)
 
