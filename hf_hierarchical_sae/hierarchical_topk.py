@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from transformers.utils import is_triton_available
 
 from .configuration_hierarchical_sae import increasing_integers
 from .large_pages import empty_in_large_pages
+from .once_differentiable import once_differentiable
 
 
 BudgetErrors = Callable[..., tuple[torch.Tensor, torch.Tensor]]

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy
 import torch
-from torch.autograd.function import once_differentiable
 
 from .large_pages import empty_in_large_pages
+from .once_differentiable import once_differentiable
 
 
 try:

@@ -26,7 +26,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+
+from .once_differentiable import once_differentiable
 
 
 try:

@@ -393,17 +393,19 @@ def _centred(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def _gemma_scope_origin(path: str) -> dict[str, Any]:
     """What the names of repository and folders say of a dictionary of Gemma Scope, as config has it."""
-    layer = re.search(r"layer_(\d+)", path)
+    # Innermost first: a folder of the user's own may be called layer_12_study.
+    layers = re.findall(r"(?:^|/)layer_(\d+)(?=/|$)", path)
+    layer = layers[-1] if layers else None
     repository = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)", path)
     if repository is None:
-        return {"layer": None if layer is None else int(layer[1])}
+        return {"layer": None if layer is None else int(layer)}
     is_transcoder = repository[3] == "transcoders"
     if is_transcoder and layer is None:
         raise ValueError(f"expected the layer of a transcoder in the path, such as layer_5, got {path}")
     origin = {"model_name": f"google/gemma-2-{repository[1]}{'-it' if repository[2] == 'it' else ''}"}
     if layer is None:
         return origin
-    names = [GEMMA_SCOPE_SITES[site].format(layer[1]) for site in (repository[3], "mlp")]
+    names = [GEMMA_SCOPE_SITES[site].format(layer) for site in (repository[3], "mlp")]
     return {**origin, **_places(names[0], names[1] if is_transcoder else None)}
 
 

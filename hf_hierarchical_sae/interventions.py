@@ -251,6 +251,11 @@ def _norm_limits(sae: HierarchicalSaeModel, max_norm: float | None, max_norm_rat
     if max_norm is not None:
         return [positive_number("max_norm", max_norm), torch.inf][: len(medians)]
     ratio = torch.inf if max_norm_ratio is None else positive_number("max_norm_ratio", max_norm_ratio)
+    if max_norm_ratio is not None and not all(median.isfinite() for median in medians):
+        raise ValueError(
+            f"the recorded median norm has no room in {sae.median_norm.dtype}, and so tells no limit: load the autoencoder in "
+            "float32 or bfloat16, or give max_norm"
+        )
     return [ratio * (median.item() or torch.inf) for median in medians]
 
 

@@ -2,10 +2,11 @@
 
 import copy
 import json
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -26,6 +27,9 @@ logger = logging.get_logger(__name__)
 _ENTERED: ContextVar[frozenset] = ContextVar("entered", default=frozenset())
 # Numbering a hook is not atomic in torch: of two threads at once, one would lose its hook.
 _REGISTERING = threading.RLock()
+# The hooks that are there, of whatever thread, and, while there are any, what keeps compiled code from running.
+_HOOKS: set[object] = set()
+_EAGER: list[Any] = []
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -117,8 +121,10 @@ def check_predicts(model: PreTrainedModel) -> None:
 def unembedding_weight(model: PreTrainedModel) -> torch.Tensor:
     """(vocabulary, hidden_size) float32 weight of a model's unembedding, wherever it is kept and in whatever form."""
     unembedding: Any = model.get_output_embeddings()
-    if unembedding.weight.device.type != "meta" and unembedding.weight.is_floating_point():
-        return unembedding.weight.detach().float()
+    weight = unembedding.weight
+    # torchao's int8 weights call themselves floating-point, and torch's own are behind a method.
+    if type(weight) in (torch.Tensor, nn.Parameter) and weight.device.type != "meta" and weight.is_floating_point():
+        return weight.detach().float()
     # On disk, in main memory or quantised: what it makes of unit vectors.
     units = torch.eye(unembedding.in_features, dtype=model.dtype, device=input_device(model))
     return (unembedding(units) - unembedding(torch.zeros_like(units[:1]))).float().T
@@ -186,6 +192,8 @@ def _entered(register: Callable[[Callable[[], bool]], RemovableHandle]) -> Gener
 
     with _REGISTERING:
         handle = register(is_own)
+        _HOOKS.add(own)
+        _run_eagerly()
     _ENTERED.set(_ENTERED.get() | {own})
     try:
         yield
@@ -193,6 +201,17 @@ def _entered(register: Callable[[Callable[[], bool]], RemovableHandle]) -> Gener
         _ENTERED.set(_ENTERED.get() - {own})
         with _REGISTERING:
             handle.remove()
+            _HOOKS.remove(own)
+            while _EAGER and not _HOOKS:
+                _EAGER.pop().__exit__(None, None, None)
+
+
+def _run_eagerly() -> None:
+    """Code that was compiled before a hook was there would run on without it, since torch does not look for new ones."""
+    if not _EAGER and "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
+        # Refused inside a compiled function, which is traced with its hooks.
+        with suppress(RuntimeError):
+            _EAGER.append(torch.compiler.set_stance("force_eager"))
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -483,9 +483,18 @@ class HierarchicalSaeModel(PreTrainedModel):
                 "dtype=torch.float32, and use bf16=True in TrainingArguments for autocast"
             )
 
+    def check_loaded(self) -> None:
+        """Raise a `ValueError` if accelerate keeps the weights on disk or in main memory: it fetches them for `forward` alone."""
+        if self.W_dec.is_meta and getattr(self, "_hf_hook", None) is not None:
+            raise ValueError(
+                "the weights of this autoencoder are offloaded, and are fetched for a forward pass alone: load it whole for "
+                "anything else, without device_map or with device_map={'': device}"
+            )
+
     def _check_input(self, x: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         if not isinstance(x, torch.Tensor):
             raise ValueError(f"activations must be a tensor, got a {type(x).__name__}")
+        self.check_loaded()
         if not x.is_floating_point():
             raise ValueError(f"activations must be floating point, got {x.dtype}")
         if x.ndim < 1 or x.shape[-1] != self.config.d_in:

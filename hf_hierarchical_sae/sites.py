@@ -229,8 +229,9 @@ def check_fits(
         [`Site`]
 
     Raises:
-        `ValueError`: If there is no such site, the sizes differ, or it was trained on another site.
+        `ValueError`: If there is no such site, the sizes differ, it was trained on another site, or it is offloaded.
     """
+    sae.check_loaded()
     config, name = sae.config, model.config.name_or_path
     trained = hook_point if config.hook_point is None else config.hook_point
     site = find_site(model, layer, trained or "output")

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from .hierarchical_topk import suits_numba, suits_triton
 from .large_pages import empty_in_large_pages
+from .once_differentiable import once_differentiable
 
 
 def pre_activations(

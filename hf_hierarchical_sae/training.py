@@ -204,15 +204,18 @@ def starting_point(output_dir: str | Path, *, resume: bool | str = False, overwr
     if resume:
         found = last_checkpoint(folder) if resume is True else resume
         if found is None or not _is_whole(Path(found)):
+            begun = _checkpoints(folder) or (folder / SAFE_WEIGHTS_NAME).exists()
+            advice = "give overwrite to start afresh" if begun else "leave it out to start"
             raise ValueError(
-                f"resume goes on from a whole checkpoint in {folder}, which has none: leave it out to start"
+                f"resume goes on from a whole checkpoint in {folder}, which has none: {advice}"
                 if found is None
                 else f"resume goes on from a whole checkpoint, got {found}, which is none"
             )
         return found
     if not overwrite and ((folder / SAFE_WEIGHTS_NAME).exists() or _checkpoints(folder)):
         state = "a finished autoencoder" if (folder / SAFE_WEIGHTS_NAME).exists() else "an unfinished training"
-        raise ValueError(f"{folder} holds {state}: give resume to go on, overwrite to start afresh, or another folder")
+        resume_it = "resume to go on, " if last_checkpoint(folder) else ""
+        raise ValueError(f"{folder} holds {state}: give {resume_it}overwrite to start afresh, or another folder")
     return None
 
 

@@ -228,10 +228,15 @@ def joined(parts):
 def run(name, options, settings, data, seed, folder, spliced):
     """Train and evaluate, or read what an earlier run found."""
     result = folder / "result.json"
-    if result.exists():
-        return json.loads(result.read_text())
+    earlier = json.loads(result.read_text()) if result.exists() else None
+    if earlier and (not spliced or "spliced" in earlier):
+        return earlier
     print(f"\n{name}, seed {seed}", flush=True)
-    sae, seconds = train(options, settings, data, seed, folder)
+    if earlier:  # It was not the seed to splice in then.
+        sae, seconds = HierarchicalSaeModel.from_pretrained(folder), earlier["cpu_seconds_per_step"]
+        sae = sae.to(PartialState().device)
+    else:
+        sae, seconds = train(options, settings, data, seed, folder)
     if PartialState().is_main_process:
         k = options["k"]
         sae.save_pretrained(folder)

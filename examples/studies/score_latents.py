@@ -18,6 +18,7 @@ an interrupted run goes on where it stopped if the same command is given again.
 """
 
 import argparse
+import hashlib
 import json
 import random
 import re
@@ -79,8 +80,9 @@ def parse_arguments():
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/sae_scores"), help="outputs/sae_scores")
     arguments = parser.parse_args()
     arguments.names = arguments.names or short_names(arguments.sae)
-    if len(set(arguments.names)) < len(arguments.sae):
-        parser.error(f"--names must be as many as --sae and differ, got {arguments.names}")
+    files = {result_name(name) for name in arguments.names}
+    if not len(files) == len(arguments.names) == len(arguments.sae):
+        parser.error(f"--names must be as many as --sae and give files of different names, got {arguments.names}")
     for option, file in (("themes", ""), ("wordnet", "cntlist.rev")):
         folder = getattr(arguments, option)
         if folder and not (folder / file).exists():
@@ -95,6 +97,20 @@ def short_names(paths):
         return [parts[0][-1]]
     shared = set.intersection(*map(set, parts))
     return ["/".join(part for part in path if part not in shared) for path in parts]
+
+
+def result_name(name):
+    """The file with the scores of the autoencoder of this name."""
+    return f"{name.replace('/', '_')}.json"
+
+
+def identity(path):
+    """What tells an autoencoder from another, or from itself before it was trained on: a hash of its weights."""
+    state = HierarchicalSaeModel.from_pretrained(path).state_dict()
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        digest.update(key.encode() + state[key].flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def texts_by_speaker(count, seed):
@@ -296,11 +312,17 @@ def main():
 
     results = {}
     for sae, path in zip(arguments.names, arguments.sae):
-        result = output / f"{sae.replace('/', '_')}.json"
+        result, weights = output / result_name(sae), identity(path)
         if not result.exists():
             print(f"\n== {sae} ==", flush=True)
-            result.write_text(json.dumps(score(path, language_model, tokenizer, judge, arguments), indent=2) + "\n")
+            scores = score(path, language_model, tokenizer, judge, arguments)
+            result.write_text(json.dumps({"weights": weights, **scores}, indent=2) + "\n")
         results[sae] = json.loads(result.read_text())
+        if results[sae].pop("weights", None) != weights:
+            raise SystemExit(
+                f"{result} holds the scores of another autoencoder than {path}, or of it before it was trained on: give "
+                "another --output_dir or --names, or delete it"
+            )
     (output / "summary.md").write_text(tables(results, arguments.budgets))
     plot(results, arguments.budgets, output / "scores.png")
     print((output / "summary.md").read_text())

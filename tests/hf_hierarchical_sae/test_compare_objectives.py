@@ -72,6 +72,7 @@ def test_the_claim_holds_on_planted_features(compare, tmp_path, capsys):
 @pytest.fixture
 def tiny(compare, tiny_language_model, tmp_path):
     compare.PRESETS["minutes"] = TINY
+    compare.tiny_model = tiny_language_model
     compare.run_tiny = lambda: compare.run_with(
         "--model", tiny_language_model, "--layer", 1, "--seeds", 0, 1, "--output_dir", tmp_path
     )
@@ -130,7 +131,11 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tiny, tmp_path, monk
     assert (tmp_path / "HierarchicalTopK" / "seed0" / "result.json").read_text() == kept
     count = len(resumed)
     tiny.run_tiny()
+    # With the seeds in another order, another is spliced in, without training it again.
+    tiny.run_with("--model", tiny.tiny_model, "--layer", 1, "--seeds", 1, 0, "--output_dir", tmp_path)
     assert len(resumed) == count
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert all("spliced" in run for runs in results.values() for run in runs)
     monkeypatch.setitem(tiny.PRESETS, "minutes", {**TINY, "steps": 7})
     with pytest.raises(SystemExit, match="holds a comparison with other settings: give another --output_dir"):
         tiny.run_tiny()

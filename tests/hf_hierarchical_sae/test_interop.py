@@ -288,6 +288,8 @@ def test_gemma_scope_is_read_from_its_own_format_and_goes_on_to_saelens(saelens,
             "blocks.10.hook_resid_post",
         ),
         ("mine/layer_7/width_1k", None, "blocks.7.hook_resid_post"),
+        ("layer_12_study/gemma-scope-2b-pt-res/layer_20/width_16k", "google/gemma-2-2b", "blocks.20.hook_resid_post"),
+        ("layer_3/mine/layer_7/width_1k", None, "blocks.7.hook_resid_post"),
         ("mine", None, None),
     ],
 )

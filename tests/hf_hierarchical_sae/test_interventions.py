@@ -691,3 +691,51 @@ def test_a_layer_other_than_the_trained_one_is_mentioned(model, caplog):
     logging.disable_propagation()
 
     assert "was trained on layer 1, it is used on 0" in caplog.text
+
+
+@pytest.mark.parametrize("compile_it", [lambda model: torch.compile(model, backend="eager"), None])
+def test_what_was_compiled_before_is_changed_as_well_and_afterwards_runs_compiled(tiny_language_model, compile_it):
+    model = AutoModelForCausalLM.from_pretrained(tiny_language_model).eval()
+    sae = make_sae(layer=0)
+    plain = logits(model)
+    with splice(model, sae):
+        expected = logits(model)
+    if compile_it is None:
+        model.compile(backend="eager")
+        compiled = model
+    else:
+        compiled = compile_it(model)
+    torch.testing.assert_close(logits(compiled), plain)
+
+    with splice(model, sae):
+        torch.testing.assert_close(logits(compiled), expected)
+        with ablate(model, sae, None, 3), ThreadPoolExecutor() as pool:
+            torch.testing.assert_close(pool.submit(logits, compiled).result(), plain)
+        torch.testing.assert_close(logits(compiled), expected)
+    torch.testing.assert_close(logits(compiled), plain)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        torch.testing.assert_close(logits(compiled), plain)
+
+
+def test_a_median_norm_that_has_no_room_in_half_precision_is_no_limit(model):
+    sae = make_sae(layer=0)
+    sae.median_norm.fill_(1e5)
+    sae = sae.half()
+
+    with pytest.raises(ValueError, match="no room in torch.float16.*: load the autoencoder in float32 or bfloat16"):
+        splice(model, sae).__enter__()
+    with splice(model, sae, max_norm=50.0):
+        assert logits(model).isfinite().all()
+
+
+def test_an_autoencoder_on_disk_is_refused_where_its_weights_would_not_be_fetched(model, tmp_path):
+    sae, x = make_sae(layer=0), torch.randn(3, 32)
+    sae.save_pretrained(tmp_path / "sae")
+    on_disk = HierarchicalSaeModel.from_pretrained(
+        tmp_path / "sae", device_map={"": "disk"}, offload_folder=tmp_path / "offloaded"
+    )
+
+    assert torch.equal(on_disk(x).reconstruction, sae(x).reconstruction)
+    for refused in (lambda: on_disk.encode(x), lambda: splice(model, on_disk).__enter__()):
+        with pytest.raises(ValueError, match="weights of this autoencoder are offloaded.*load it whole"):
+            refused()

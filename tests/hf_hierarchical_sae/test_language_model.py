@@ -366,3 +366,17 @@ def test_a_model_with_weights_on_disk_is_read_and_evaluated_as_one_in_memory(
     one, other = (evaluate_in_model(sae, stream, [2]).to_dict() for stream in streams)
     assert one == other
     assert torch.equal(*map(unembedding_weight, (model, spread)))
+
+
+@pytest.mark.parametrize("quantize", ["torchao", "dynamic"])
+def test_the_unembedding_is_read_in_whatever_form_it_is_quantised(tiny_language_model, quantize):
+    model = AutoModelForCausalLM.from_pretrained(tiny_language_model).eval()
+    expected = unembedding_weight(model)
+    if quantize == "torchao":
+        quantization = pytest.importorskip("torchao.quantization")
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    else:
+        model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+
+    found = unembedding_weight(model)
+    assert found.shape == expected.shape and (found - expected).abs().max() < 0.01 * expected.abs().max()

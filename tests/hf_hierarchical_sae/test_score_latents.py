@@ -111,7 +111,7 @@ def test_two_autoencoders_are_scored_and_what_was_scored_is_kept(
     example.run_with(*command)
 
     scores = json.loads((tmp_path / "scores" / "second.json").read_text())
-    assert set(scores) == {"speakers", "supersenses", "themes", "judge"}
+    assert set(scores) == {"weights", "speakers", "supersenses", "themes", "judge"}
     assert scores["themes"]["labels"] == 2 and scores["speakers"]["labels"] == 3
     assert set(scores["judge"]) == {"2", "4"}
     printed = capsys.readouterr().out
@@ -122,12 +122,17 @@ def test_two_autoencoders_are_scored_and_what_was_scored_is_kept(
     example.run_with(*command)
     with pytest.raises(SystemExit, match="holds scores with other settings: give another --output_dir"):
         example.run_with(*command, "--seed", 1)
+    command[2] = tmp_path / "first" / "seed0"
+    with pytest.raises(SystemExit, match=r"second.json holds the scores of another autoencoder than .*first/seed0"):
+        example.run_with(*command, "--names", "first", "second")
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--sae", "a", "b", "--names", "x"], "--names must be as many as --sae and differ, got ['x']"),
+        (["--sae", "a", "b", "--names", "x"], "--names must be as many as --sae and give files of different names"),
+        (["--sae", "a", "b", "--names", "x", "x", "y"], "--names must be as many as --sae"),
+        (["--sae", "a/b", "a_b"], "give files of different names, got ['a/b', 'a_b']"),
         (["--sae", "a", "--wordnet", "nowhere"], "--wordnet: expected a folder with cntlist.rev, got nowhere"),
         (["--sae", "a", "--themes", "nowhere"], "--themes: expected a folder, got nowhere"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,6 +144,11 @@ def test_a_kill_while_a_checkpoint_is_written_costs_that_checkpoint_only(tmp_pat
     with pytest.raises(ValueError, match="holds an unfinished training: give resume to go on, overwrite to start"):
         train(folder)
     assert last_checkpoint(folder) == f"{folder}/checkpoint-2"
+    shutil.rmtree(f"{folder}/checkpoint-2")
+    for options, advice in (({}, "give overwrite to start"), ({"resume": True}, "has none: give overwrite to start")):
+        with pytest.raises(ValueError, match=advice):
+            train(folder, **options)
+    shutil.copytree(finished / "checkpoint-2", f"{folder}/checkpoint-2")
     train(folder, resume=True)
 
     expected = load_file(finished / "model.safetensors")
