@@ -69,7 +69,8 @@ def read_llama(
         )
     if old.hidden_act != "silu":
         raise ValueError(f"hidden_act of the model must be silu, got {old.hidden_act!r}; a ReBased model has no other")
-    if any(x.is_meta or not x.is_floating_point() for x in model.parameters()):
+    # A quantised weight of torchao says that it is floating, but is no plain tensor.
+    if any(x.is_meta or not x.is_floating_point() or type(x.data) is not torch.Tensor for x in model.parameters()):
         raise ValueError(
             "the weights of model must be in memory and not quantised; load it with dtype= and no device_map"
         )

@@ -382,7 +382,8 @@ def _sequence_starts(
                 f"position_ids must have the shape (batch, seq) = ({batch_size}, {seq_len}), got {tuple(position_ids.shape)}"
             )
         zero = position_ids == 0
-        starts |= zero if attention_mask is None else zero & attention_mask
+        # Not in place: under vmap, marks of each sample do not fit into what is one for all.
+        starts = starts | (zero if attention_mask is None else zero & attention_mask)
         found = True
     bounds = [marks.pop(name, None) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")]
     bounds = [x for x in bounds if x is not None]
@@ -411,7 +412,7 @@ def _sequence_starts(
             raise ValueError(
                 f"seq_idx must have the shape (batch, seq) = ({batch_size}, {seq_len}), got {tuple(seq_idx.shape)}"
             )
-        starts[:, 1:] |= seq_idx.diff(dim=1) != 0
+        starts = starts | (seq_idx.diff(dim=1, prepend=seq_idx[:, :1]) != 0)
         found = True
     if not found:
         return None
@@ -482,7 +483,8 @@ class RebasedForCausalLM(RebasedPreTrainedModel, GenerationMixin):
         Args:
             model (`PreTrainedModel`): A `LlamaForCausalLM` (SmolLM2 is one), `MistralForCausalLM`, `Qwen2ForCausalLM` or
                 `Qwen3ForCausalLM` of transformers. Dtype, device and generation configuration are kept, the latter
-                without a kind of cache and without prompt lookup.
+                without a kind of cache and without prompt lookup. Of several dtypes, all weights get that of the first,
+                `model.dtype`.
             layers (`Iterable[int]`, *optional*): Indices of the layers that become `"linear_attention"`.
             input_ids (`torch.LongTensor`, *optional*): Text without padding. The new maps then start as the principal
                 directions that the model's queries and keys have there, else at random.
@@ -509,6 +511,8 @@ class RebasedForCausalLM(RebasedPreTrainedModel, GenerationMixin):
             converted = cls.from_pretrained(None, config=config, state_dict=state_dict, dtype=model.dtype)
         finally:
             logging.set_verbosity(verbosity)
+        # Without a folder it is called "None". The Llama's name would be wrong too: adapters of one do not fit the other.
+        converted.name_or_path = converted.config.name_or_path = ""
         converted = converted.to(model.device)
         # A model that was cast after loading has frequencies in its own dtype.
         frequencies = model.get_decoder().rotary_emb.original_inv_freq

@@ -294,8 +294,9 @@ def _check_tensors(
         raise ValueError(
             f"segment_ids must be integers, signed or uint8, got {segment_ids.dtype}; number the segments from left to right"
         )
-    # Reading a value stops a traced graph and waits for a GPU, so the order is only looked at where that is free.
-    readable = segment_ids is not None and segment_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    # Reading a value stops a traced graph, waits for a GPU and fails under vmap: the order is looked at where that is free.
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    readable = segment_ids is not None and segment_ids.device.type == "cpu" and not traced
     if readable and bool((segment_ids[:, 1:] < segment_ids[:, :-1]).any()):
         raise ValueError("segment_ids must never decrease along the sequence; number the segments from left to right")
 

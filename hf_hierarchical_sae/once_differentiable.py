@@ -18,7 +18,8 @@ class _Refusing(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+        # No views: a gradient is changed in place on its way.
+        return tuple(tensor.clone() for tensor in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> None:

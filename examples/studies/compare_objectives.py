@@ -36,6 +36,7 @@ from hf_hierarchical_sae import (
     iterate_activations,
     select_by_threshold,
 )
+from hf_hierarchical_sae.whole_files import whole_file
 
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
@@ -251,7 +252,8 @@ def run(name, options, settings, data, seed, folder, spliced):
         found["cpu_seconds_per_step"] = seconds
         if options.get("budgets") != [k]:
             found["by_threshold"] = measured_by_threshold(sae, settings, data, budgets, spliced)
-        result.write_text(json.dumps(found, indent=2) + "\n")
+        with whole_file(result) as unfinished:
+            unfinished.write_text(json.dumps(found, indent=2) + "\n")
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     PartialState().wait_for_everyone()
@@ -415,7 +417,8 @@ def main():
     record = output / "settings.json"
     if record.exists() and json.loads(record.read_text()) != settings:
         raise SystemExit(f"{output} holds a comparison with other settings: give another --output_dir, or delete it")
-    record.write_text(json.dumps(settings, indent=2) + "\n")
+    with whole_file(record) as unfinished:
+        unfinished.write_text(json.dumps(settings, indent=2) + "\n")
     data = (
         planted(settings)
         if settings["model"] is None

@@ -38,6 +38,7 @@ from hf_hierarchical_sae import (
     read_latents,
     score_labels,
 )
+from hf_hierarchical_sae.whole_files import whole_file
 
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
@@ -297,7 +298,8 @@ def main():
     record = output / "settings.json"
     if record.exists() and json.loads(record.read_text()) != settings:
         raise SystemExit(f"{output} holds scores with other settings: give another --output_dir, or delete it")
-    record.write_text(json.dumps(settings, indent=2) + "\n")
+    with whole_file(record) as unfinished:
+        unfinished.write_text(json.dumps(settings, indent=2) + "\n")
 
     name = arguments.model or HierarchicalSaeModel.from_pretrained(arguments.sae[0]).config.model_name
     if name is None:
@@ -316,7 +318,8 @@ def main():
         if not result.exists():
             print(f"\n== {sae} ==", flush=True)
             scores = score(path, language_model, tokenizer, judge, arguments)
-            result.write_text(json.dumps({"weights": weights, **scores}, indent=2) + "\n")
+            with whole_file(result) as unfinished:
+                unfinished.write_text(json.dumps({"weights": weights, **scores}, indent=2) + "\n")
         results[sae] = json.loads(result.read_text())
         if results[sae].pop("weights", None) != weights:
             raise SystemExit(

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -312,6 +312,24 @@ def test_generation_settings_that_need_another_cache_stay_behind():
     assert teacher.generation_config.cache_implementation == "static"
 
 
+def test_what_is_converted_has_no_name_for_adapters_and_cards_to_point_to(tmp_path):
+    make_teacher("llama").save_pretrained(tmp_path)
+    model = RebasedForCausalLM.from_llama(AutoModelForCausalLM.from_pretrained(tmp_path))
+
+    assert (model.name_or_path, model.config.name_or_path) == ("", "")
+    # PEFT's adapter_config.json and Trainer's card leave such a name out.
+    assert not get_peft_model(model, LoraConfig()).peft_config["default"].base_model_name_or_path
+
+
+def test_of_several_dtypes_all_weights_get_the_first():
+    teacher = make_teacher("llama").to(torch.bfloat16)
+    teacher.lm_head.float()
+    model = RebasedForCausalLM.from_llama(teacher, layers=[1])
+
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    model(tokens(1, 9))
+
+
 def test_new_maps_are_no_missing_weights(capfd):
     verbosity = logging.get_verbosity()
     RebasedForCausalLM.from_llama(make_teacher("llama"), layers=[1])
@@ -360,6 +378,16 @@ def quantised():
     return teacher
 
 
+class Packed(torch.Tensor):
+    """A weight that says it is floating, as a quantised one of torchao does."""
+
+
+def quantised_by_torchao():
+    teacher = make_teacher("llama")
+    teacher.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(48, 32).as_subclass(Packed))
+    return teacher
+
+
 def with_gelu():
     return LlamaForCausalLM(LlamaConfig(**SIZES, hidden_act="gelu"))
 
@@ -384,6 +412,7 @@ def another_family():
         (with_gelu, (), "hidden_act of the model must be silu, got 'gelu'"),
         (with_adapter, (), "got 12 others or missing: .*q_proj.*; merge or remove its adapters"),
         (quantised, (), "weights of model must be in memory and not quantised"),
+        (quantised_by_torchao, (), "weights of model must be in memory and not quantised"),
         (lambda: make_teacher("llama").to("meta"), (), "weights of model must be in memory and not quantised"),
     ],
 )

@@ -315,6 +315,26 @@ def test_vmap_over_the_model_gives_each_rows_gradients(masked, mix):
         assert_close({name: x[i] for name, x in got.items()}, expected, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("mark", ["position_ids", "seq_idx"])
+@mixes
+def test_each_sample_of_vmap_may_be_packed_otherwise(mark, mix):
+    # As with padding.
+    model, input_ids = tiny_model(**mix, attn_implementation="eager"), tokens(2, 1, 12)
+    starts = torch.zeros(2, 1, 12, dtype=torch.long)
+    starts[0, 0, 5] = starts[1, 0, 8] = 1
+    seq_idx = starts.cumsum(-1)
+    position_ids = torch.arange(12) - (torch.arange(12) * starts).cummax(-1).values
+    marks = {"position_ids": position_ids, "seq_idx": seq_idx}[mark]
+
+    def logits(row, mark_of_row):
+        return model(row, use_cache=False, **{mark: mark_of_row}).logits
+
+    expected = torch.stack([logits(*pair) for pair in zip(input_ids, marks)])
+    assert not torch.allclose(expected, torch.stack([model(row, use_cache=False).logits for row in input_ids]))
+    torch.testing.assert_close(torch.func.vmap(logits)(input_ids, marks), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"use_position_embeddings": True}, LLAMA], ids=["no positions", "positions", "llama"]
 )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_based_kernel import rebased_attention
 from hf_based_kernel.rebased_attention_chunked import (
     _backward_operator,
     _forward,
@@ -74,6 +75,17 @@ def test_function_transforms_see_the_gradients_of_the_formula(transform):
     got, expected = (TRANSFORMS[transform](form, q, k, v) for form in (chunked, reference))
 
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_each_sample_may_be_packed_otherwise():
+    q, k, v = (torch.randn(2, 1, 6, 2, size) for size in (4, 4, 3))
+    segment_ids = torch.tensor([[[0, 0, 0, 1, 1, 1]], [[0, 0, 1, 1, 2, 2]]])
+
+    def attend(q, k, v, segment_ids):
+        return rebased_attention(q, k, v, segment_ids=segment_ids)
+
+    expected = torch.stack([attend(*sample) for sample in zip(q, k, v, segment_ids)])
+    torch.testing.assert_close(torch.func.vmap(attend)(q, k, v, segment_ids), expected)
 
 
 def test_each_sample_may_have_a_mask_and_a_state():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, sparse_latents
+from hf_hierarchical_sae import sparse_latents
 from hf_hierarchical_sae.sparse_latents import (
     SparseEncoder,
     TangentGradient,
@@ -111,18 +111,3 @@ def test_the_tangent_gradient_is_orthogonal_to_each_row_and_changes_nothing_else
     rows = weight.detach()
     assert torch.equal(passed, weight)
     torch.testing.assert_close(found, grad - (grad * rows).sum(dim=1, keepdim=True) * rows)
-
-
-@pytest.mark.parametrize("numba", [False, True])
-@pytest.mark.parametrize("what", ["loss", "encode", "reconstruction"])
-def test_a_gradient_of_gradients_is_refused_and_no_term_of_it_is_left_out(what, numba, monkeypatch):
-    if not numba:
-        monkeypatch.setattr("hf_hierarchical_sae.hierarchical_topk.suits_numba", lambda *tensors: False)
-    sae = HierarchicalSaeModel(HierarchicalSaeConfig(d_in=16, d_sae=32, k=4)).eval()
-    x = torch.randn(6, 16, requires_grad=True)
-
-    for take in (torch.Tensor.backward, lambda penalty: torch.autograd.grad(penalty, sae.encoder_weight)):
-        value = sae.encode(x)[1].sum() if what == "encode" else sae(x)[what].mean()
-        (gradient,) = torch.autograd.grad(value, x, create_graph=True)
-        with pytest.raises(RuntimeError, match="hand-written gradients of HierarchicalSaeModel have no derivative"):
-            take(gradient.square().sum())
