@@ -60,11 +60,17 @@ def make_tokenizer(arguments, texts):
     """The tokenizer, and the texts: a stream is read into memory where a tokenizer is trained on it."""
     if arguments.train_tokenizer is None:
         try:
-            return AutoTokenizer.from_pretrained(arguments.tokenizer), texts
+            tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
         except (OSError, ValueError) as error:
             raise SystemExit(
                 f"--tokenizer: expected a hub id or a folder with a tokenizer, got {arguments.tokenizer!r} ({error})"
             ) from None
+        if tokenizer.eos_token_id is None:
+            raise SystemExit(
+                "--tokenizer: expected one with an eos_token, which ends each document, got none in "
+                f"{arguments.tokenizer!r}; choose another or train one with --train_tokenizer"
+            )
+        return tokenizer, texts
     if arguments.dataset:
         texts = [text for text, _ in zip(texts, range(10_000))]
     tokenizer = Tokenizer(models.BPE())

