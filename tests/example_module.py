@@ -4,6 +4,9 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import pytest
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -17,3 +20,20 @@ def load_example(path: str) -> ModuleType:
     sys.modules[file.stem] = module
     spec.loader.exec_module(module)
     return module
+
+
+class Killed(BaseException):
+    """What no example catches."""
+
+
+def kill_while_writing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a text written under this name, or beside it under a longer one, end in its middle, and what writes it with it."""
+    write_text = Path.write_text
+
+    def write_half(path: Path, text: str, *args: Any, **kwargs: Any) -> int:
+        if name not in path.name:
+            return write_text(path, text, *args, **kwargs)
+        write_text(path, text[: len(text) // 2], *args, **kwargs)
+        raise Killed
+
+    monkeypatch.setattr(Path, "write_text", write_half)

@@ -112,6 +112,25 @@ def test_help_explains_every_option(path, asked):
     assert options and all(option in done.stdout for option in options)
 
 
+def test_what_a_killed_run_was_writing_is_not_there_and_is_written_anew(tmp_path):
+    whole, folder = load_example("shared/interrupts.py").whole, tmp_path / "model"
+    with pytest.raises(BrokenPipeError), whole(folder) as unfinished:
+        unfinished.mkdir()
+        (unfinished / "config.json").write_text("{")
+        raise BrokenPipeError
+    assert not folder.exists()
+
+    with whole(folder) as unfinished:
+        unfinished.mkdir()
+        (unfinished / "weights").write_text("all")
+    assert [path.name for path in folder.iterdir()] == ["weights"]
+    for text in ("long", "new"):
+        with whole(tmp_path / "result.json") as unfinished:
+            unfinished.write_text(text)
+    assert (tmp_path / "result.json").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "result.json"]
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-20])
 

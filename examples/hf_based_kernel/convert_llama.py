@@ -22,12 +22,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Trainer,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
 
 from hf_based_kernel import RebasedForCausalLM
 from hf_based_kernel.llama_rebased import LLAMAS
@@ -45,6 +40,7 @@ from conversions import (
     spread,
     train,
 )
+from interrupts import whole
 from options import check_least
 from packed_text import DEMO_MODEL
 
@@ -115,7 +111,9 @@ def begin(arguments):
             f"{arguments.output_dir} was begun with other options: give another --output_dir, or delete it"
         )
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(settings, indent=1) + "\n")
+    if PartialState().is_main_process:
+        with whole(record) as unfinished:
+            unfinished.write_text(json.dumps(settings, indent=1) + "\n")
     set_seed(arguments.seed)
 
 
@@ -151,7 +149,8 @@ def transfer(arguments, teacher, rows):
         curve = train(arguments, Trainer, module, rows, folder, arguments.transfer_steps, TRANSFER_RATE)
         if PartialState().is_main_process:
             (arguments.output_dir / "transfer.json").write_text(json.dumps(curve) + "\n")
-            save_file({name: x.contiguous() for name, x in module.mixers.state_dict().items()}, path)
+            with whole(path) as unfinished:
+                save_file({name: x.contiguous() for name, x in module.mixers.state_dict().items()}, unfinished)
         PartialState().wait_for_everyone()
     weights = {}
     for name, x in load_file(path).items():
@@ -186,7 +185,10 @@ def order_layers(arguments, teacher, weights, rows):
             alone = module.divergences(tokens, ([i] for i in sorted(weights)), last)
             found = list(tqdm(alone, desc=f"each layer alone, {name}", total=len(weights)))
             harm[name] = dict(zip(sorted(weights), found))
-        path.write_text(json.dumps(harm) + "\n")
+        if PartialState().is_main_process:
+            with whole(path) as unfinished:
+                unfinished.write_text(json.dumps(harm) + "\n")
+    PartialState().wait_for_everyone()
     harm = json.loads(path.read_text())
     return sorted(map(int, harm["text"]), key=lambda i: sum(of_layer[str(i)] for of_layer in harm.values()))
 
@@ -194,7 +196,7 @@ def order_layers(arguments, teacher, weights, rows):
 def distill(arguments, teacher, tokenizer, weights, rows, layers):
     """Stage 2: the model with these layers replaced, trained as a whole."""
     folder = arguments.output_dir / str(len(layers))
-    if (folder / "config.json").exists():
+    if folder.exists():
         return RebasedForCausalLM.from_pretrained(folder).to(teacher.device).eval()
     model: Any = replaced(arguments, teacher, weights, layers)
     if arguments.distill_steps:
@@ -209,8 +211,9 @@ def distill(arguments, teacher, tokenizer, weights, rows, layers):
         if arguments.distill == "lora":
             model: Any = trained.merge_and_unload()
     if PartialState().is_main_process:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        with whole(folder) as unfinished:
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
     return model.eval()
 
 

@@ -1,10 +1,13 @@
-"""Ctrl-C and resuming, for the examples that train with `Trainer`."""
+"""Ctrl-C, kills and resuming, for the examples that train with `Trainer`."""
 
 import argparse
 import json
 import os
+import shutil
 import signal
 import zipfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -73,6 +76,18 @@ def is_whole(checkpoint: Path) -> bool:
     return has_optimizer and all(
         zipfile.is_zipfile(path) for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth")
     )
+
+
+@contextmanager
+def whole(path: Path) -> Generator[Path]:
+    """
+    Inside, a name beside `path` for a file or a new folder, which takes its own name at the end: what is there was written
+    to its end. What a killed run left is written over. Only one process may write.
+    """
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    yield unfinished
+    unfinished.replace(path)
 
 
 def add_resume_option(parser: argparse.ArgumentParser) -> None:

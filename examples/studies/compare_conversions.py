@@ -41,6 +41,7 @@ from conversions import (
     spread,
     window_only,
 )
+from interrupts import whole
 
 
 COLUMNS = {
@@ -99,7 +100,10 @@ def one_more_each_time(arguments, teacher, weights, order, held_out):
             with window_only(module) if variant else contextlib.nullcontext():
                 found = module.divergences(held_out[:CURVE_TEXTS], choices)
                 curves[variant] = list(tqdm(found, desc=f"{variant}one more each time", total=len(order)))
-        path.write_text(json.dumps(curves) + "\n")
+        if PartialState().is_main_process:
+            with whole(path) as unfinished:
+                unfinished.write_text(json.dumps(curves) + "\n")
+    PartialState().wait_for_everyone()
     return json.loads(path.read_text())
 
 

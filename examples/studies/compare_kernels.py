@@ -28,7 +28,7 @@ from transformers.trainer_callback import TrainerState
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 sys.path.append(str(Path(__file__).parents[1] / "hf_based_kernel"))
 import train_language_model as example
-from interrupts import StopOnInterrupt, last_checkpoint
+from interrupts import StopOnInterrupt, last_checkpoint, whole
 from packed_text import make_blocks, make_tokenizer, read_texts
 
 
@@ -264,7 +264,8 @@ def compare(arguments, tokenizer, train, held_out, hits, text_name):
                 return
             result |= {"text": text_name, "settings": asked}
             if "generated" in result:
-                path.write_text(json.dumps(result, indent=2) + "\n")
+                with whole(path) as unfinished:
+                    unfinished.write_text(json.dumps(result, indent=2) + "\n")
         results.append(result)
     if not PartialState().is_main_process:
         return

@@ -204,7 +204,8 @@ def run(name, options, settings, sources, seed, output):
             }
             letters = absorption(reader, sources.words, sources.dense)
             found.append({"kind": kind, "budget": budget, "tasks": by_task, "absorption": letters})
-        result.write_text(json.dumps(found, indent=2) + "\n")
+        with whole_file(result) as unfinished:
+            unfinished.write_text(json.dumps(found, indent=2) + "\n")
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     return json.loads(result.read_text())
@@ -365,7 +366,8 @@ def refer(tasks, output):
             name: {"dense": fit(task.states, task), "neurons": probes(task.states, task)}
             for name, task in tqdm(tasks.items(), desc="references", unit="task")
         }
-        path.write_text(json.dumps(found, indent=2) + "\n")
+        with whole_file(path) as unfinished:
+            unfinished.write_text(json.dumps(found, indent=2) + "\n")
     return json.loads(path.read_text())
 
 
@@ -397,7 +399,8 @@ def main():
     record = output / "settings.json"
     if record.exists() and json.loads(record.read_text()) != settings:
         raise SystemExit(f"{output} holds results of other settings: give another --output_dir, or delete it")
-    record.write_text(json.dumps(settings, indent=2) + "\n")
+    with whole_file(record) as unfinished:
+        unfinished.write_text(json.dumps(settings, indent=2) + "\n")
     sources = read_sources(settings, arguments.wordnet, output)
     references = refer(sources.tasks, output)
     results = {}

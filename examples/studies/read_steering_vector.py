@@ -128,7 +128,7 @@ def read_passages(files, seed: int):
 
 def train_autoencoders(args, model, tokenizer, name, layers, texts, folder: Path):
     """One autoencoder for each layer, from one pass over the text; those in `folder` are loaded."""
-    missing = [layer for layer in layers if not (folder / f"layer_{layer}" / "config.json").exists()]
+    missing = [layer for layer in layers if not (folder / f"layer_{layer}" / "model.safetensors").exists()]
     if missing:
         stream = iterate_activations(model, tokenizer, texts, layers, max_tokens=args.tokens)
         save_shards(stream, folder / "states", shard_tokens=8192)

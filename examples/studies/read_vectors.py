@@ -36,6 +36,7 @@ from peft_bias_steer.analysis import (
     residual_ratios,
     vector_statistics,
 )
+from peft_bias_steer.whole_files import whole_file
 
 
 matplotlib.use("Agg")
@@ -211,7 +212,8 @@ def main() -> None:
     for part in ("lens", "vectors", "scales", "ablation", "transfer"):
         if part not in reading:
             reading[part] = getattr(reader, part)()
-            path.write_text(json.dumps(reading) + "\n")
+            with whole_file(path) as unfinished:
+                unfinished.write_text(json.dumps(reading) + "\n")
 
     vectors = reading["vectors"]
     plot_statistics(

@@ -28,6 +28,8 @@ from matplotlib.figure import Figure
 from reasoning_gym.factory import DATASETS
 from tqdm import tqdm
 
+from peft_bias_steer.whole_files import whole_file
+
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("shared", "peft_bias_steer", "studies")]
 import train_grpo as example
@@ -211,8 +213,9 @@ def main() -> None:
         except LeftOut as reason:
             result = {"task": name, "left_out": str(reason)}
         results.append(result)
-        with path.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+        lines = path.read_text() if path.exists() else ""
+        with whole_file(path) as unfinished:
+            unfinished.write_text(lines + json.dumps(result) + "\n")
     print(write_report(args, results))
 
 

@@ -31,7 +31,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 sys.path.append(str(Path(__file__).parents[1] / "hf_based_kernel"))
 import train_associative_recall as example
-from interrupts import last_checkpoint
+from interrupts import last_checkpoint, whole
 from options import check_least
 
 
@@ -254,8 +254,9 @@ def run_sweep(runs):
     )
     for result in finished_runs(missing) if missing else ():
         if PartialState().is_main_process:
-            with results.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+            lines = results.read_text() if results.exists() else ""
+            with whole(results) as unfinished:
+                unfinished.write_text(lines + json.dumps(result) + "\n")
         bar.update()
         bar.set_postfix_str(f"{result['kernel']} {result['hidden_size']}: {result['accuracy']:.3f}")
     bar.close()

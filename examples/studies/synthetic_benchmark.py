@@ -265,7 +265,8 @@ def run(name, options, settings, batches, seed, output):
             numbers = found.setdefault(row, {})[budget] = judge(sae, batches.truth, settings)
             shown = ", ".join(f"{title} {numbers[measure]:.3f}" for measure, title in MEASURES.items())
             print(f"{row}, seed {seed}, at {budget}: {shown}", flush=True)
-        result.write_text(json.dumps(found, indent=2) + "\n")
+        with whole_file(result) as unfinished:
+            unfinished.write_text(json.dumps(found, indent=2) + "\n")
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     found = json.loads(result.read_text())
@@ -351,7 +352,8 @@ def main():
     record = output / "settings.json"
     if record.exists() and json.loads(record.read_text()) != settings:
         raise SystemExit(f"{output} holds results of other settings: give another --output_dir, or delete it")
-    record.write_text(json.dumps(settings, indent=2) + "\n")
+    with whole_file(record) as unfinished:
+        unfinished.write_text(json.dumps(settings, indent=2) + "\n")
     results = {}
     for seed in [*arguments.seeds, *([] if arguments.check is None else [arguments.check])]:
         folders = [output / place / f"seed{seed}" / "result.json" for place in map(folder_name, arguments.chosen)]

@@ -41,6 +41,8 @@ from transformers import ProgressCallback, TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
+from peft_bias_steer.whole_files import whole_file
+
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("shared", "peft_bias_steer")]
 import train_grpo as example
@@ -471,6 +473,12 @@ def write_completions(completions: list[dict], task: Task, path: Path) -> None:
             file.write(json.dumps(line | task.grade(entry["text"], row)) + "\n")
 
 
+def write_result(result: dict, output_dir: Path) -> None:
+    """Last of all and in one step: compare_methods.py takes a run with a result for done."""
+    with whole_file(output_dir / "result.json") as unfinished:
+        unfinished.write_text(json.dumps(result, indent=2) + "\n")
+
+
 def plot(result: dict, path: Path) -> None:
     measured = {when: result[when]["greedy"]["accuracy"] for when in ("before", "after") if result[when]}
     figure = example.plot(result["rewards"], measured)
@@ -527,7 +535,7 @@ def main() -> None:
     if state.is_main_process and completions_before:
         write_completions(completions_before, task, args.output_dir / "completions_before.jsonl")
     if config is None:
-        (args.output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        write_result(result, args.output_dir)
         return state.print(
             f"Held out:   {describe(before)} ({args.eval_size} questions, greedy, {args.few_shot} examples)"
         )
@@ -599,9 +607,9 @@ def main() -> None:
     }
     if not state.is_main_process:
         return
-    (args.output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     write_completions(completions_after, task, args.output_dir / "completions_after.jsonl")
     plot(result, args.output_dir / "reward.png")
+    write_result(result, args.output_dir)
 
     shares = [f"{scores['greedy']['accuracy']:.1%}" if scores else "not measured" for scores in (before, after)]
     summary = (

@@ -12,6 +12,7 @@ import torch
 from transformers import Trainer
 
 from tests.conftest import byte_tokenizer
+from tests.example_module import Killed, kill_while_writing
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "studies" / "compare_kernels.py"
@@ -143,6 +144,9 @@ def test_comparison_has_equal_parameters_and_keeps_what_is_finished(monkeypatch,
     assert (tmp_path / "comparison.png").stat().st_size > 0
 
     (tmp_path / "taylor" / "language_model.json").unlink()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_while_writing("language_model.json", patch)
+        run(patch, *compare)
     trained, train = [], Trainer.train
     monkeypatch.setattr(Trainer, "train", lambda self, **kwargs: trained.append(self) or train(self, **kwargs))
     run(monkeypatch, *compare)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_based_kernel import RebasedForCausalLM
-from tests.example_module import load_example
+from tests.example_module import Killed, kill_while_writing, load_example
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,38 @@ def test_a_llama_becomes_a_rebased_model(example, teacher, monkeypatch, capsys):
     assert "Left of it: the same next token for" in capsys.readouterr().out
 
 
+def test_a_run_that_is_killed_while_it_writes_goes_on(example, teacher, monkeypatch):
+    options, save_file = ("--window", "0", "--replace", "1"), example.save_file
+    save_pretrained = RebasedForCausalLM.save_pretrained
+
+    def save_half(tensors, path):
+        save_file(tensors, path)
+        path.write_bytes(path.read_bytes()[:100])
+        raise Killed
+
+    def save_half_of_the_model(model, folder, **kwargs):
+        # Checkpoints are Trainer's matter.
+        if "checkpoint" in str(folder):
+            return save_pretrained(model, folder, **kwargs)
+        model.config.save_pretrained(folder)
+        raise Killed
+
+    for kill in (
+        lambda patch: kill_while_writing("settings.json", patch),
+        lambda patch: patch.setattr(example, "save_file", save_half),
+        lambda patch: kill_while_writing("order.json", patch),
+        lambda patch: patch.setattr(RebasedForCausalLM, "save_pretrained", save_half_of_the_model),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill(patch)
+            run(example, patch, teacher, *options)
+    run(example, monkeypatch, teacher, *options)
+
+    assert isinstance(AutoModelForCausalLM.from_pretrained(teacher / "out" / "1"), RebasedForCausalLM)
+    assert AutoTokenizer.from_pretrained(teacher / "out" / "1").eos_token
+    assert not list((teacher / "out").glob("*.unfinished"))
+
+
 def test_more_and_more_layers_are_measured(study, teacher, monkeypatch):
     run(study, monkeypatch, teacher, "--window", "4", "--replace", "3", "1")
     results = json.loads((teacher / "out" / "results.json").read_text())
@@ -91,6 +123,10 @@ def test_more_and_more_layers_are_measured(study, teacher, monkeypatch):
     assert (teacher / "out" / "conversion.png").exists()
     # What is there is not done again.
     monkeypatch.setattr(study.example, "train", None)
+    (teacher / "out" / "after_transfer.json").unlink()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_while_writing("after_transfer.json", patch)
+        run(study, patch, teacher, "--window", "4", "--replace", "3")
     with pytest.raises(SystemExit, match="was begun with other options: give another --output_dir, or delete it"):
         run(study, monkeypatch, teacher, "--window", "5", "--replace", "3", "1")
     run(study, monkeypatch, teacher, "--window", "4", "--replace", "3")

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
+from tests.example_module import Killed, kill_while_writing
+
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "studies" / "sweep_associative_recall.py"
 SMALL = [
@@ -104,6 +106,17 @@ def test_sweep_is_one_line_per_run_and_goes_on_where_it_was_cut_off(monkeypatch,
     assert [(row["seed"], row["kernel"]) for row in rows] == [(s, k) for s in (0, 1) for k in ("rebased", "taylor")]
     assert [row["resumed"] for row in rows] == [False, False, True, False]
     assert [Path(runs[3]).name, runs[4], len(runs)] == ["checkpoint-2", None, 5]
+
+
+def test_sweep_that_is_killed_while_it_writes_goes_on(monkeypatch, tmp_path):
+    sweep = [*SMALL, "--max_steps", 1, "--output_dir", tmp_path]
+    run(monkeypatch, *sweep)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_while_writing("results.jsonl", patch)
+        run(patch, *sweep, "--seed", 0, 1)
+    run(monkeypatch, *sweep, "--seed", 0, 1)
+
+    assert [row["seed"] for row in results(tmp_path)] == [0, 1]
 
 
 class CutOff(TrainerCallback):

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from peft_bias_steer import BiasSteerConfig
-from tests.example_module import load_example
+from tests.example_module import Killed, kill_while_writing, load_example
 
 
 STUDIES = Path(__file__).parents[2] / "examples" / "studies"
@@ -80,6 +80,11 @@ def test_every_part_is_measured_once_and_written_down(example, read, save_adapte
         assert (tmp_path / "reading" / picture).stat().st_size > 10_000
 
     monkeypatch.setattr(example.Reader, "evaluate", None)
+    rest = {part: numbers for part, numbers in reading.items() if part != "lens"}
+    (tmp_path / "reading" / "reading.json").write_text(json.dumps(rest))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_while_writing("reading.json", patch)
+        read(*arguments)
     assert read(*arguments) == reading
 
 

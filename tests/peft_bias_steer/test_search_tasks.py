@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.example_module import load_example
+from tests.example_module import Killed, kill_while_writing, load_example
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_what_prompts_begin_with_is_read_once_and_changes_nothing(search, tiny_l
         assert search.example.complete(model, tokenizer, prompts, max_new_tokens=12) == expected
 
 
-def test_each_task_is_asked_once_or_left_out_with_a_reason(search, capsys, tmp_path):
+def test_each_task_is_asked_once_or_left_out_with_a_reason(search, capsys, tmp_path, monkeypatch):
     asked = ["leg_counting", "family_relationships"]
     lines, table = search(
         capsys, "--questions", 2, "--longest_prompt", 1500, "--tasks", *asked, "arc_agi", "boxnet", "coin_flip"
@@ -48,6 +48,9 @@ def test_each_task_is_asked_once_or_left_out_with_a_reason(search, capsys, tmp_p
     assert "arc_agi (answers of" in table and "2 tasks asked" in table
     assert (tmp_path / "tasks.png").stat().st_size > 1000
 
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_while_writing("tasks.jsonl", patch)
+        search(capsys, "--questions", 2, "--tasks", "game_of_life_halting")
     again, longer_table = search(capsys, "--questions", 2, "--tasks", *asked, "arc_agi", "spell_backward")
     assert set(again) == {*lines, "spell_backward"}
     assert longer_table.count("leg_counting") == 1
