@@ -202,7 +202,7 @@ def _entered(register: Callable[[Callable[[], bool]], RemovableHandle]) -> Gener
         with _REGISTERING:
             handle.remove()
             _HOOKS.remove(own)
-            while _EAGER and not _HOOKS:
+            if _EAGER and not _HOOKS:
                 _EAGER.pop().__exit__(None, None, None)
 
 
