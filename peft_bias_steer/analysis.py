@@ -117,21 +117,31 @@ def logit_lens(
     head = base.get_output_embeddings()
     if head is None:
         raise ValueError(f"expected a language model with an unembedding, got a {type(base).__name__}")
-    unembedding = head.weight.detach().float()
+    unembedding = _plain(head.weight)
     if not 1 <= top_k <= len(unembedding):
         raise ValueError(f"top_k must be in [1, vocabulary size={len(unembedding)}], got {top_k}")
     vectors = {index: vector.float() for index, vector in steering_vectors(model, adapter_name).items()}
     matrix = torch.stack(list(vectors.values())).to(unembedding.device)
+    normed = _through_final_norm(base, matrix)
+    # OPT-350m's unembedding is narrower than its layers
+    if (project_out := getattr(find_decoder(base), "project_out", None)) is not None:
+        matrix, normed = (rows @ _plain(project_out.weight).T for rows in (matrix, normed))
     unit_rows = nn.functional.normalize(unembedding, dim=-1)
     readings = [
         matrix @ unembedding.T,
         nn.functional.normalize(matrix, dim=-1) @ unit_rows.T,
-        _through_final_norm(base, matrix) @ unembedding.T,
+        normed @ unembedding.T,
     ]
     return [
         LayerLens(layer, *(_rank(scores[row], tokenizer, top_k) for scores in readings))
         for row, layer in enumerate(vectors)
     ]
+
+
+def _plain(weight: Any) -> torch.Tensor:
+    """In float32, also if torchao has quantised it."""
+    plain = type(weight) in (torch.Tensor, nn.Parameter)
+    return (weight if plain else weight.dequantize()).detach().float()
 
 
 def _through_final_norm(base: Any, matrix: torch.Tensor) -> torch.Tensor:
@@ -192,7 +202,10 @@ def adapter_cosines(first: dict[int, torch.Tensor], second: dict[int, torch.Tens
 
 @torch.no_grad()
 def residual_ratios(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], adapter_name: str = "default"
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str | list[int]],
+    adapter_name: str = "default",
 ) -> dict[int, float]:
     """
     Norm of each vector relative to the median norm of the residual stream that it is added to.
@@ -203,7 +216,7 @@ def residual_ratios(
     Args:
         model (`PeftModel`): A model with a BiasSteer adapter.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        texts (`Iterable[str]`): Some texts of the kind that the model is meant for.
+        texts (`Iterable[str]`): Some texts of the kind that the model is meant for, or their token ids.
         adapter_name (`str`, *optional*, defaults to `"default"`): Name of the adapter.
 
     Raises:
@@ -225,7 +238,8 @@ def residual_ratios(
     try:
         with model.disable_adapter():
             for text in texts:
-                model(input_ids=tokenizer(text, return_tensors="pt").input_ids.to(base.device))
+                ids = tokenizer(text).input_ids if isinstance(text, str) else text
+                model(input_ids=torch.tensor([ids], device=base.device))
     finally:
         for handle in handles:
             handle.remove()

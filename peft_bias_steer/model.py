@@ -1,3 +1,4 @@
+import sys
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -97,8 +98,12 @@ class BiasSteerModel(BaseTuner):
         if state_dict is not None:
             # PEFT takes what stands before the prefix for the name of the target: the host, not our child of it
             state_dict = {key.replace(".bias_steer.bias_steer_", ".bias_steer_"): v for key, v in state_dict.items()}
+        before = len(self.steering_layers)
         with self._undone_on_error(adapter_name):
             super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+        # torch does not look for hooks that came after it has compiled, and would run on without
+        if len(self.steering_layers) > before and "torch._dynamo" in sys.modules:
+            torch.compiler.reset()
 
     @contextmanager
     def _undone_on_error(self, adapter_name: str) -> Generator[None]:
@@ -299,11 +304,15 @@ class BiasSteerModel(BaseTuner):
             raise ValueError(wrong_length(adapter_names, rows))
 
     def disables_per_call(self) -> bool:
-        """Whether disabling needs no change: nothing is merged or disabled for good, and no module is trained whole."""
+        """
+        Whether disabling needs no change: nothing is merged or disabled for good, no module is trained whole, and no other
+        tuner is in the model.
+        """
+        wrappers = [
+            module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper | BaseTunerLayer)
+        ]
         return not any(
-            isinstance(module, AuxiliaryTrainingWrapper)
-            or (isinstance(module, BiasSteerLayer) and (module.merged or module.disabled_for_all))
-            for module in self.modules()
+            not isinstance(module, BiasSteerLayer) or module.merged or module.disabled_for_all for module in wrappers
         )
 
     def is_disabled(self) -> bool:
@@ -381,6 +390,10 @@ class BiasSteerModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
+        if self.is_disabled() or any(layer.disabled_for_all for layer in self.steering_layers.values()):
+            raise ValueError(
+                "expected to merge outside of disable_adapter(), which would not take out what is merged in it"
+            )
         layers = self.steering_layers.values()
         refuse_lossy_rollout_sync([site for layer in layers for site in merge_sites(layer.get_base_layer())])
 
@@ -478,6 +491,11 @@ class BiasSteerModel(BaseTuner):
         return {key: _vector_at(model, key)().detach() if key in away else value for key, value in vectors.items()}
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # nor does a file say that another tuner wraps the module
+        return super()._remove_adapter_name_from_key(key, adapter_name).replace(WRAPPED, VECTOR)
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict
     ) -> dict[str, torch.Tensor]:
@@ -500,6 +518,8 @@ class BiasSteerModel(BaseTuner):
 
 
 VECTOR = ".bias_steer.bias_steer_vector."
+# the vector of a module that another tuner wraps
+WRAPPED = f".base_layer{VECTOR}"
 HINT = "load it into the base model that it was trained on (base_model_name_or_path in adapter_config.json)"
 
 

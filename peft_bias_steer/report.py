@@ -65,7 +65,8 @@ class AdapterReport:
         doses (`dict[int, float]`): By layer, the vector's norm over the median norm of the stream that it is added to.
         lenses (`list[LayerLens]`): Tokens that each vector promotes and suppresses.
         completions (`dict[str, int]`): Completions of each data set.
-        base (`dict[str, float]`): Their mean log-probability per token without vectors, nats.
+        base (`dict[str, float]`): Their mean log-probability per token without vectors, nats; modules that the adapter
+            trained whole stay trained.
         gains (`dict[str, Gain]`): With all vectors, on each data set.
         scales (`dict[float, Gain]`): At other scales, on the first data set.
         ablation (`LayerAblation`): Its metric is the gain on the first data set.
@@ -245,11 +246,13 @@ def adapter_report(
         bar.update()
         return found
 
-    with model.disable_adapter():
-        without = {name: log_probs(name) for name in data}
-    gains = {name: _gain(log_probs(name) - without[name]) for name in data}
     at_scale = {}
     try:
+        # not without the adapter: modules that it has trained whole stay
+        set_steering_vectors(model, {index: 0 * vector for index, vector in vectors.items()}, adapter_name)
+        without = {name: log_probs(name) for name in data}
+        set_steering_vectors(model, vectors, adapter_name)
+        gains = {name: _gain(log_probs(name) - without[name]) for name in data}
         for scale in scales:
             scaled = {index: scale * vector for index, vector in vectors.items()}
             set_steering_vectors(model, scaled, adapter_name)
@@ -266,10 +269,10 @@ def adapter_report(
     bar.close()
     # layer_ablation asks for none and all first.
     errors = [gain.error for gain in measured[2:]]
-    texts = [str(tokenizer.decode(_tokens_of(tokenizer, row)[1])) for row in data[first]]
+    rows = [_tokens_of(tokenizer, row)[1] for row in data[first]]
     return AdapterReport(
         statistics=vector_statistics(vectors),
-        doses=residual_ratios(model, tokenizer, texts, adapter_name),
+        doses=residual_ratios(model, tokenizer, rows, adapter_name),
         lenses=lenses,
         completions={name: len(rows) for name, rows in data.items()},
         base={name: values.mean().item() for name, values in without.items()},

@@ -23,6 +23,10 @@ def find_layers(model: PreTrainedModel, layers_pattern: list[str] | str | None =
     Raises:
         ValueError: If no such list is found, or if the architecture has more than one residual stream.
     """
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "expected a model that is not compiled, got the result of torch.compile: steer first, then compile"
+        )
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"cannot tell the layers of a {type(model).__name__}: name the modules in target_modules, nn.Linear or Conv1D"

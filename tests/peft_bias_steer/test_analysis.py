@@ -120,6 +120,34 @@ def test_lens_promotes_the_token_whose_direction_was_written(tokenizer):
     assert ids(lenses[2].cosine.suppressed) == [7] and lenses[2].cosine.suppressed[0].score == pytest.approx(-1)
 
 
+def test_lens_goes_through_a_projection_to_a_narrower_unembedding(tokenizer):
+    sizes = {
+        "ffn_dim": 48,
+        "num_attention_heads": 4,
+        "vocab_size": 64,
+        "max_position_embeddings": 32,
+        "pad_token_id": 0,
+    }
+    model = steer(
+        "opt", hidden_size=32, num_hidden_layers=2, word_embed_proj_dim=16, do_layer_norm_before=False, **sizes
+    )
+    decoder = model.get_base_model().model.decoder
+    lenses = logit_lens(model, tokenizer, top_k=4)
+
+    for lens, vector in zip(lenses, steering_vectors(model).values(), strict=True):
+        scores = model.get_base_model().lm_head(decoder.project_out(vector))
+        assert ids(lens.raw.promoted) == scores.topk(4).indices.tolist()
+
+
+def test_lens_reads_an_unembedding_that_torchao_has_quantised(tokenizer):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = steer()
+    set_steering_vectors(model, {1: 30 * model.get_base_model().lm_head.weight.detach()[42]})
+    quantization.quantize_(model.get_base_model(), quantization.Int8WeightOnlyConfig())
+
+    assert ids(logit_lens(model, tokenizer, top_k=1)[1].cosine.promoted) == [42]
+
+
 def test_lens_of_a_zero_vector_is_finite(tokenizer):
     model = steer()
     set_steering_vectors(model, {0: torch.zeros(32)})

@@ -389,6 +389,17 @@ def test_a_model_that_was_cast_while_merged_gets_its_biases_back_in_its_own_type
     assert torch.equal(bias, original.bfloat16()) and logits(model, tokens).isfinite().all()
 
 
+@pytest.mark.parametrize("saved", [None, ["norm"]])
+def test_nothing_is_merged_where_adapters_are_disabled(llama, tokens, set_vectors, saved):
+    model = get_peft_model(llama(), BiasSteerConfig(modules_to_save=saved))
+    set_vectors(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with model.disable_adapter(), pytest.raises(ValueError, match="merge outside of disable_adapter"):
+            merge()
+    with model.disable_adapter():
+        assert torch.equal(logits(model, tokens), logits(llama(), tokens))
+
+
 @pytest.mark.parametrize("saved", ["mlp", "self_attn", "norm"])
 def test_a_container_that_is_trained_whole_is_merged_and_unloaded(tokens, set_vectors, saved):
     model = get_peft_model(LlamaForCausalLM(LlamaConfig(**SMALL)), BiasSteerConfig(modules_to_save=[saved]))

@@ -427,6 +427,63 @@ def test_compiles_without_a_graph_break(two_adapters, tokens, backend):
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["function", "method"])
+def test_what_was_compiled_before_is_steered_every_time(llama, tokens, how):
+    base = llama().requires_grad_(False)  # nothing but the hooks then tells a steered model from the base
+    compiled = torch.compile(base, backend="eager")
+    if how == "method":
+        base.compile(backend="eager")
+        compiled = base
+    plain = logits(llama(), tokens)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(compiled(tokens).logits, plain)
+            model = get_peft_model(base, BiasSteerConfig(init_weights=False)).eval()
+            with torch.compiler.set_stance("force_eager"):
+                expected = base(tokens).logits
+            assert (expected - plain).abs().max() > 0.01
+            torch.testing.assert_close(compiled(tokens).logits, expected)
+            assert model.unload() is base
+
+
+def test_the_result_of_compile_says_what_to_do_first(llama):
+    with pytest.raises(ValueError, match="not compiled, got the result of torch.compile: steer first, then compile"):
+        get_peft_model(torch.compile(llama()), BiasSteerConfig())
+
+
+def test_another_tuner_in_the_model_is_disabled_with_it(llama, tokens, set_vectors):
+    plain = logits(llama(), tokens)
+    model = get_peft_model(llama(), BiasSteerConfig())
+    set_vectors(model)
+    lora = LoraConfig(init_lora_weights=False, target_modules=["q_proj"])
+    inject_adapter_in_model(lora, model.base_model.model)
+    both = logits(model, tokens)
+
+    with model.disable_adapter():
+        assert torch.equal(logits(model, tokens), plain)
+    assert torch.equal(logits(model, tokens), both)
+
+
+def test_vectors_beside_another_tuner_are_saved_as_without_it(llama, tokens, tmp_path):
+    def with_lora():
+        torch.manual_seed(0)
+        return inject_adapter_in_model(LoraConfig(init_lora_weights=False, target_modules=["down_proj"]), llama())
+
+    config = BiasSteerConfig(init_weights=False, target_modules=["down_proj"])
+    model = get_peft_model(with_lora(), config)
+    expected = logits(model, tokens)
+    model.save_pretrained(tmp_path)
+    plain = PeftModel.from_pretrained(llama(), tmp_path)
+
+    assert torch.equal(logits(PeftModel.from_pretrained(with_lora(), tmp_path), tokens), expected)
+    assert not any("base_layer" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    for name, vector in get_peft_model_state_dict(plain).items():
+        assert torch.equal(vector, get_peft_model_state_dict(model)[name])
+    again = llama()
+    again.load_adapter(str(tmp_path))
+    assert torch.equal(logits(again, tokens), logits(plain, tokens))
+
+
 def test_gradient_checkpointing_gives_the_same_gradients(llama, tokens):
     gradients = []
     for use_reentrant in (None, False, True):

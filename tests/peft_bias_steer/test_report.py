@@ -123,6 +123,31 @@ def test_gains_are_differences_of_the_same_completions(model, tokenizer, capsys)
     assert "report: 100%" in capsys.readouterr().err
 
 
+def test_the_gain_is_that_of_the_vectors_and_not_of_modules_trained_beside_them(tiny_language_model, tokenizer):
+    config = BiasSteerConfig(task_type="CAUSAL_LM", modules_to_save=["norm", "lm_head"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_language_model), config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".modules_to_save." in name:
+                parameter.add_(0.2)
+    found = adapter_report(model, tokenizer, {"it": ROWS}, scales=(2.0,))
+
+    assert found.gains["it"].mean == found.scales[2.0].mean == found.ablation.all == 0
+    assert found.base["it"] == pytest.approx(completion_log_probs(model, tokenizer, ROWS).mean().item())
+
+
+def test_doses_are_of_the_very_tokens_that_are_scored(model, tokenizer):
+    rows = [tokenizer(text)["input_ids"] for text in ("one and two", "three is more")]
+    asked = []
+    model.get_base_model().register_forward_pre_hook(
+        lambda module, args, kwargs: asked.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    found = residual_ratios(model, tokenizer, rows)
+
+    assert asked == rows
+    assert found == residual_ratios(model, tokenizer, ["one and two", "three is more"])
+
+
 @pytest.mark.parametrize("passes", [3, 8])
 def test_a_report_leaves_the_adapter_as_it_was_even_if_it_fails(model, tokenizer, monkeypatch, passes):
     vectors, left = steering_vectors(model), iter(range(passes))
