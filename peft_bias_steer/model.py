@@ -196,6 +196,14 @@ class BiasSteerModel(BaseTuner):
         self._check_adapters_exist([adapter_name] if isinstance(adapter_name, str) else adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        active = self.active_adapters
+        super().delete_adapter(adapter_name)
+        # each layer has chosen another for a deleted active adapter by itself, among those that it has
+        successors = [name for name in active if name != adapter_name] or list(self.peft_config)[:1]
+        if adapter_name in active and successors:
+            self.set_adapter(successors[0] if len(successors) == 1 else successors)
+
     def set_scale(self, adapter: str, scale: float) -> None:
         """
         Multiplies an adapter's vectors by a factor in every later forward pass: 0 is the base model, 1 the adapter.

@@ -464,6 +464,23 @@ def test_another_tuner_in_the_model_is_disabled_with_it(llama, tokens, set_vecto
     assert torch.equal(logits(model, tokens), both)
 
 
+def test_all_layers_agree_on_who_follows_a_deleted_adapter(llama, tokens):
+    config = {"init_weights": False, "target_modules": ["down_proj"]}
+    first, both, last = ([0], [0, 1], [1])
+    model = get_peft_model(llama(), BiasSteerConfig(**config, layers_to_transform=first), adapter_name="a")
+    for name, layers in (("b", both), ("c", last)):
+        model.add_adapter(name, BiasSteerConfig(**config, layers_to_transform=layers))
+    for deleted, follower in (("b", "a"), ("a", "c")):
+        model.set_adapter(deleted)
+        model.delete_adapter(deleted)
+        found = logits(model, tokens)
+        assert model.active_adapter == follower and model.base_model.active_adapters == [follower]
+        model.set_adapter(follower)
+        assert torch.equal(found, logits(model, tokens))
+    model.delete_adapter("c")
+    assert torch.equal(logits(model.base_model.model, tokens), logits(llama(), tokens))
+
+
 def test_vectors_beside_another_tuner_are_saved_as_without_it(llama, tokens, tmp_path):
     def with_lora():
         torch.manual_seed(0)
