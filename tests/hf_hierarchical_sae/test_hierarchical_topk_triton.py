@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 import pytest
@@ -287,6 +288,9 @@ def test_a_second_copy_of_the_module_leaves_the_first_one_working(monkeypatch):
     name = "transformers_modules.organisation.sae_hyphen_model.0a1b.hierarchical_topk_triton"
     specification = importlib.util.spec_from_file_location(name, module.__file__)
     copy = importlib.util.module_from_spec(specification)
+    package = types.ModuleType(name.rpartition(".")[0])
+    package.__path__ = [str(Path(module.__file__).parent)]
+    monkeypatch.setitem(sys.modules, package.__name__, package)
     specification.loader.exec_module(copy)
 
     results = [form.budget_errors_triton(*inputs, (1, 4)) for form in (module, copy)]
