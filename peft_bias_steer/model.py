@@ -29,6 +29,7 @@ from .layer import (
 )
 from .merging import coarsest_rounding, in_evaluation_mode, merge_sites, vector_dtype
 from .residual import find_layers, refuse_seq_first, residual_width, seq_first_type
+from .saved_keys import HINT, VECTOR, WRAPPED, check_adapter_name, check_saved_names, check_shape, host_name
 from .tokens import Tokens, as_choice, recompute_in_context
 
 
@@ -89,7 +90,7 @@ class BiasSteerModel(BaseTuner):
         for name, shape in shapes.items():
             if name not in modules:
                 raise ValueError(f"the adapter holds a vector for {name}, but this model has no such module: {HINT}")
-            _check_shape(name, (self._output_width(name),), tuple(shape))
+            check_shape(name, (self._output_width(name),), tuple(shape))
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, state_dict: dict | None = None, **kwargs: Any
@@ -513,7 +514,7 @@ class BiasSteerModel(BaseTuner):
         for key, value in loaded.items():
             if key not in own:
                 raise ValueError(f"the state dict holds {key}, but no such module is steered in this model: {HINT}")
-            _check_shape(host_name(key), tuple(own[key].shape), tuple(value.shape))
+            check_shape(host_name(key), tuple(own[key].shape), tuple(value.shape))
         steered = [key for key in own if key.endswith(f"{VECTOR}{adapter_name}.weight")]
         check_saved_names([host_name(key) for key in steered], [host_name(key) for key in loaded])
         # a weight that is elsewhere cannot be loaded in place
@@ -523,58 +524,6 @@ class BiasSteerModel(BaseTuner):
         if "disk" in getattr(model, "hf_device_map", {}).values():
             config.vectors_for_disk = loaded
         return state_dict
-
-
-VECTOR = ".bias_steer.bias_steer_vector."
-# the vector of a module that another tuner wraps
-WRAPPED = f".base_layer{VECTOR}"
-HINT = "load it into the base model that it was trained on (base_model_name_or_path in adapter_config.json)"
-
-
-def host_name(key: str) -> str:
-    return key.removeprefix("base_model.model.").partition(VECTOR)[0]
-
-
-def _check_shape(name: str, expected: tuple[int, ...], got: tuple[int, ...]) -> None:
-    if got != expected:
-        raise ValueError(f"expected a vector of shape {expected} for {name}, got {got}: {HINT}")
-
-
-def check_saved_names(expected: list[str], saved: list[str]) -> None:
-    """
-    Compares the modules that have a vector in an adapter's file with those that should.
-
-    Args:
-        expected (`list[str]`): Names of the modules that the adapter steers.
-        saved (`list[str]`): Names of those in the file. PEFT may yet rename them if they have none in common.
-
-    Raises:
-        ValueError: If one is missing, or there is one too many.
-    """
-    renamed = bool(saved) and set(expected).isdisjoint(saved) and len(saved) == len(expected)
-    missing, extra = sorted(set(expected) - set(saved)), sorted(set(saved) - set(expected))
-    if missing and not renamed:
-        raise ValueError(f"the adapter's file holds no vector for {', '.join(missing)}: copy or save it again")
-    if extra and not renamed:
-        raise ValueError(f"the adapter's file holds a vector for {', '.join(extra)}, which its config does not steer")
-
-
-def check_adapter_name(name: str) -> None:
-    """
-    Refuses names of adapters that mean something else to PEFT, torch or the file system.
-
-    Raises:
-        TypeError: If it is no string.
-        ValueError: If it is one of these names.
-    """
-    if not isinstance(name, str):
-        raise TypeError(f"the name of an adapter must be a string, got {name!r}")
-    taken = name == "__base__" or hasattr(nn.ModuleDict(), name)
-    if taken or not name.isprintable() or not name.strip() or set(name) & set("./\\"):
-        raise ValueError(
-            f"the name of an adapter must be printable, without dots and slashes, and none that PEFT or torch use "
-            f"themselves, got {name!r}: take another one"
-        )
 
 
 def _weighted_sum(layer: BiasSteerLayer, factors: dict[str, float]) -> torch.Tensor | None:

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from .config import BiasSteerConfig, as_index
 from .layer import BiasSteerLayer, whole
-from .model import VECTOR, BiasSteerModel, check_saved_names, host_name
+from .model import BiasSteerModel
 from .residual import find_layers, residual_width
+from .saved_keys import VECTOR, check_saved_names, host_name
 
 
 __all__ = ["check_vectors", "from_vectors", "load_vectors", "set_steering_vectors", "steering_vectors"]

@@ -12,7 +12,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import BiasSteerConfig
-from ..model import VECTOR, host_name
+from ..saved_keys import VECTOR, host_name
 
 
 # PEFT's name of a task, and the classes that it may be trained on; the first that fits is taken
