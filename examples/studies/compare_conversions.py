@@ -14,6 +14,7 @@ again, and a model that is there is not trained again for another list.
 import argparse
 import contextlib
 import json
+import math
 import re
 import sys
 import time
@@ -76,7 +77,7 @@ def parse_arguments():
         "--long_rows",
         type=int,
         default=4,
-        help="held-out rows of --seq_len after one another that are read at once (4)",
+        help="held-out rows of --seq_len after one another that are read at once, and looked at in stretches (4)",
     )
     parser.add_argument(
         "--other_files", nargs="+", type=Path, help="text files of another kind, to measure the models on as well"
@@ -118,7 +119,7 @@ def measure(arguments, teacher, tokenizer, model, long_texts, other):
         measured = fidelity(model, teacher, other, arguments.window, windows_alone=alone)
         found["other"] = {"texts": len(other), **spreads(measured)}
     if number:
-        stretches = divergence_by_stretch(model, teacher, long_texts, arguments.seq_len)
+        stretches = divergence_by_stretch(model, teacher, long_texts, stretch_length(arguments))
         found["kl_by_stretch"] = [spread(values) for values in stretches]
     if arguments.lm_eval:
         found["lm_eval"] = score_last_words(arguments, tokenizer, model, held_out)
@@ -194,11 +195,17 @@ def fidelity_table(results):
     return lines
 
 
+def stretch_length(arguments):
+    """A row of training at most, so that rows four times as long can be held against it."""
+    return min(arguments.seq_len, math.ceil(arguments.seq_len * arguments.long_rows / 4))
+
+
 def stretches_table(arguments, results):
-    """KL along texts that are longer than the rows that were trained on."""
-    ends = [arguments.seq_len * (i + 1) for i in range(arguments.long_rows)]
-    titles = [f"{end - arguments.seq_len + 1:,} – {end:,}" for end in ends]
-    lines = ["", f"| layers replaced | KL at tokens {' | '.join(titles)} |", "|---" * (1 + len(ends)) + "|"]
+    """KL along texts that are longer than the rows that were trained on, or as long."""
+    length = stretch_length(arguments)
+    total = arguments.seq_len * arguments.long_rows
+    titles = [f"{start + 1:,} – {min(start + length, total):,}" for start in range(0, total - 1, length)]
+    lines = ["", f"| layers replaced | KL at tokens {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
     for result in results:
         if "kl_by_stretch" in result:
             cells = [f"{mean:.3f} ± {error:.3f}" for mean, error in result["kl_by_stretch"]]

@@ -137,7 +137,7 @@ def test_text_of_another_kind_is_measured_too(study, teacher, monkeypatch):
     other = [teacher / f"other{i}.md" for i in range(3)]
     for i, path in enumerate(other):
         path.write_text(" ".join(f"thing{(i + j) % 9}" for j in range((1, 60, 90)[i])))
-    options = ["--window", "4", "--replace", "2", "--other_files", *map(str, other)]
+    options = ["--window", "4", "--replace", "2", "--long_rows", "1", "--other_files", *map(str, other)]
     run(study, monkeypatch, teacher, *options)
     *_, result = json.loads((teacher / "out" / "results.json").read_text())
 
@@ -156,6 +156,9 @@ def test_text_of_another_kind_is_measured_too(study, teacher, monkeypatch):
     assert "copying" in result and "copying" not in result["other"]
     table = (teacher / "out" / "results.md").read_text().split("On 2 texts of another kind:")[1]
     assert "| 2 |" in table and "| 2, window only |" in table
+    # A row of training, told apart
+    assert len(result["kl_by_stretch"]) == 4
+    assert "KL at tokens 1 – 4 | 5 – 8 | 9 – 12 | 13 – 16 |" in table
 
     with pytest.raises(SystemExit, match="--other_files: expected two texts of --seq_len 16 tokens, got 1"):
         run(study, monkeypatch, teacher, *options[:-1])
