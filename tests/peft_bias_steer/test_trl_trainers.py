@@ -3,8 +3,25 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    TrainerCallback,
+)
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from peft_bias_steer import BiasSteerConfig, BiasSteerFloat32Callback
 from tests.peft_bias_steer.tiny_models import TWO_STEPS
@@ -64,6 +81,52 @@ def test_grpo_trains_the_vectors_and_nothing_else(train, options):
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == {name for name in before if ".bias_steer_vector." in name}
     assert all(vector.dtype == torch.float32 for vector in vectors_of(model))
+
+
+NUMBERS = [str(number) for number in range(8)]
+PREFERENCES = {"prompt": NUMBERS, "chosen": [" 1"] * 8, "rejected": [" 2"] * 8}
+SAMPLED = {"num_generations": 4, "max_completion_length": 4}
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "config_class", "columns", "options"),
+    [
+        (SFTTrainer, SFTConfig, {"text": NUMBERS}, {}),
+        (SFTTrainer, SFTConfig, {"text": NUMBERS}, {"packing": True, "max_length": 8}),
+        (DPOTrainer, DPOConfig, PREFERENCES, {}),
+        (RewardTrainer, RewardConfig, PREFERENCES, {}),
+        (RLOOTrainer, RLOOConfig, {"prompt": NUMBERS}, {**SAMPLED, "beta": 0.1}),
+    ],
+    ids=["sft", "packed", "dpo", "reward", "rloo"],
+)
+def test_other_trainers_of_trl_train_the_vectors_and_resume(
+    tiny_language_model, tmp_path, trainer_class, config_class, columns, options
+):
+    rewards = trainer_class is RewardTrainer
+    auto_class = AutoModelForSequenceClassification if rewards else AutoModelForCausalLM
+
+    def build():
+        torch.manual_seed(0)
+        return trainer_class(
+            model=auto_class.from_pretrained(tiny_language_model, **{"num_labels": 1} if rewards else {}),
+            processing_class=AutoTokenizer.from_pretrained(tiny_language_model),
+            peft_config=BiasSteerConfig(task_type="SEQ_CLS" if rewards else "CAUSAL_LM"),
+            train_dataset=Dataset.from_dict(columns),
+            args=config_class(str(tmp_path), **{**TWO_STEPS, "save_strategy": "steps", "save_steps": 1}, **options),
+            **({"reward_funcs": late_in_the_alphabet} if trainer_class is RLOOTrainer else {}),
+        )
+
+    whole, resumed = build(), build()
+    before = {name: parameter.detach().clone() for name, parameter in whole.model.named_parameters()}
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+    after = dict(whole.model.named_parameters())
+    changed = {name for name in before if not torch.equal(after[name], before[name])}
+    trained = {name for name in before if ".bias_steer_vector." in name or ".modules_to_save." in name}
+    assert changed == trained and len(trained) == 2 + rewards
+    assert all(torch.equal(after[name], other) for name, other in resumed.model.named_parameters())
+    assert len(load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")) == len(trained)
 
 
 def test_reference_adapter_is_a_copy_of_the_trained_one(train, tiny_language_model, set_vectors):
