@@ -86,21 +86,24 @@ def save_shards(
         "shard_tokens": shard_tokens,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    grows = _write_description(folder, description)
+    grows = _write_description(folder, description, is_alone=num_processes == 1)
     writer, limit = _Writer(stream, folder, dtype, grows), stream.settings.max_tokens
     batches, most = stream.inputs(), 0
     with writer.progress:
         while shard := _next_shard(stream, batches, shard_tokens, limit, given=most):
             writer.take(shard, is_own=writer.shards % num_processes == process_index)
             most += sum(map(stream.most_kept, shard))
-        if writer.shards == 0:
-            raise ValueError("the dataset gave no tokens: expected texts, got none")
         tokens = writer.tokens_on_disk()
         if tokens is None:
             return None
         # Which tokens have an outlying norm is known only now.
         while shard := _next_shard(stream, batches, shard_tokens, limit, given=tokens):
             tokens += writer.take(shard)
+    if tokens == 0:
+        # They would be taken for a harvest of this text.
+        for path in folder.glob("shard-*.safetensors"):
+            path.unlink(missing_ok=True)
+        raise stream.no_tokens()
     tokens = tokens if limit is None else min(tokens, limit)
     for path in folder.glob("shard-*.safetensors"):
         # Of a shorter harvest that grew, whose last shards were smaller.
@@ -509,10 +512,12 @@ def _read_description(folder: Path) -> dict:
     return {**found, "widths": dict.fromkeys(names, width)}
 
 
-def _write_description(folder: Path, description: dict) -> bool:
+def _write_description(folder: Path, description: dict, *, is_alone: bool) -> bool:
     """Whether a shorter harvest with these settings is there, which grows; refuses one with others, or a longer one."""
     path = folder / DESCRIPTION
-    if not path.exists():
+    # Of a harvest that failed before its first shard nothing is there that other settings could spoil.
+    is_begun = not is_alone or any(folder.glob("shard-*.safetensors"))
+    if not path.exists() or not is_begun:
         _write_json(path, description)
     # An older one does not say of what type the language model was.
     unknown = {name: description[name] for name in ("model_dtype", "quantization")}

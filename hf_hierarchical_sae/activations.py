@@ -245,14 +245,18 @@ class ActivationStream(Iterator[Any]):
         self._buffer = [states[batch_tokens:] for states in self._buffer]
         if len(batch[0]) == 0:
             if self.counts["tokens"] == 0:
-                index, count = self._part
-                to_part = f" to process {index} of {count}, of which each reads its own rows" if count > 1 else ""
-                raise ValueError(
-                    f"the dataset gave no tokens{to_part}: expected texts longer than one token, got none or only such as "
-                    f"are left out ({dict(self.counts)})"
-                )
+                raise self.no_tokens()
             raise StopIteration
         return self._together(batch)
+
+    def no_tokens(self) -> ValueError:
+        """What is raised if the dataset came to its end without a token."""
+        index, count = self._part
+        to_part = f" to process {index} of {count}, of which each reads its own rows" if count > 1 else ""
+        return ValueError(
+            f"the dataset gave no tokens{to_part}: expected texts longer than one token, got none or only such as are "
+            f"left out ({dict(self.counts)})"
+        )
 
     def _together(self, states: list[torch.Tensor]) -> Any:
         """Those of all sites as they are given."""

@@ -43,8 +43,9 @@ SETTINGS = (
     "data_seed",
     "bf16",
 )
-# Tokens whose norms tell one set of activations from another, and how far they may differ between machines.
-PROBES, TOLERANCE = 8, 0.01
+# Tokens, and sums of each one's activations, that tell one set of activations from another, and how far they may differ
+# between machines.
+PROBES, SUMS, TOLERANCE = 8, 4, 0.03
 
 
 def training_arguments(
@@ -258,14 +259,16 @@ def _record(sae: HierarchicalSaeModel, dataset: Any, sample: Any, arguments: Tra
     """What has to be the same for a training to go on, ready for JSON."""
     config = {name: getattr(sae.config, name) for name in HierarchicalSaeConfig.__annotations__}
     settings = {name: getattr(arguments, name) for name in SETTINGS}
-    norms = []
+    sums = []
     for part in sample if sae.config.is_transcoder else [sample]:
-        probes = part[:: max(1, len(part) // PROBES)][:PROBES]
-        norms += torch.linalg.vector_norm(probes.float(), dim=1).tolist()
+        probes = part[:: max(1, len(part) // PROBES)][:PROBES].cpu().double()
+        # Waves of several lengths: behind a norm without weights the lengths of all tokens are alike.
+        waves = torch.outer(torch.arange(part.shape[1]), torch.arange(1, SUMS + 1)).double().cos()
+        sums += (probes @ waves).tolist()
     is_stream = isinstance(dataset, ActivationDataset)
     data = dataset.stream.description() if is_stream else {"tokens": len(dataset)}
     processes = {"num_processes": arguments.world_size}
-    return json.loads(json.dumps({**config, **settings, **processes, **data, "norms": norms}))
+    return json.loads(json.dumps({**config, **settings, **processes, **data, "sums": sums}))
 
 
 def _check_same(folder: Path, record: dict) -> None:
@@ -275,15 +278,15 @@ def _check_same(folder: Path, record: dict) -> None:
         raise ValueError(f"{folder / RECORD} has to say what a training was started with: {error}") from error
     if not isinstance(started, dict) or started.keys() != record.keys():
         raise ValueError(f"{folder / RECORD} does not say what a training was started with: start afresh")
-    differing = [name for name in record if name != "norms" and started[name] != record[name]]
+    differing = [name for name in record if name != "sums" and started[name] != record[name]]
     if differing:
         name = differing[0]
         raise ValueError(
             f"{folder} holds a training with {name}={started[name]!r}, got {name}={record[name]!r}: give what it was "
             "started with to go on, or another folder"
         )
-    norms = zip(started["norms"], record["norms"], strict=True)
-    if not all(math.isclose(one, other, rel_tol=TOLERANCE) for one, other in norms):
+    sums = zip(started["sums"], record["sums"], strict=True)
+    if not all(math.dist(one, other) <= TOLERANCE * math.hypot(*one) for one, other in sums):
         raise ValueError(f"{folder} holds a training on other activations: give those to go on, or another folder")
 
 

@@ -294,9 +294,30 @@ def test_a_folder_without_a_harvest_or_without_tokens_is_refused(model, tokenize
         ActivationShards(tmp_path)
     with pytest.raises(ValueError, match="the dataset gave no tokens"):
         save_shards(iterate_activations(model, tokenizer, [], 0, show_progress=False), tmp_path / "none")
-    save_shards(iterate_activations(model, tokenizer, ["a"], 0, show_progress=False), tmp_path / "one")
-    with pytest.raises(ValueError, match="the 1 shards in .* hold no tokens: harvest more text"):
-        ActivationShards(tmp_path / "one")
+
+
+def test_a_harvest_that_failed_before_its_first_shard_is_not_in_the_way(model, tokenizer, tmp_path):
+    def save(texts, **options):
+        return save_shards(iterate_activations(model, tokenizer, texts, 0, show_progress=False, **options), tmp_path)
+
+    with pytest.raises(ValueError, match=r"longer than one token, got none .*'first_position': 1"):
+        save(["a"])
+    assert not list(tmp_path.glob("shard-*"))
+    tokens = save(["another text"], context_length=64)
+
+    assert len(ActivationShards(tmp_path)) == tokens > 0
+    with pytest.raises(ValueError, match="holds a harvest with context_length=64, got context_length=32"):
+        save(["another text"], context_length=32)
+
+
+def test_other_settings_of_another_process_are_refused_before_the_first_shard(model, tokenizer, tmp_path):
+    def save(texts, process_index, **options):
+        stream = iterate_activations(model, tokenizer, texts, 0, show_progress=False, **options)
+        return save_shards(stream, tmp_path, process_index=process_index, num_processes=2)
+
+    assert save(["a text"], 1) is None and not list(tmp_path.glob("shard-*"))
+    with pytest.raises(ValueError, match="holds a harvest with context_length=.*, got context_length=32"):
+        save(["a text"], 0, context_length=32)
 
 
 def test_a_layer_that_was_not_harvested_is_refused(harvested):

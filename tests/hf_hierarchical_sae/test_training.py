@@ -173,6 +173,8 @@ def test_a_kill_while_a_checkpoint_is_written_costs_that_checkpoint_only(tmp_pat
         ({"settings": {"max_grad_norm": 0.1}}, "holds a training with max_grad_norm=1.0, got max_grad_norm=0.1"),
         ({"x": activations(tokens=190)}, "holds a training with tokens=200, got tokens=190"),
         ({"x": activations(seed=1)}, "holds a training on other activations"),
+        # all tokens of the same lengths, as behind a norm without weights
+        ({"x": activations().flip(1)}, "holds a training on other activations"),
         ({"steps": 4}, "checkpoint-8 has made 8 steps already, got 4 in all"),
     ],
 )
