@@ -3,6 +3,7 @@
 import math
 import weakref
 from collections import defaultdict, deque
+from contextlib import suppress
 from typing import Any
 
 import numpy
@@ -50,17 +51,23 @@ def empty_in_large_pages(*shape: int, dtype: torch.dtype, device: torch.device) 
     size = math.prod(shape) * dtype.itemsize
     if size < LEAST_BYTES or not _users:
         return torch.from_numpy(numpy.empty(shape, kind))
-    # Batches of other lengths find it as well; what is not touched takes no memory.
+    # Batches of other lengths find it as well, and evaluation what training used; what is not touched takes no memory.
     capacity = 1 << (size - 1).bit_length()
-    try:
-        # One call, so that of two threads only one gets it.
-        memory = _idle[capacity].pop()
-    except IndexError:
+    memory = _idle_memory(capacity)
+    if memory is None:
         memory = numpy.empty(capacity, numpy.uint8)
     lent = memory[:size].view(kind).reshape(shape)
     # The tensor's storage is all that refers to this array: views of it, in torch and numpy, refer to the storage.
     weakref.finalize(lent, _take_back, memory).atexit = False
     return torch.from_numpy(lent)
+
+
+def _idle_memory(capacity: int) -> numpy.ndarray | None:
+    for size in (capacity, 2 * capacity):
+        # One call, so that of two threads only one gets it.
+        with suppress(IndexError):
+            return _idle[size].pop()
+    return None
 
 
 def _take_back(memory: numpy.ndarray) -> None:
