@@ -11,7 +11,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .residual import find_decoder, find_layers
+from .merging import in_evaluation_mode
+from .residual import find_decoder, find_layers, residual_width
 from .vectors import set_steering_vectors, steering_vectors
 from .whole_files import whole_file
 
@@ -92,6 +93,7 @@ class LayerAblation:
     kept: list[float]
 
 
+@torch.no_grad()
 def logit_lens(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, adapter_name: str = "default", top_k: int = 10
 ) -> list[LayerLens]:
@@ -111,7 +113,8 @@ def logit_lens(
         `list[LayerLens]`: One entry for each steered layer.
 
     Raises:
-        ValueError: If the model has no unembedding, or `top_k` does not fit the vocabulary.
+        ValueError: If the model has no unembedding, or one that reads something else than the stream behind the last
+            layer and its norm, or `top_k` does not fit the vocabulary.
     """
     base: Any = model.get_base_model()
     head = base.get_output_embeddings()
@@ -122,7 +125,8 @@ def logit_lens(
         raise ValueError(f"top_k must be in [1, vocabulary size={len(unembedding)}], got {top_k}")
     vectors = {index: vector.float() for index, vector in steering_vectors(model, adapter_name).items()}
     matrix = torch.stack(list(vectors.values())).to(unembedding.device)
-    normed = _through_final_norm(base, matrix)
+    norm = _final_norm(base, head)
+    normed = matrix if norm is None else _through_norm(norm, matrix, base.dtype)
     # OPT-350m's unembedding is narrower than its layers
     if (project_out := getattr(find_decoder(base), "project_out", None)) is not None:
         matrix, normed = (rows @ _plain(project_out.weight).T for rows in (matrix, normed))
@@ -144,16 +148,63 @@ def _plain(weight: Any) -> torch.Tensor:
     return (weight if plain else weight.dequantize()).detach().float()
 
 
-def _through_final_norm(base: Any, matrix: torch.Tensor) -> torch.Tensor:
-    norms = [module for module in find_decoder(base).children() if "norm" in type(module).__name__.lower()]
-    if not norms:
-        return matrix
+def _final_norm(base: Any, head: nn.Module) -> nn.Module | None:
+    """
+    The norm that the stream goes through between the last layer and the unembedding, if there is one.
+
+    Raises:
+        ValueError: If it goes through something else, as in BERT's head.
+    """
+    aside = {*head.modules(), getattr(find_decoder(base), "project_out", None)}
+    between = [
+        module
+        for module in _after_layers(base)
+        # nor what holds the unembedding, or has it as its own weight
+        if module not in aside and not any(parameter is head.weight for parameter in module.parameters())
+    ]
+    if len(between) > 1 or not all(_is_norm(module) for module in between):
+        raise ValueError(
+            "expected a language model whose unembedding reads the stream behind the last layer, or behind its norm, got "
+            f"a {type(base).__name__}, in which it goes through {', '.join(type(module).__name__ for module in between)}: "
+            "the lens would not show what a vector promotes"
+        )
+    return between[0] if between else None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
+def _after_layers(base: Any) -> list[nn.Module]:
+    """The norms, and the modules with weights of their own, that begin after the last layer, as they follow."""
+    last, began = find_layers(base)[1][-1], []
+    watched = [m for m in base.modules() if _is_norm(m) or next(m.parameters(recurse=False), None) is not None]
+    handles = [module.register_forward_pre_hook(lambda module, args: began.append(module)) for module in watched]
+    handles.append(last.register_forward_hook(lambda *_: began.clear()))
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=base.device)
+    # a decoder alone where the whole model asks for sounds or images
+    model = base if base.main_input_name == "input_ids" else find_decoder(base)
+    inputs = {"input_ids": tokens}
+    if base.config.is_encoder_decoder and model is base:
+        inputs["decoder_input_ids"] = tokens
+    elif base.config.is_encoder_decoder:
+        inputs["encoder_hidden_states"] = torch.zeros(1, 2, residual_width(base), dtype=base.dtype, device=base.device)
+    try:
+        with in_evaluation_mode(base):
+            model(**inputs, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return began
+
+
+def _through_norm(norm: nn.Module, matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     # probed, since classes store their weight as w, as 1 + w or not at all: +1, -1, … has mean 0 and mean square 1
-    ones = torch.ones(1, matrix.shape[-1], device=matrix.device, dtype=base.dtype)
+    ones = torch.ones(1, matrix.shape[-1], device=matrix.device, dtype=dtype)
     signs = ones.clone()
     signs[:, 1::2] = -1
-    gain = ((norms[-1](signs) - norms[-1](-signs)) * signs).detach().float() / 2
-    subtracts_mean = (norms[-1](ones) - norms[-1](-ones)).abs().max() < 1e-3 * gain.abs().max()
+    gain = ((norm(signs) - norm(-signs)) * signs).detach().float() / 2
+    subtracts_mean = (norm(ones) - norm(-ones)).abs().max() < 1e-3 * gain.abs().max()
     return gain * (matrix - matrix.mean(-1, keepdim=True) if subtracts_mean else matrix)
 
 

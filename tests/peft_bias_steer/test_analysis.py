@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, EncoderDecoderConfig, EncoderDecoderModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSpeechSeq2Seq,
+    AutoTokenizer,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+)
 
 from peft_bias_steer import BiasSteerConfig, set_steering_vectors, steering_vectors
 from peft_bias_steer.analysis import (
@@ -32,8 +39,8 @@ SMALL = {
 GPT2 = {"vocab_size": 259, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
 
 
-def steer(model_type="llama", **config):
-    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(config or SMALL)))
+def steer(model_type="llama", auto_class=AutoModelForCausalLM, **config):
+    base = auto_class.from_config(AutoConfig.for_model(model_type, **(config or SMALL)))
     for parameter in base.parameters():  # norm weights and embeddings that differ between their entries
         parameter.data += 0.3 * torch.randn_like(parameter)
     return get_peft_model(base, BiasSteerConfig(init_weights=False)).eval()
@@ -107,6 +114,51 @@ def test_lens_finds_the_norm_of_a_decoder_with_a_head_of_its_own(tokenizer):
     for lens, vector in zip(lenses, steering_vectors(model).values(), strict=True):
         through_norm = base.decoder.transformer.ln_f.weight * (vector - vector.mean())
         assert ids(lens.normed.promoted) == (base.decoder.lm_head.weight @ through_norm).topk(4).indices.tolist()
+
+
+SEQ2SEQ = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "decoder_layers": 2,
+    "encoder_layers": 1,
+    "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4,
+    "decoder_ffn_dim": 48,
+    "encoder_ffn_dim": 48,
+    "pad_token_id": 0,
+}
+# where the norm after the last layer is; BART's is one of the embeddings
+NORMS = {
+    "llama4_text": ("model.norm", {**SMALL, "head_dim": 8, "num_key_value_heads": 2, "intermediate_size_mlp": 48}),
+    "gemma4_text": (
+        "model.norm",
+        {**SMALL, "head_dim": 8, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0},
+    ),
+    "bart": (None, SEQ2SEQ),
+    "whisper": ("model.decoder.layer_norm", {**SEQ2SEQ, "auto_class": AutoModelForSpeechSeq2Seq}),
+}
+
+
+@pytest.mark.parametrize("model_type", NORMS)
+def test_lens_goes_through_the_norm_that_runs_after_the_last_layer(model_type, tokenizer):
+    name, config = NORMS[model_type]
+    model = steer(model_type, **config)
+    base, vector = model.get_base_model(), list(steering_vectors(model).values())[-1]
+
+    lens = logit_lens(model, tokenizer, top_k=4)[-1]
+
+    stream = vector - vector.mean() if model_type == "whisper" else vector
+    gain = base.get_submodule(name).weight if name else 1
+    assert (
+        ids(lens.normed.promoted) == (base.get_output_embeddings().weight @ (gain * stream)).topk(4).indices.tolist()
+    )
+
+
+@pytest.mark.parametrize("model_type", ["bert", "electra", "modernbert-decoder"])
+def test_lens_refuses_a_head_that_transforms_the_stream_first(model_type, tokenizer):
+    model = steer(model_type, **SMALL, is_decoder=True)
+    with pytest.raises(ValueError, match="in which it goes through .*Linear, LayerNorm: the lens would not show"):
+        logit_lens(model, tokenizer)
 
 
 def test_lens_promotes_the_token_whose_direction_was_written(tokenizer):
