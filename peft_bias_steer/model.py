@@ -346,8 +346,9 @@ class BiasSteerModel(BaseTuner):
         Args:
             tokens (`str` or `list[str]`): `"all"`, `"prompt"` or `"generated"`, or one of these for each row.
             prompt_lengths (`list[int]`, *optional*):
-                Number of tokens of each row's prompt, without padding, for forward passes over prompt and completion.
-                They need an `attention_mask` where there is padding. Not for `generate`.
+                Number of tokens of each row's prompt, without padding, for forward passes over prompt and completion;
+                of packed rows, of each document's, where the `position_ids` begin again. They need an `attention_mask`
+                of shape (batch, seq) where there is padding. Not for `generate`.
 
         Raises:
             TypeError: If a length is no integer.

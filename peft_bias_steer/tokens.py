@@ -63,27 +63,48 @@ class TokenChoice:
             ValueError: If the lengths of the prompts are unknown, or are not those of these rows.
         """
         given = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
-        inputs = given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
+        inputs = next((given[name] for name in ("inputs_embeds", "input_ids") if given.get(name) is not None), None)
+        if inputs is None:
+            raise ValueError("expected input_ids or inputs_embeds in a forward pass inside steer_tokens, got neither")
         (rows, width), device = inputs.shape[:2], inputs.device
         mask = given.get("attention_mask")
         mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
-        before = _columns_before(given) if mask is None else mask.shape[1] - width
         if self.prompt_width is not None:
+            before = _columns_before(given) if mask is None else mask.shape[1] - width
             prompt = (torch.arange(before, before + width, device=device) < self.prompt_width).expand(rows, width)
+        elif mask is None:
+            prompt = self._prompt_of_documents(_begins(given, rows, width, device), _columns_before(given))
         else:
-            columns = torch.ones(rows, before + width, device=device) if mask is None else mask
-            prompt = (columns.cumsum(1)[:, before:] - 1) < self._lengths(rows, device)
+            # a mask may be as wide as a static cache, of which most is empty
+            counts = _counts_tokens(_given_cache(given))
+            before = _columns_before(given) if counts else mask.shape[1] - width
+            positions = mask[:, : before + width].cumsum(1)[:, before:] - 1
+            prompt = positions < torch.tensor(self._lengths_of(rows, "row"), device=device)[:, None]
         return self._of_rows(rows, "all", device) | (self._of_rows(rows, "prompt", device) == prompt)
 
-    def _lengths(self, rows: int, device: torch.device) -> torch.Tensor:
+    def _prompt_of_documents(self, begins: torch.Tensor, before: int) -> torch.Tensor:
+        """Of rows without padding, of which these tokens, (rows, width), begin a document; one a row if it is not packed."""
+        packed = int(begins.sum()) > len(begins)
+        lengths = self._lengths_of(int(begins.sum()), "document of packed rows" if packed else "row")
+        columns = torch.arange(begins.shape[1], device=begins.device).expand_as(begins)
+        positions = columns - torch.where(begins, columns, 0).cummax(1).values
+        # what came before belongs to the first document of each row
+        positions += before * (begins.cumsum(1) == 1)
+        document = begins.flatten().cumsum(0).view_as(begins) - 1
+        return positions < torch.tensor(lengths, device=positions.device)[document]
+
+    def _lengths_of(self, number: int, what: str) -> tuple[int, ...]:
         if self.prompt_lengths is None:
             raise ValueError(
                 "expected prompt_lengths in steer_tokens for a forward pass outside model.generate, got none: say how "
                 "many tokens the prompt of each row has"
             )
-        if len(self.prompt_lengths) != rows:
-            raise ValueError(f"expected one of prompt_lengths per row, got {len(self.prompt_lengths)} for {rows}")
-        return torch.tensor(self.prompt_lengths, device=device)[:, None]
+        if len(self.prompt_lengths) != number:
+            raise ValueError(
+                f"expected one of prompt_lengths per {what}, got {len(self.prompt_lengths)} for {number}: padding needs an "
+                "attention_mask of two dimensions"
+            )
+        return self.prompt_lengths
 
     def _of_rows(self, rows: int, tokens: str, device: torch.device) -> torch.Tensor:
         """Whether each row chose `tokens`: (rows, 1) of booleans. Within `generate`, rows may be repeated."""
@@ -144,11 +165,25 @@ def _given_cache(given: dict[str, Any]) -> Any:
     return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
 
 
+def _counts_tokens(cache: Any) -> bool:
+    return isinstance(cache, Cache) and any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
+
+
+def _begins(given: dict[str, Any], rows: int, width: int, device: torch.device) -> torch.Tensor:
+    """Where a row begins, and where the positions of packed rows begin again: (rows, width) of booleans."""
+    begins = torch.zeros(rows, width, dtype=torch.bool, device=device)
+    begins[:, 0] = True
+    positions = given.get("position_ids")
+    if isinstance(positions, torch.Tensor) and positions.dim() == 2:
+        begins[:, 1:] = (positions.diff(dim=1) <= 0).to(device)
+    return begins
+
+
 def _columns_before(given: dict[str, Any]) -> int:
     cache = _given_cache(given)
     if cache is None:
         return 0
-    if not isinstance(cache, Cache) or not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
+    if not _counts_tokens(cache):
         raise ValueError(
             f"expected a cache that counts its tokens, got the {type(cache).__name__} of a model without attention: "
             "with steer_tokens pass use_cache=False"

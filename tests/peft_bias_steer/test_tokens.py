@@ -7,7 +7,13 @@ from contextvars import copy_context
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForSeq2SeqLM, ContinuousBatchingConfig, T5Config
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    ContinuousBatchingConfig,
+    DataCollatorWithFlattening,
+    StaticCache,
+    T5Config,
+)
 
 from peft_bias_steer import BiasSteerConfig
 from peft_bias_steer.tokens import TokenChoice, as_choice
@@ -182,6 +188,47 @@ def test_a_mask_of_four_dimensions_says_nothing_of_padding(steered, tokens):
     with torch.no_grad(), steered.steer_tokens("generated", prompt_lengths=PROMPTS):
         expected = steered(tokens).logits
         torch.testing.assert_close(steered(tokens, attention_mask=causal).logits, expected, **EXACT)
+
+
+@pytest.mark.parametrize("part", ["prompt", "generated"])
+def test_packed_rows_have_a_prompt_in_every_document(llama, steered, tokens, part):
+    documents, lengths = [tokens[0, :6], tokens[1, :5], tokens[2, :3]], [3, 2, 0]
+    packed = DataCollatorWithFlattening(return_tensors="pt")([{"input_ids": d.tolist()} for d in documents])
+
+    with torch.no_grad(), steered.steer_tokens(part, prompt_lengths=lengths):
+        logits = steered(packed["input_ids"], position_ids=packed["position_ids"], use_cache=False).logits[0]
+
+    for found, own, length in zip(logits.split([6, 5, 3]), documents, lengths):
+        torch.testing.assert_close(found, by_hand(llama, steered, own, "x", acting(part, length, len(own))), **EXACT)
+    with steered.steer_tokens(part, prompt_lengths=[3]), pytest.raises(ValueError, match="per document .* 1 for 3"):
+        steered(packed["input_ids"], position_ids=packed["position_ids"])
+
+
+def test_padding_that_no_mask_of_two_dimensions_tells_is_refused(steered, tokens):
+    positions = torch.tensor([[0, 0, 0, 1, 2, 3, 4], list(range(7)), list(range(7))])
+    causal = torch.ones(7, 7).tril().bool()[None, None].expand(3, 1, 7, 7)
+    with (
+        steered.steer_tokens("generated", prompt_lengths=PROMPTS),
+        pytest.raises(ValueError, match="3 for 5: padding needs an attention_mask of two dimensions"),
+    ):
+        steered(tokens, attention_mask=causal, position_ids=positions)
+
+
+def test_a_mask_as_wide_as_a_static_cache_counts_what_is_in_the_cache(steered, tokens):
+    mask = torch.ones(3, 7, dtype=torch.long)
+    mask[0, :2] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    wide = torch.cat([mask, torch.zeros(3, 9, dtype=torch.long)], 1)
+    cache = StaticCache(config=steered.config, max_cache_len=16)
+
+    with torch.no_grad(), steered.steer_tokens("generated", prompt_lengths=PROMPTS):
+        expected = steered(tokens, attention_mask=mask, position_ids=positions).logits
+        parts = [
+            steered(part, attention_mask=wide, position_ids=where, past_key_values=cache).logits
+            for part, where in zip(tokens.split([5, 2], 1), positions.split([5, 2], 1))
+        ]
+
+    torch.testing.assert_close(torch.cat(parts, 1)[:, 2:], expected[:, 2:], **EXACT)
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)
