@@ -298,6 +298,7 @@ def convert(args: argparse.Namespace) -> None:
             "--k is the budget that a file of saelens or sparsify is written for, or the mean of --by_threshold; --to is "
             "hierarchical"
         )
+    check_output(args, Path(args.source), Path(args.source, args.subfolder), args.by_threshold)
     with expecting(f"an autoencoder of {source} in {_place(args.source)}"):
         sae = LOADERS[source](args.source, subfolder=args.subfolder)
     k = args.k
@@ -319,8 +320,22 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def circuits(args: argparse.Namespace) -> None:
+    check_output(args, *map(Path, args.transcoders))
     export_circuit_tracer(args.transcoders, args.output, args.k)
     print(f"{args.output}: {len(args.transcoders)} layers for circuit-tracer")
+
+
+def check_output(args: argparse.Namespace, *sources: Path | None) -> None:
+    """Raises a `ValueError` if the folder to write is one of the sources, or holds something that nobody gave up."""
+    output = Path(args.output)
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise ValueError(f"expected a folder to write, got the file {output}")
+    if any(source is not None and source.resolve() == output.resolve() for source in sources):
+        raise ValueError(f"expected a folder to write other than those that are read, got {output}")
+    if not args.overwrite and any(output.iterdir()):
+        raise ValueError(f"{output} holds something: give --overwrite to write into it, or another folder")
 
 
 def load_language_model(args: argparse.Namespace) -> tuple[Any, Any]:

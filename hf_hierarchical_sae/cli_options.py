@@ -225,6 +225,7 @@ def _convert_options(part: argparse.ArgumentParser) -> None:
         metavar="HARVEST",
         help="select latents above one threshold instead, k of each token on average over this folder that harvest wrote",
     )
+    _option(part, "overwrite", action="store_true", help="write into a folder that holds something")
     _option(part, "push_to_hub", metavar="REPO_ID", help="upload the result to this repository")
 
 
@@ -232,6 +233,7 @@ def _circuits_options(part: argparse.ArgumentParser) -> None:
     part.add_argument("transcoders", nargs="+", help="folders or Hub ids of one transcoder of each layer")
     _option(part, "output", required=True, help="folder to write")
     _option(part, "k", type=_integer(1), help="latents per token (default: the trained number)")
+    _option(part, "overwrite", action="store_true", help="write into a folder that holds something")
 
 
 def _integer(least: int | None = None, most: int | None = None) -> Callable[[str], int]:

@@ -220,6 +220,28 @@ def test_conversion_there_and_back_keeps_the_reconstructions(sae, tmp_path, hub,
     assert "cfg.json" in hub.files(repo) and "config.json" in hub.files(f"{repo}-ours")
 
 
+def test_a_folder_that_holds_something_is_written_into_with_overwrite_only(sae, states, tiny_language_model, tmp_path):
+    model = shutil.copytree(tiny_language_model, tmp_path / "model")
+    saved = {path: path.read_bytes() for path in model.iterdir()}
+    (tmp_path / "file").write_text("kept")
+
+    for command in (f"convert {sae}", f"convert {sae} --to saelens", f"circuits {sae} --output"):
+        name, source, *options = command.split()
+        words = [name, source, *options, str(model)]
+        with pytest.raises(SystemExit, match="model holds something: give --overwrite to write into it, or another"):
+            main(words)
+        with pytest.raises(SystemExit, match="expected a folder to write, got the file .*file"):
+            main([*words[:-1], str(tmp_path / "file"), "--overwrite"])
+        with pytest.raises(SystemExit, match="expected a folder to write other than those that are read, got "):
+            main([*words[:-1], f"{sae}/.", "--overwrite"])
+    with pytest.raises(SystemExit, match="expected a folder to write other than those that are read, got "):
+        main(["convert", sae, states, "--by_threshold", states, "--overwrite"])
+    assert {path: path.read_bytes() for path in model.iterdir()} == saved
+
+    main(["convert", sae, str(model), "--overwrite"])
+    assert HierarchicalSaeModel.from_pretrained(model).config.k == 8
+
+
 def test_a_threshold_is_measured_on_a_harvest_and_goes_to_other_formats(sae, states, tmp_path, capsys):
     main(["convert", sae, str(tmp_path / "ours"), "--by_threshold", states, "--k", "4"])
     main(["convert", sae, str(tmp_path / "lens"), "--by_threshold", states, "--k", "4", "--to", "saelens"])

@@ -77,7 +77,8 @@ def main(source: Path, output: Path) -> None:
     copy_for_older_transformers(source, model)
     folders = train(model, output, json.loads((model / "config.json").read_text())["num_hidden_layers"])
     for k in BUDGETS:
-        hierarchical_sae(["circuits", *folders, "--output", str(output / f"set_k{k}"), "--k", str(k)])
+        made = ["--output", str(output / f"set_k{k}"), "--overwrite"]
+        hierarchical_sae(["circuits", *folders, *made, "--k", str(k)])
     record(model, folders, output)
 
 
