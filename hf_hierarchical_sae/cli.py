@@ -35,7 +35,7 @@ from .circuits import export_circuit_tracer
 from .cli_options import LOADERS, SAVERS, make_parser
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
 from .dashboard import write_dashboard
-from .evaluation import evaluate_budgets, evaluate_in_model, plot_evaluations
+from .evaluation import check_plot, evaluate_budgets, evaluate_in_model, plot_evaluations
 from .interventions import record_statistics
 from .language_model import input_device
 from .model_card_hierarchical_sae import set_metrics
@@ -44,6 +44,7 @@ from .sites import HOOK_POINTS
 from .texts import read_dataset, read_files
 from .thresholds import select_by_threshold
 from .training import starting_point, train_sae, training_arguments
+from .whole_files import check_writable
 
 
 # Tokens that typical activations and the starting point of training are measured on.
@@ -208,6 +209,8 @@ class ProgressLine(TrainerCallback):
 
 def evaluate(args: argparse.Namespace) -> None:
     check_card(args)
+    if args.plot:
+        check_plot(args.plot)
     sae = load_autoencoder(args)
     if (args.harvest is None) == (args.model is None):
         raise ValueError("give either --harvest, or --model with --text or --dataset")
@@ -227,13 +230,13 @@ def evaluate(args: argparse.Namespace) -> None:
             **text_settings(args),
         )
         evaluation = evaluate_in_model(sae, stream, args.budgets)
-    if args.plot:
-        plot_evaluations({str(args.sae): evaluation}, args.plot)
+    print(json.dumps(evaluation.to_dict(), indent=2) if args.json else evaluation)
     if args.card:
         card = read_card(sae, args.sae)
         set_metrics(card, evaluation.metrics(*_text_name(args, sae)), args.sae)
         card.save(Path(args.sae, "README.md"))
-    print(json.dumps(evaluation.to_dict(), indent=2) if args.json else evaluation)
+    if args.plot:
+        plot_evaluations({str(args.sae): evaluation}, args.plot)
 
 
 def _text_name(args: argparse.Namespace, sae: HierarchicalSaeModel) -> tuple[str, str | None]:
@@ -247,6 +250,7 @@ def _text_name(args: argparse.Namespace, sae: HierarchicalSaeModel) -> tuple[str
 
 def dashboard(args: argparse.Namespace) -> None:
     check_card(args)
+    check_writable(args.output)
     sae = load_autoencoder(args)
     texts = read_texts(args)
     model, tokenizer = load_language_model(args)
@@ -278,11 +282,14 @@ def dashboard(args: argparse.Namespace) -> None:
 
 
 def check_card(args: argparse.Namespace) -> None:
-    """Raises a `ValueError` if `--card` is given and the autoencoder is in no folder."""
-    if args.card and not Path(args.sae).is_dir():
+    """Raises an error if `--card` is given and the autoencoder is in no folder, or in one that cannot be written to."""
+    if not args.card:
+        return
+    if not Path(args.sae).is_dir():
         raise ValueError(
             f"--card writes to the folder of an autoencoder, got {args.sae}: download it to a folder first"
         )
+    check_writable(Path(args.sae, "README.md"))
 
 
 def read_card(sae: HierarchicalSaeModel, folder: str) -> ModelCard:

@@ -28,7 +28,7 @@ from .language_model import (
 from .modeling_hierarchical_sae import HierarchicalSaeModel, check_finite
 from .sites import read_sites, site_hook
 from .sparse_latents import weighted_rows
-from .whole_files import whole_file
+from .whole_files import check_writable, whole_file
 
 
 Edit = Callable[[torch.Tensor], torch.Tensor]
@@ -226,7 +226,13 @@ def plot_evaluations(evaluations: Mapping[str, HierarchicalSaeEvaluation], path:
     Args:
         evaluations (`Mapping[str, HierarchicalSaeEvaluation]`): one per autoencoder, by name.
         path (`str` or `Path`): picture to write, of any format that matplotlib (the extra `plot`) knows.
+
+    Raises:
+        `ImportError`: If matplotlib is not installed.
+        `ValueError`: If matplotlib does not know the format.
+        `OSError`: If the folder cannot be written to.
     """
+    path = check_plot(path)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -244,10 +250,24 @@ def plot_evaluations(evaluations: Mapping[str, HierarchicalSaeEvaluation], path:
     for axes in (quality, density):
         axes.grid(alpha=0.3)
     quality.legend(fontsize="small")
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished, dpi=150)
+
+
+def check_plot(path: str | Path) -> Path:
+    """The picture that [`plot_evaluations`] writes for this path; what that would raise is raised here."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need one more package: pip install 'hf_hierarchical_sae[plot]'") from error
     path = Path(path)
     # The suffix is what says the format.
-    with whole_file(path if path.suffix else path.with_suffix(".png")) as unfinished:
-        figure.savefig(unfinished, dpi=150)
+    path = path if path.suffix else path.with_suffix(".png")
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise ValueError(f"expected a picture of type {', '.join(sorted(known))}, got {path}")
+    check_writable(path)
+    return path
 
 
 def _latents(evaluation: HierarchicalSaeEvaluation) -> list[int] | list[float]:

@@ -63,6 +63,28 @@ def whole_folder(folder: str | os.PathLike) -> Generator[Path, None, None]:
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def check_writable(path: str | os.PathLike) -> None:
+    """
+    Before there is anything to write: nothing is changed.
+
+    Args:
+        path (`str` or `os.PathLike`): file that [`whole_file`] is to write.
+
+    Raises:
+        `OSError`: If `path` is a folder, or its folder cannot be made or written to.
+    """
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise IsADirectoryError(f"expected a file to write, got the folder {path}")
+    if path.exists() and not path.is_file():
+        return
+    there = next(place for place in path.parents if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"expected a folder to write {path.name} into, got the file {there}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"expected a folder that can be written to, got {there}")
+
+
 @contextmanager
 def _made(folder: Path) -> Generator[None, None, None]:
     """Inside, the folder is there; after an exception those that were made for it are gone, if they are empty."""

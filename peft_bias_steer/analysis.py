@@ -399,6 +399,15 @@ def new_table(*titles: str) -> Any:
     return Table(*titles)
 
 
+def figure_class() -> Any:
+    """What is drawn on. Raises `ImportError`, with what to install, without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need one more package: pip install 'peft_bias_steer[plot]'") from error
+    return Figure
+
+
 def plot_statistics(statistics: VectorStatistics, path: str | os.PathLike, title: str = "") -> None:
     """
     Draws norms, singular values and the cosines between layers into one image file.
@@ -411,11 +420,7 @@ def plot_statistics(statistics: VectorStatistics, path: str | os.PathLike, title
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need one more package: pip install 'peft_bias_steer[plot]'") from error
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = figure_class()(figsize=(12, 3.6), layout="constrained")
     bars, spectrum, heat = figure.subplots(1, 3)
     bars.bar(range(len(statistics.layers)), statistics.norms)
     bars.set(title="norm of each vector", xlabel="layer", ylabel="norm")

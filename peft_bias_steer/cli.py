@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from .analysis import lens_table, logit_lens, plot_statistics, statistics_table, vector_statistics
+from .analysis import figure_class, lens_table, logit_lens, plot_statistics, statistics_table, vector_statistics
 from .extraction import METHODS, extract_vectors, from_merged
 from .layer import as_factor
 from .report import (
@@ -44,7 +44,7 @@ from .serving.other_servers import export_easysteer, export_hotwire
 from .serving.routes import adapter_routes, routes_table
 from .serving.stock_checkpoint import bias_ready_checkpoint, export_stock_checkpoint
 from .vectors import from_vectors, load_vectors, set_steering_vectors, steering_vectors, unwrap
-from .whole_files import check_empty_folder, whole_folder
+from .whole_files import check_empty_folder, check_writable, whole_folder
 
 
 EXAMPLES = """
@@ -117,10 +117,10 @@ def report(args: argparse.Namespace) -> None:
     data = {Path(file).stem: read_completions(file, args.rows) for file in args.data}
     if len(data) < len(args.data):
         raise ValueError(f"expected files of different names, which name the data sets, got {' '.join(args.data)}")
-    if os.path.isfile(args.output):
-        raise ValueError(f"--output must be a folder, got the file {args.output}")
+    check_writable(args.output)
     if args.card:
-        find_card(args.adapter)
+        check_writable(find_card(args.adapter).parent)
+    figure_class()
     other = load_vectors(args.compare_to, skip_modules=True) if args.compare_to else None
     model = load_steered_model(args.adapter, args.base_model)
     tokenizer = load_tokenizer(unwrap(model).name_or_path or args.adapter)

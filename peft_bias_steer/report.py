@@ -22,6 +22,7 @@ from .analysis import (
     TokenRanking,
     VectorStatistics,
     adapter_cosines,
+    figure_class,
     layer_ablation,
     logit_lens,
     plot_statistics,
@@ -307,12 +308,12 @@ def write_report(report: AdapterReport, folder: str | os.PathLike, title: str) -
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    plot_statistics(report.statistics, target / "vectors.png")
-    plot_gains(report, target / "gains.png")
     text = f"# {title}\n\n{report_markdown(report)}"
     for name, content in (("report.md", text), ("report.json", json.dumps(asdict(report), indent=1) + "\n")):
         with whole_file(target / name) as unfinished:
             unfinished.write_text(content, encoding="utf-8")
+    plot_statistics(report.statistics, target / "vectors.png")
+    plot_gains(report, target / "gains.png")
     return text
 
 
@@ -437,10 +438,11 @@ def plot_gains(report: AdapterReport, path: str | os.PathLike) -> None:
     Args:
         report (`AdapterReport`): What [`adapter_report`] returned.
         path (`str` or `os.PathLike`): File to write; its ending decides the format.
-    """
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    figure = figure_class()(figsize=(10, 3.6), layout="constrained")
     by_scale, by_layers = figure.subplots(1, 2)
     gains, ablation = list(report.scales.values()), report.ablation
     by_scale.errorbar(list(report.scales), [g.mean for g in gains], [g.error for g in gains], marker=".", capsize=2)

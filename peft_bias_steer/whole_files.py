@@ -71,11 +71,28 @@ def check_empty_folder(path: str | os.PathLike) -> Path:
 
     Raises:
         ValueError: If there is something.
+        OSError: If it cannot be made.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"output_dir must be empty or not exist, but {path} holds something: choose another")
+    check_writable(target.parent)
     return target
+
+
+def check_writable(folder: str | os.PathLike) -> None:
+    """
+    Before there is anything to write: nothing is changed.
+
+    Raises:
+        OSError: If the folder cannot be made or written to, or is a file.
+    """
+    folder = Path(os.path.realpath(folder))
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"expected a folder to write into, got the file {there}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"expected a folder that can be written to, got {there}")
 
 
 def _beside(target: Path) -> Path:

@@ -401,6 +401,31 @@ def test_bad_input_ends_in_one_sentence(arguments, message, text, tiny_language_
         main(shlex.split(arguments.format(**values)))
 
 
+def test_what_cannot_be_written_is_refused_before_anything_is_read(
+    sae, text, tiny_language_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("hf_hierarchical_sae.cli.load_language_model", lambda args: pytest.fail("read first"))
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("os.access", lambda path, mode: path not in (tmp_path.resolve(), Path(sae).resolve()))
+    inside = ["--model", tiny_language_model, "--text", text]
+
+    for name, sentence in (
+        (".", "expected a file to write, got the folder"),
+        ("x.png", "expected a folder that can be written to, got"),
+        ("file/x.png", "expected a folder to write x.png into, got the file"),
+    ):
+        with pytest.raises(SystemExit, match=f"hierarchical-sae: {sentence}"):
+            main(["dashboard", sae, *inside, "--output", f"{tmp_path}/{name}"])
+    for plot, sentence in (("x.nope", "expected a picture of type"), ("x", "expected a folder that can be")):
+        with pytest.raises(SystemExit, match=f"hierarchical-sae: {sentence}"):
+            main(["evaluate", sae, *inside, "--plot", f"{tmp_path}/{plot}"])
+    with pytest.raises(SystemExit, match="expected a folder that can be written to, got"):
+        main(["evaluate", sae, *inside, "--card"])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit, match=r"plots need one more package: pip install 'hf_hierarchical_sae\[plot\]'"):
+        main(["evaluate", sae, *inside, "--plot", f"{tmp_path}/x.png"])
+
+
 def test_what_cannot_be_uploaded_is_refused_before_training(states, tmp_path, hub):
     with pytest.raises(SystemExit, match="^hierarchical-sae: "):
         main(["train", states, str(tmp_path / "sae"), "--layer", "1", *SMALL, "--push-to-hub", "not//an id"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from transformers.utils import logging
 from peft_bias_steer import BiasSteerConfig, report, set_steering_vectors, steering_vectors
 from peft_bias_steer.analysis import residual_ratios
 from peft_bias_steer.cli import main
-from peft_bias_steer.report import adapter_report, completion_log_probs, read_completions
+from peft_bias_steer.report import adapter_report, completion_log_probs, read_completions, write_report
 
 
 ROWS = [
@@ -205,6 +206,15 @@ def test_the_card_holds_the_last_report_once(files):
     assert (adapter / "gains.png").exists() and (adapter / "vectors.png").exists()
 
 
+def test_numbers_are_written_before_anything_is_drawn(model, tokenizer, tmp_path, monkeypatch):
+    found = adapter_report(model, tokenizer, {"task": ROWS}, scales=(1.0,))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+    with pytest.raises(ImportError, match=r"peft_bias_steer\[plot\]"):
+        write_report(found, tmp_path, "mine")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
+
+
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
@@ -258,8 +268,21 @@ def test_what_cannot_be_measured_is_refused(model, tokenizer, files, monkeypatch
     same = str(files / "task.jsonl")
     with pytest.raises(SystemExit, match="files of different names"):
         main(["report", str(files / "adapter"), "--data", same, same, "--output", str(files / "out")])
-    with pytest.raises(SystemExit, match="--output must be a folder, got the file"):
-        main(["report", str(files / "adapter"), "--data", same, "--output", same])
+    for output in (same, f"{same}/in/it"):
+        with pytest.raises(SystemExit, match="expected a folder to write into, got the file .*task.jsonl$"):
+            main(["report", str(files / "adapter"), "--data", same, "--output", output])
+        with pytest.raises(SystemExit, match="output_dir must be empty|expected a folder to write into, got the file"):
+            main(["extract", str(files / "adapter"), "--control_vector", same, "--output", output])
+    command = ["report", str(files / "adapter"), "--data", same, "--output", str(files / "out"), "--card"]
+    for closed in (files, files / "adapter"):
+        with monkeypatch.context() as patch:
+            patch.setattr("os.access", lambda path, mode, closed=closed: path != closed.resolve())
+            with pytest.raises(SystemExit, match=f"expected a folder that can be written to, got {closed}$"):
+                main(command)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        with pytest.raises(SystemExit, match=r"plots need one more package: pip install 'peft_bias_steer\[plot\]'"):
+            main(command)
     (files / "adapter" / "README.md").unlink()
     with pytest.raises(SystemExit, match="expected the folder of an adapter with a README.md"):
         main(["report", str(files / "adapter"), "--data", same, "--output", str(files / "out"), "--card"])
