@@ -8,6 +8,7 @@ import subprocess
 import time
 from argparse import Namespace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -221,21 +222,38 @@ def test_every_control_has_a_label_and_nothing_comes_from_elsewhere(page):
         ("adapters", "--adapters: expected a folder with an adapter_config.json in it"),
         ("sae", "--sae: expected a folder or a Hub id"),
         ("model", "--model: expected a folder or a Hub id"),
+        ("max_new_tokens", r"--max_new_tokens must be in \[1, 255\] for this model, got 256"),
     ],
 )
-def test_a_folder_without_what_it_should_hold_gets_a_sentence(folders, tmp_path, option, message):
-    given = {"model": folders["model"], "adapters": [], "sae": None}
-    given[option] = [str(tmp_path)] if option == "adapters" else str(tmp_path)
+def test_an_option_that_does_not_fit_gets_a_sentence(folders, tmp_path, option, message):
+    given = {"model": folders["model"], "adapters": [], "sae": None, "max_new_tokens": 6}
+    given[option] = {"adapters": [str(tmp_path)], "max_new_tokens": 256}.get(option, str(tmp_path))
 
     with pytest.raises(SystemExit, match=message):
         load_example("space/app.py").load(Namespace(**given))
+
+
+@pytest.mark.parametrize("strength", [None, float("nan"), "1"])
+def test_a_strength_that_is_no_number_gets_a_sentence_and_ends(folders, strength):
+    app = load_example("space/app.py")
+    given = {"model": folders["model"], "adapters": [str(folders["adapters"] / "first")], "sae": None}
+    model, tokenizer, names, _ = app.load(Namespace(**given, max_new_tokens=6))
+    chat, adapter, said = app.Chat(model, tokenizer, names, 6), next(iter(names)), [{"role": "user", "content": "a"}]
+
+    for answer in (chat.ask, chat.steer_again):
+        ((question, plain, steered, notice),) = answer("hello", said, said, adapter, strength)
+        assert (question, plain, steered) == ("hello", said, said) and "must be a finite number" in notice
+    # what fails in the thread ends the stream too
+    model.set_scale = Mock(side_effect=ValueError("refused"))
+    with pytest.raises(ValueError, match="refused"):
+        list(chat.ask("hello", [], [], adapter, 1.0))
 
 
 def test_without_an_adapter_one_is_made_and_checkpoints_are_no_adapters(folders, tmp_path):
     app = load_example("space/app.py")
     shutil.copytree(folders["adapters"] / "first", tmp_path / "checkpoint-10")
     shutil.copytree(folders["adapters"] / "first", tmp_path / "adapter")
-    model, _, names, _ = app.load(Namespace(model=folders["model"], adapters=[], sae=None))
+    model, _, names, _ = app.load(Namespace(model=folders["model"], adapters=[], sae=None, max_new_tokens=6))
 
     assert app.find_adapters([str(tmp_path), "user/hub-id"]) == [str(tmp_path / "adapter"), "user/hub-id"]
     assert list(names.values()) == list(model.peft_config) and "happy" in next(iter(names))

@@ -11,6 +11,7 @@ them) and SAE instead. GRADIO_SERVER_PORT chooses another port.
 """
 
 import argparse
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -88,6 +89,9 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, str], Any]:
         base: Any = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
     except (OSError, ValueError) as error:
         raise SystemExit(f"--model: expected a folder or a Hub id, got {arguments.model!r}: {error}") from None
+    most = base.config.get_text_config().max_position_embeddings - 1
+    if not 1 <= arguments.max_new_tokens <= most:
+        raise SystemExit(f"--max_new_tokens must be in [1, {most}] for this model, got {arguments.max_new_tokens}")
     model: Any = None
     names = {place: f"adapter_{i}" for i, place in enumerate(find_adapters(arguments.adapters))}
     for place, name in names.items():
@@ -120,18 +124,20 @@ class Chat:
 
     def ask(self, question: str, plain: list, steered: list, adapter: str, strength: float) -> Iterator[tuple]:
         """What is in the box of the question, both chats and a notice, anew at every token."""
-        if not question.strip():
-            yield question, plain, steered, "Type a question first: there is none to answer."
+        notice = refusal(strength) if question.strip() else "Type a question first: there is none to answer."
+        if notice:
+            yield question, plain, steered, notice
             return
         asked = {"role": "user", "content": question}
         yield from self.answer([*plain, asked], [*steered, asked], adapter, strength, left=question)
 
     def steer_again(self, question: str, plain: list, steered: list, adapter: str, strength: float) -> Iterator[tuple]:
         """The last answer of the steered model, anew with this adapter and strength; the other chat stays."""
-        if steered:
+        notice = refusal(strength)
+        if steered and not notice:
             yield from self.answer(None, steered[:-1], adapter, strength, left="", shown=plain, draft=question)
         else:
-            yield question, plain, steered, ""
+            yield question, plain, steered, notice
 
     def answer(
         self,
@@ -182,16 +188,24 @@ class Chat:
             return torch.full(input_ids.shape[:1], given_up.is_set(), device=input_ids.device)
 
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
-        if choice is not None:
-            self.model.set_scale(*choice)
-            options["adapter_names"] = [choice[0]]
+        # whatever fails, the page waits for an end of the stream
         try:
+            if choice is not None:
+                self.model.set_scale(*choice)
+                options["adapter_names"] = [choice[0]]
             with self.model.disable_adapter() if choice is None else nullcontext():
                 self.model.generate(
                     **inputs, **options, streamer=streamer, stopping_criteria=StoppingCriteriaList([stop])
                 )
         finally:
             streamer.end()
+
+
+def refusal(strength: Any) -> str:
+    """What is said of a strength that is no finite number, as an emptied box gives it; nothing of others."""
+    if isinstance(strength, int | float) and math.isfinite(strength):
+        return ""
+    return f"The strength of the adapter must be a finite number, got {strength}: move the slider."
 
 
 def text_of(content: Any) -> str:
