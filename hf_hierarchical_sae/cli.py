@@ -446,6 +446,8 @@ def trained_layer(args: argparse.Namespace, sae: HierarchicalSaeModel) -> int | 
 
 
 COMMANDS = (harvest, train, evaluate, dashboard, convert, circuits)
+# What to do after Ctrl-C where something is kept.
+GOES_ON = {harvest: "the same command goes on", train: "the same command with --resume goes on"}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -458,7 +460,8 @@ def main(arguments: list[str] | None = None) -> None:
         reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
         raise SystemExit(f"hierarchical-sae: {reason}") from error
     except KeyboardInterrupt:
-        print("\nhierarchical-sae: stopped; the same command goes on (train: with --resume)", file=sys.stderr)
+        left = GOES_ON.get(args.run, "the same command starts afresh")
+        print(f"\nhierarchical-sae: stopped; {left}", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -360,6 +360,9 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(
             f"bias-steer: a .bin file of {args.adapter} or its base model is damaged ({error}): copy or download it again"
         ) from error
+    except KeyboardInterrupt:
+        print("\nbias-steer: stopped; the same command starts afresh", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

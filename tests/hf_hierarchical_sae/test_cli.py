@@ -145,7 +145,7 @@ def test_training_goes_on_from_its_checkpoint(states, tmp_path, capsys):
         patch.setattr(HierarchicalSaeCallback, "on_save", stop_after_20, raising=False)
         with pytest.raises(SystemExit) as stopped:
             main(other)
-    assert stopped.value.code == 130 and "train: with --resume" in capsys.readouterr().err
+    assert stopped.value.code == 130 and "the same command with --resume goes on" in capsys.readouterr().err
     main([*other, "--resume"])
 
     for name, tensor in load_file(tmp_path / "part" / "model.safetensors").items():
@@ -424,6 +424,23 @@ def test_what_cannot_be_written_is_refused_before_anything_is_read(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SystemExit, match=r"plots need one more package: pip install 'hf_hierarchical_sae\[plot\]'"):
         main(["evaluate", sae, *inside, "--plot", f"{tmp_path}/x.png"])
+
+
+@pytest.mark.parametrize("command, left", [("harvest", "goes on"), ("evaluate", "starts afresh")])
+def test_ctrl_c_says_what_the_same_command_does(
+    command, left, text, tiny_language_model, tmp_path, monkeypatch, capsys
+):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_hierarchical_sae.cli.load_autoencoder", interrupt)
+    monkeypatch.setattr("hf_hierarchical_sae.cli.load_language_model", interrupt)
+    options = {"harvest": ["--layer", "1"], "evaluate": []}[command]
+    with pytest.raises(SystemExit) as stopped:
+        main([command, str(tmp_path / "there"), "--model", tiny_language_model, "--text", text, *options])
+
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == f"\nhierarchical-sae: stopped; the same command {left}\n"
 
 
 def test_what_cannot_be_uploaded_is_refused_before_training(states, tmp_path, hub):

@@ -252,6 +252,18 @@ def test_wrong_uses_of_extract_end_with_one_sentence(steered, tiny_language_mode
     assert "not allowed with argument" in capsys.readouterr().err
 
 
+def test_ctrl_c_ends_with_one_line(tiny_language_model, pairs_file, tmp_path, monkeypatch, capsys):
+    def interrupt(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peft_bias_steer.cli.load_base_model", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        main(["extract", tiny_language_model, "--pairs", str(pairs_file), "--output", str(tmp_path / "happy")])
+
+    assert stopped.value.code == 130 and stopped.value.__suppress_context__
+    assert capsys.readouterr().err == "\nbias-steer: stopped; the same command starts afresh\n"
+
+
 def test_base_model_can_be_named_when_the_adapter_names_none_or_another(
     steered, tiny_language_model, tmp_path, capsys
 ):
