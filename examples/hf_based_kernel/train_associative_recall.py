@@ -216,7 +216,9 @@ def main():
         return make_model(arguments, **KERNELS[arguments.kernel])
 
     result = train(arguments, build, output, arguments.resume_from_checkpoint)
-    if result is None or not PartialState().is_main_process:
+    if result is None:
+        raise SystemExit(130)
+    if not PartialState().is_main_process:
         return
     guessing = 1 / arguments.num_pairs
     result |= {name: value for name, value in vars(arguments).items() if name != "resume_from_checkpoint"}

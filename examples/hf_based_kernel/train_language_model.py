@@ -205,7 +205,7 @@ def main():
             f"Stopped at step {steps} of {arguments.max_steps}; checkpoint in {output}. "
             "Run the same command with --resume_from_checkpoint to go on."
         )
-        return
+        raise SystemExit(130)
     after = perplexity(model, held_out, arguments.batch_size)
     if not trainer.is_world_process_zero():
         return

@@ -184,7 +184,7 @@ def main():
             f"Stopped at step {trainer.state.global_step} of {arguments.max_steps}; checkpoint in {output}. "
             "Run the same command with --resume_from_checkpoint to go on."
         )
-        return
+        raise SystemExit(130)
     if not trainer.is_world_process_zero():
         return
 

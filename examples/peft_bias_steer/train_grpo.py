@@ -217,7 +217,7 @@ def main() -> None:
     data = Dataset.from_list([{"prompt": make_prompt(tokenizer, row), "answer": row["answer"]} for row in questions])
     trainer = GRPOTrainer(model, reward, args=config, train_dataset=data, processing_class=tokenizer)
     if not train(trainer, args, steers_vllm=args.use_vllm):
-        return
+        raise SystemExit(130)
     adapter, step = args.output_dir / "adapter", trainer.state.global_step
     trainer.save_model(str(adapter))
     state.wait_for_everyone()

@@ -68,7 +68,8 @@ def test_interrupt_leaves_a_checkpoint_to_resume_from(monkeypatch, tmp_path, cap
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "training_step", interrupted_step)
-        run(patch, *SMALL, "--max_steps", 3, "--output_dir", tmp_path)
+        with pytest.raises(SystemExit, match="^130$"):
+            run(patch, *SMALL, "--max_steps", 3, "--output_dir", tmp_path)
     assert "Stopped at step 1 of 3" in capsys.readouterr().out
     run(monkeypatch, *SMALL, "--max_steps", 3, "--output_dir", tmp_path, "--resume_from_checkpoint")
     assert json.loads((tmp_path / "associative_recall.json").read_text())["resumed"]

@@ -67,7 +67,8 @@ def test_interrupted_and_resumed_run_ends_with_the_same_weights(monkeypatch, tmp
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "training_step", interrupted_step)
-        run(patch, *SMALL, "--text_files", text_file, "--output_dir", broken)
+        with pytest.raises(SystemExit, match="^130$"):
+            run(patch, *SMALL, "--text_files", text_file, "--output_dir", broken)
     assert len(steps) == 3
     assert "Stopped at step 3 of 6" in capsys.readouterr().out
     assert (broken / "checkpoint-3").is_dir() and not (broken / "model.safetensors").exists()
