@@ -39,7 +39,7 @@ def export_circuit_tracer(folders: Iterable[str | Path], output: str | Path, k: 
             model, site or size, none says of which model they are, or `k` is out of range.
     """
     folders = list(folders)
-    configs = [HierarchicalSaeConfig.from_pretrained(folder) for folder in folders]
+    configs = [_config(folder) for folder in folders]
     for folder, config in zip(folders, configs):
         _check_sites(folder, config)
     _check_set(configs)
@@ -53,6 +53,14 @@ def export_circuit_tracer(folders: Iterable[str | Path], output: str | Path, k: 
     for path in Path(output).glob("layer_*.safetensors"):
         if path.stem not in {f"layer_{config.layer}" for config in configs}:
             path.unlink()
+
+
+def _config(folder: str | Path) -> Any:
+    """Of an autoencoder; a folder without a config, or with another model's, would read as the default one."""
+    found, _ = HierarchicalSaeConfig.get_config_dict(folder)
+    if found.get("model_type") != HierarchicalSaeConfig.model_type:
+        raise ValueError(f"circuit-tracer takes transcoders, {folder} holds none: give the folders that train wrote")
+    return HierarchicalSaeConfig.from_dict(found)
 
 
 def _check_sites(folder: str | Path, config: Any) -> None:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import SAFE_WEIGHTS_NAME, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .activations import ActivationDataset
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
@@ -213,11 +213,21 @@ def starting_point(output_dir: str | Path, *, resume: bool | str = False, overwr
                 else f"resume goes on from a whole checkpoint, got {found}, which is none"
             )
         return found
+    if not overwrite and _model_type(folder) not in (None, HierarchicalSaeConfig.model_type):
+        raise ValueError(f"{folder} holds a model of type {_model_type(folder)}, no autoencoder: give another folder")
     if not overwrite and ((folder / SAFE_WEIGHTS_NAME).exists() or _checkpoints(folder)):
         state = "a finished autoencoder" if (folder / SAFE_WEIGHTS_NAME).exists() else "an unfinished training"
         resume_it = "resume to go on, " if last_checkpoint(folder) else ""
         raise ValueError(f"{folder} holds {state}: give {resume_it}overwrite to start afresh, or another folder")
     return None
+
+
+def _model_type(folder: Path) -> str | None:
+    """Of the model that is saved in a folder, if its config says so."""
+    try:
+        return json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:

@@ -213,7 +213,7 @@ def run(args: argparse.Namespace) -> None:
     if args.module:
         path = _module_path(args.target)
     else:
-        path = args.target if os.path.exists(args.target) else shutil.which(args.target)
+        path = args.target if os.path.isfile(args.target) else shutil.which(args.target)
         if path is None or not (path.endswith(".py") or _is_python(path)):
             raise SystemExit(
                 "bias-steer: expected -m and a module, a script, or a command that is written in Python, got "

@@ -59,6 +59,8 @@ def parse_arguments():
         "--output_dir", type=Path, default=Path("outputs/rebased-attention"), help="where the repository is written"
     )
     arguments = parser.parse_args()
+    if arguments.output_dir.is_file():
+        parser.error(f"--output_dir: expected a folder to write, got the file {arguments.output_dir}")
     if (arguments.output_dir / "build").exists():
         parser.error(f"{arguments.output_dir}/build exists already; delete it or choose another --output_dir")
     return arguments

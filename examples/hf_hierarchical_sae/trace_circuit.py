@@ -56,8 +56,13 @@ def load_transcoders(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 def main() -> None:
     arguments = parse_arguments()
-    from circuit_tracer import ReplacementModel, attribute
-    from circuit_tracer.graph import compute_graph_scores
+    try:
+        from circuit_tracer import ReplacementModel, attribute
+        from circuit_tracer.graph import compute_graph_scores
+    except ImportError as error:
+        raise SystemExit(
+            f"{error}: pip install circuit-tracer==0.5.0 nnsight==0.7.0, in an environment of its own"
+        ) from error
     from circuit_tracer.utils.create_graph_files import create_graph_files
 
     transcoders, config = load_transcoders(arguments.transcoders)

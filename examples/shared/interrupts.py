@@ -101,7 +101,9 @@ def add_resume_option(parser: argparse.ArgumentParser) -> None:
 
 
 def find_checkpoint(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Put the last checkpoint in `output_dir` where the option was given without one; refuse one that is not whole."""
+    """Put the last checkpoint in `output_dir` where the option was given without one; refuse one that is not whole, and a file."""
+    if Path(arguments.output_dir).is_file():
+        parser.error(f"--output_dir: expected a folder to write, got the file {arguments.output_dir}")
     if arguments.resume_from_checkpoint is True:
         arguments.resume_from_checkpoint = last_checkpoint(arguments.output_dir)
         if arguments.resume_from_checkpoint is None:

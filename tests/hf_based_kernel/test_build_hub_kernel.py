@@ -108,3 +108,5 @@ def test_an_existing_build_is_not_overwritten(tmp_path):
 
     assert done.returncode == 2
     assert "exists already; delete it or choose another --output_dir" in done.stderr
+    (tmp_path / "file").touch()
+    assert "--output_dir: expected a folder to write, got the file" in build(tmp_path / "file").stderr

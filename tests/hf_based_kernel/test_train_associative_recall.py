@@ -97,6 +97,7 @@ def test_batches_ask_for_logits_only_where_a_query_can_stand(monkeypatch):
         (["--num_attention_heads", "64"], "the model's sizes do not fit together"),
         (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
         (["--output_dir", "empty", "--resume_from_checkpoint"], "--resume_from_checkpoint: empty holds no checkpoint"),
+        (["--output_dir", __file__], "--output_dir: expected a folder to write, got the file "),
     ],
 )
 def test_bad_input_is_one_clear_sentence(monkeypatch, tmp_path, capsys, arguments, message):

@@ -1,5 +1,7 @@
 """Transcoder sets as circuit-tracer reads them; `make test-circuits` runs circuit-tracer itself on some."""
 
+import sys
+
 import pytest
 import torch
 import yaml
@@ -7,6 +9,7 @@ from safetensors.torch import load_file
 
 from hf_hierarchical_sae import HierarchicalSaeConfig, HierarchicalSaeModel, export_circuit_tracer
 from hf_hierarchical_sae.cli import main
+from tests.example_module import load_example
 
 
 D, D_SAE, K = 6, 20, 8
@@ -166,6 +169,14 @@ def test_a_budget_that_one_was_not_trained_for_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="got 5"):
         export_circuit_tracer(folders, tmp_path / "set", 5)
+
+
+def test_the_example_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "circuit_tracer", None)
+    monkeypatch.setattr(sys, "argv", ["trace_circuit.py", "set", "--prompt", "hello"])
+
+    with pytest.raises(SystemExit, match="pip install circuit-tracer==.* nnsight==.*, in an environment of its own"):
+        load_example("hf_hierarchical_sae/trace_circuit.py").main()
 
 
 def test_the_command_line_writes_a_set(tmp_path, x, capsys):

@@ -333,6 +333,9 @@ def test_chats_go_from_harvest_to_dashboard_without_their_special_tokens(tmp_pat
             "train {states} {out}/sae --layer 0 --resume",
             "resume goes on from a whole checkpoint in .*, which has none",
         ),
+        ("train {states} {model} --layer 1", "holds a model of type llama, no autoencoder: give another folder"),
+        ("circuits {model} --output {out}/x", "takes transcoders, .* holds none: give the folders that train wrote"),
+        ("circuits {empty} --output {out}/x", "takes transcoders, .*empty holds none"),
         ("train {states} {sae} --layer 1", "holds a finished autoencoder: give resume to go on, overwrite to start"),
         ("train {states} {sae} --layer 1 --resume --k 4 --d_sae 64", "holds a training with k=8, got k=4"),
         ("train {states} {sae} --layer 0 --resume --k 8 --d_sae 64", "holds a training with layer=1, got layer=0"),
@@ -392,6 +395,8 @@ def test_bad_input_ends_in_one_sentence(arguments, message, text, tiny_language_
     (tmp_path / "listed" / "config.json").write_text("[]")
     values = {"out": tmp_path, "model": tiny_language_model, "text": text, "torn": torn, "binary": binary}
     values["script"] = script
+    values["empty"] = tmp_path / "empty"
+    values["empty"].mkdir()
     values["listed"] = tmp_path / "listed"
     for name in ("states", "sae"):
         if "{" + name + "}" in arguments:

@@ -418,8 +418,12 @@ def test_a_program_that_is_run_loads_the_adapter_without_a_line_of_code_in_it(st
         assert f"{steered[1]!r}, '--its-own', '-m'] PeftType.BIAS_STEER" in done.stdout
 
 
-@pytest.mark.parametrize("target", [["no_such_command"], ["-m", "no_such_module"], ["-m", "no.such.module"], ["ls"]])
-def test_what_python_cannot_run_is_named(target, monkeypatch):
+@pytest.mark.parametrize(
+    "target", [["no_such_command"], ["-m", "no_such_module"], ["-m", "no.such.module"], ["ls"], ["folder"]]
+)
+def test_what_python_cannot_run_is_named(target, monkeypatch, tmp_path):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
 
     with pytest.raises(SystemExit, match=f"^bias-steer: .*{target[-1]}"):
