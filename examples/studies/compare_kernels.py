@@ -261,7 +261,7 @@ def compare(arguments, tokenizer, train, held_out, hits, text_name):
         else:
             result = train_kernel(arguments, kernel, tokenizer, train, held_out, hits, folder, last_checkpoint(folder))
             if result is None:
-                return
+                raise SystemExit(130)
             result |= {"text": text_name, "settings": asked}
             if "generated" in result:
                 with whole(path) as unfinished:
