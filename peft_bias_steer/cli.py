@@ -97,11 +97,11 @@ PAIR_OPTIONS = ("method", "layers_to_transform", "token", "batch_size")
 def inspect(args: argparse.Namespace) -> None:
     trained = trained_modules(read_config(args.adapter))
     statistics = vector_statistics(load_vectors(args.adapter, skip_modules=True))
-    if args.plot:
-        plot_statistics(statistics, args.plot, title=args.adapter)
     _show(args, {**asdict(statistics), "trained_modules": trained}, lambda: statistics_table(statistics))
     if trained and not args.json:
         print(f"trained whole beside the vectors, and not in these numbers: {', '.join(trained)}")
+    if args.plot:
+        plot_statistics(statistics, args.plot, title=args.adapter)
 
 
 def lens(args: argparse.Namespace) -> None:

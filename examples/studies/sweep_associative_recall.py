@@ -252,7 +252,9 @@ def run_sweep(runs):
     bar = tqdm(
         total=len(runs), initial=len(runs) - len(missing), desc="runs", disable=not PartialState().is_main_process
     )
+    left = len(missing)
     for result in finished_runs(missing) if missing else ():
+        left -= 1
         if PartialState().is_main_process:
             lines = results.read_text() if results.exists() else ""
             with whole(results) as unfinished:
@@ -260,7 +262,10 @@ def run_sweep(runs):
         bar.update()
         bar.set_postfix_str(f"{result['kernel']} {result['hidden_size']}: {result['accuracy']:.3f}")
     bar.close()
-    print(f"{bar.n} of {len(runs)} runs are in {results}; plot_associative_recall.py draws them")
+    if PartialState().is_main_process:
+        print(f"{len(runs) - left} of {len(runs)} runs are in {results}; plot_associative_recall.py draws them")
+    if left:
+        raise SystemExit(130)
 
 
 def main():

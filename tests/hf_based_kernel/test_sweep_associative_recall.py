@@ -64,10 +64,11 @@ def test_interrupted_sweep_goes_on_from_its_checkpoint(monkeypatch, tmp_path, ca
         return training_step(*args, **kwargs)
 
     sweep = [*SMALL, "--seed", 0, 1, "--max_steps", 3, "--output_dir", tmp_path]
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(Trainer, "training_step", interrupted_step)
         run(patch, *sweep)
-    assert "Stopped at step 1 of 3" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Stopped at step 1 of 3" in printed and "0 of 2 runs are in" in printed
     assert not (tmp_path / "results.jsonl").exists()
     run(monkeypatch, *sweep)
     assert [row["resumed"] for row in results(tmp_path)] == [True, False]
