@@ -100,9 +100,9 @@ def save_shards(
         while shard := _next_shard(stream, batches, shard_tokens, limit, given=tokens):
             tokens += writer.take(shard)
     if tokens == 0:
-        # They would be taken for a harvest of this text.
-        for path in folder.glob("shard-*.safetensors"):
-            path.unlink(missing_ok=True)
+        # Those of this text, which would be taken for a harvest; there may be another.
+        for number in range(writer.shards):
+            (folder / _shard_name(number)).unlink(missing_ok=True)
         raise stream.no_tokens()
     tokens = tokens if limit is None else min(tokens, limit)
     for path in folder.glob("shard-*.safetensors"):

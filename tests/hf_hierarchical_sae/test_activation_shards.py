@@ -308,6 +308,9 @@ def test_a_harvest_that_failed_before_its_first_shard_is_not_in_the_way(model, t
     assert len(ActivationShards(tmp_path)) == tokens > 0
     with pytest.raises(ValueError, match="holds a harvest with context_length=64, got context_length=32"):
         save(["another text"], context_length=32)
+    with pytest.raises(ValueError, match="the dataset gave no tokens"):
+        save([], context_length=64)
+    assert len(ActivationShards(tmp_path)) == tokens
 
 
 def test_other_settings_of_another_process_are_refused_before_the_first_shard(model, tokenizer, tmp_path):
