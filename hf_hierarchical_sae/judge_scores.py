@@ -78,15 +78,16 @@ def explain_latents(
             f"In these texts some words stand between << and >>.\n\n{texts}\n\n"
             "What do the words between << and >> have in common? Answer with one short phrase."
         )
-        inputs = judge_tokenizer(_as_chat(judge_tokenizer, prompt), return_tensors="pt", add_special_tokens=False)
-        with torch.no_grad(), evaluation_mode(judge), _prompt(judge, inputs["input_ids"]):
+        ids = torch.tensor([_asked(judge_tokenizer, prompt)], device=judge.device)
+        with torch.no_grad(), evaluation_mode(judge), _prompt(judge, ids):
             answer = judge.generate(  # ty: ignore[not-callable]
-                **inputs.to(judge.device),
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=judge_tokenizer.pad_token_id or judge_tokenizer.eos_token_id or 0,
             )
-        text = judge_tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        text = judge_tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
         explanations[latent] = next(iter(text.strip().splitlines()), "")
     return explanations
 
@@ -210,10 +211,7 @@ def _judged(
         if not yes or not no:
             continue
         prompts = [
-            _as_chat(
-                judge_tokenizer,
-                f"Description: {explanation}\n\n{question.format(text=text)} Answer with Yes or No.",
-            )
+            f"Description: {explanation}\n\n{question.format(text=text)} Answer with Yes or No."
             for text in (*yes, *no)
         ]
         margins = torch.tensor([_margin(judge, judge_tokenizer, prompt) for prompt in prompts])
@@ -229,11 +227,12 @@ def _judged(
 @torch.no_grad()
 def _margin(judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> float:
     """log p(Yes) − log p(No) after the prompt, in nats, at the first token in which the answers differ."""
-    yes, no = (tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in ("Yes", "No"))
-    place = next(place for place, (one, other) in enumerate(zip(yes, no)) if one != other)
-    start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    yes, no = (_asked(tokenizer, prompt, answer) for answer in ("Yes", "No"))
+    place = next((place for place, (one, other) in enumerate(zip(yes, no)) if one != other), None)
+    if place is None:
+        raise ValueError("the judge's tokenizer gives 'Yes' and 'No' the same tokens: give another judge")
     with evaluation_mode(judge):
-        ids = torch.tensor([start + yes[:place]], device=judge.device)
+        ids = torch.tensor([yes[:place]], device=judge.device)
         with _prompt(judge, ids):
             logits = judge(input_ids=ids, logits_to_keep=1).logits[0, -1].float()
     return (logits[yes[place]] - logits[no[place]]).item()
@@ -253,11 +252,15 @@ def _prompt(judge: Any, ids: torch.Tensor) -> Generator[None, None, None]:
         ) from error
 
 
-def _as_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+def _asked(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str = "") -> list[int]:
+    """Ids of a prompt and an answer: a chat, or else plain text that begins as the tokenizer begins one."""
     if tokenizer.chat_template is None:
-        return f"{prompt}\n\nAnswer: "
+        text = f"{prompt}\n\nAnswer: {answer}".rstrip()
+        ids = tokenizer(text)["input_ids"]
+        return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
     message = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    asked = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    return [i for text in (asked, answer) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
 def _windows(activations: LatentActivations, latent: int, k: int, size: int) -> list[tuple[list[int], torch.Tensor]]:

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_hierarchical_sae import (
     HierarchicalSaeConfig,
@@ -123,26 +126,35 @@ def test_what_explains_is_not_what_is_scored(planted, tokenizer, judge, monkeypa
     assert not firing & {text.replace("<<", "").replace(">>", "") for text in shown}
 
 
-def test_a_judge_without_a_chat_template_is_asked_plainly(activations, tokenizer, judge, tiny_language_model):
+def test_a_judge_without_a_chat_template_is_asked_as_a_text_begins(planted, tokenizer, judge, tiny_language_model):
     plain = AutoTokenizer.from_pretrained(tiny_language_model)
     plain.chat_template = None
-    latent = int(activations.latent_starts.diff().argmax())
+    # As the tokenizers of Llama and Gemma do, and some do at the end.
+    plain.bos_token, plain.eos_token = "<|im_start|>", "<|im_end|>"
+    bos, eos = plain.bos_token_id, plain.eos_token_id
+    ends = [("<|im_start|>", bos), ("<|im_end|>", eos)]
+    plain.backend_tokenizer.post_processor = TemplateProcessing("<|im_start|> $A <|im_end|>", special_tokens=ends)
+    oracle, asked = Oracle(judge, tokenizer, "7"), []
+    hook = judge.register_forward_pre_hook(lambda _, args, given: asked.append(given["input_ids"]), with_kwargs=True)
+    options = {"judge_tokenizer": plain, "window": 12, "examples": 3, "show_progress": False}
 
-    explanations = explain_latents(
-        activations,
-        tokenizer,
-        [latent],
-        judge,
-        judge_tokenizer=plain,
-        examples=2,
-        max_new_tokens=3,
-        show_progress=False,
-    )
-    found = detection_scores(
-        activations, tokenizer, explanations, judge, judge_tokenizer=plain, k=2, examples=3, show_progress=False
-    )
+    explanations = explain_latents(planted, tokenizer, [0], judge, **options, max_new_tokens=1)
+    found = detection_scores(planted, tokenizer, explanations, oracle, **options)
+    hook.remove()
 
-    assert set(found) <= {latent} and all(0 <= value.auroc <= 1 for value in found.values())
+    assert found[0].auroc == found[0].balanced_accuracy == 1
+    assert all(ids[0, 0] == bos and eos not in ids for ids in asked) and len(asked) == 7
+    # " Yes" and " No" begin with the same token here, the space; asked for is what follows it.
+    assert all(prompt.endswith("Answer: ") for prompt in oracle.prompts)
+    assert tokenizer.decode(asked[0][0]).endswith("Answer with one short phrase.\n\nAnswer:")
+
+
+def test_a_judge_whose_tokenizer_does_not_know_the_answers_is_refused(planted, tokenizer, judge):
+    words = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    blind = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+
+    with pytest.raises(ValueError, match="'Yes' and 'No' the same tokens: give another judge"):
+        detection_scores(planted, tokenizer, {0: "a"}, judge, judge_tokenizer=blind, show_progress=False)
 
 
 def test_a_latent_that_does_not_fire_at_the_budget_is_left_out(activations, tokenizer, judge):
