@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .merging import in_evaluation_mode
-from .residual import find_decoder, find_layers, residual_width
+from .residual import find_decoder, find_layers, text_pass
 from .vectors import set_steering_vectors, steering_vectors
 from .whole_files import whole_file
 
@@ -181,17 +181,10 @@ def _after_layers(base: Any) -> list[nn.Module]:
     watched = [m for m in base.modules() if _is_norm(m) or next(m.parameters(recurse=False), None) is not None]
     handles = [module.register_forward_pre_hook(lambda module, args: began.append(module)) for module in watched]
     handles.append(last.register_forward_hook(lambda *_: began.clear()))
-    tokens = torch.zeros(1, 2, dtype=torch.long, device=base.device)
-    # a decoder alone where the whole model asks for sounds or images
-    model = base if base.main_input_name == "input_ids" else find_decoder(base)
-    inputs = {"input_ids": tokens}
-    if base.config.is_encoder_decoder and model is base:
-        inputs["decoder_input_ids"] = tokens
-    elif base.config.is_encoder_decoder:
-        inputs["encoder_hidden_states"] = torch.zeros(1, 2, residual_width(base), dtype=base.dtype, device=base.device)
+    run = text_pass(base, torch.zeros(1, 2, dtype=torch.long, device=base.device))
     try:
         with in_evaluation_mode(base):
-            model(**inputs, use_cache=False)
+            run(use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -232,6 +232,10 @@ def adapter_report(
     if group_size < 1:
         raise ValueError(f"group_size must be at least 1, got {group_size}")
     scales = tuple(as_factor(scale, "each of scales") for scale in scales)
+    if (base := model.get_base_model()).config.is_encoder_decoder:
+        raise ValueError(
+            f"expected a causal language model, which reads a prompt and goes on with its completion, got a {type(base).__name__}"
+        )
     vectors, first = steering_vectors(model, adapter_name), next(iter(data))
     # first what is quick, and refuses what does not fit
     lenses = logit_lens(model, tokenizer, adapter_name, top_k=top_k)

@@ -1,8 +1,10 @@
 """The residual stream of an architecture: its layers and its width."""
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -52,6 +54,23 @@ def find_decoder(model: PreTrainedModel) -> nn.Module:
     while isinstance(decoder, PreTrainedModel) and (inner := decoder.get_decoder()) is not decoder:
         decoder = inner
     return decoder
+
+
+def text_pass(model: PreTrainedModel, input_ids: torch.Tensor) -> Callable[..., Any]:
+    """
+    A pass through the layers that are steered, of tokens, (1, tokens), alone: of the model, or of its decoder where the
+    model asks for a sound or an image.
+    """
+    if model.main_input_name == "input_ids":
+        inputs = {"decoder_input_ids": input_ids} if model.config.is_encoder_decoder else {}
+        return partial(model, input_ids=input_ids, **inputs)
+    # the decoder's own name for tokens is not always that
+    run = partial(find_decoder(model), input_ids)
+    if not model.config.is_encoder_decoder:
+        return run
+    # as if an encoder had read something: any numbers will do
+    read = torch.linspace(-1, 1, 2 * residual_width(model), dtype=model.dtype, device=input_ids.device)
+    return partial(run, encoder_hidden_states=read.view(1, 2, -1))
 
 
 def _model_type_at(model: PreTrainedModel, layers: nn.ModuleList) -> str:

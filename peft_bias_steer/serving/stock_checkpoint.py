@@ -14,7 +14,7 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrain
 from transformers.utils import logging
 
 from ..merging import MergeSite, in_evaluation_mode, merge_sites, why_no_merge_site
-from ..residual import find_layers, residual_width
+from ..residual import find_layers, residual_width, text_pass
 from ..stock_forms import StockForm, find_stock_form
 from ..vectors import check_adapters, steering_layers, unwrap
 from ..whole_files import check_empty_folder, whole_folder
@@ -185,14 +185,14 @@ def _write_checkpoint(
         stock.save_pretrained(folder, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        _verify_checkpoint(model, form.model_class, folder)
+        _verify_checkpoint(base, form.model_class, folder)
 
 
 def find_tokenizer(base: PreTrainedModel) -> Any:
     """What the checkpoint of a model has to prepare its inputs: a processor where it reads more than text, if it has one."""
     if not base.name_or_path:
         return None
-    reads_more = base.config.get_text_config(decoder=True) is not base.config
+    reads_more = base.config.get_text_config(decoder=True) is not base.config or base.main_input_name != "input_ids"
     for auto_class in [AutoProcessor, AutoTokenizer] if reads_more else [AutoTokenizer]:
         try:
             return auto_class.from_pretrained(base.name_or_path)
@@ -205,8 +205,7 @@ def find_tokenizer(base: PreTrainedModel) -> Any:
 
 
 @torch.no_grad()
-def _verify_checkpoint(model: PeftModel | PreTrainedModel, model_class: type[PreTrainedModel], folder: Path) -> None:
-    base = unwrap(model)
+def _verify_checkpoint(base: PreTrainedModel, model_class: type[PreTrainedModel], folder: Path) -> None:
     reloaded, report = cast(Any, model_class).from_pretrained(
         folder, dtype=base.dtype, attn_implementation=base.config._attn_implementation, output_loading_info=True
     )
@@ -214,13 +213,13 @@ def _verify_checkpoint(model: PeftModel | PreTrainedModel, model_class: type[Pre
     config = base.config.get_text_config(decoder=True)
     # a multiplicative walk through the vocabulary: distinct tokens without touching the random state
     input_ids = (torch.arange(1, 17, device=base.device) * 7919 % config.vocab_size)[None]
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = getattr(config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [ends]
     if (end := next((end for end in ends if end in range(config.vocab_size)), None)) is not None:
         input_ids[0, -1] = end  # BART classifies what stands there
-    inputs = {"input_ids": input_ids, **({"decoder_input_ids": input_ids} if config.is_encoder_decoder else {})}
-    with in_evaluation_mode(model):
-        expected = _tensors(model(**inputs))
-    got = _tensors(reloaded.to(base.device).eval()(**inputs))
+    with in_evaluation_mode(base):
+        expected = _outputs(base, input_ids)
+    got = _outputs(reloaded.to(base.device).eval(), input_ids)
     # float16 and bfloat16 round the bias itself, and once more at every layer
     tolerance = 1e-4 if base.dtype in (torch.float32, torch.float64) else 5e-2
     pairs = zip(got, expected, strict=True)
@@ -234,6 +233,7 @@ def _verify_checkpoint(model: PeftModel | PreTrainedModel, model_class: type[Pre
         )
 
 
-def _tensors(output: Any) -> list[torch.Tensor]:
+def _outputs(model: PreTrainedModel, input_ids: torch.Tensor) -> list[torch.Tensor]:
     """What a model returns, its cache apart: logits, those of starts and ends, or hidden states."""
-    return [v.float() for v in output.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    returned = text_pass(model, input_ids)().values()
+    return [value.float() for value in returned if isinstance(value, torch.Tensor) and value.is_floating_point()]

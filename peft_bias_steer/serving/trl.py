@@ -11,14 +11,15 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..layer import BiasSteerLayer, whole
 from ..merging import MergeSite, merge_sites
 from ..vectors import layers_by_index, steering_layers, unwrap
 from ..whole_files import whole_folder
+from .base_model import load_base_model
 from .routes import VLLM_PLUGIN, VLLM_STOCK, serving_routes
-from .stock_checkpoint import bias_ready_checkpoint, find_tokenizer
+from .stock_checkpoint import bias_ready_checkpoint, find_tokenizer, wrapped_modules
 from .vllm.layers import VECTOR
 from .vllm.settings import KEY, POLICY
 
@@ -77,7 +78,7 @@ def prepare_for_vllm(
             f"vLLM cannot hold steering vectors of {type(base).__name__}: {routes[VLLM_STOCK].reason}; "
             f"{routes[VLLM_PLUGIN].reason}. Set use_vllm=False"
         )
-    return AutoModelForCausalLM.from_pretrained(output_dir, dtype=base.dtype)
+    return load_base_model(os.fspath(output_dir))
 
 
 def sync_vectors_only(trainer: "GRPOTrainer | AsyncGRPOTrainer") -> None:
@@ -92,11 +93,16 @@ def sync_vectors_only(trainer: "GRPOTrainer | AsyncGRPOTrainer") -> None:
         trainer (`GRPOTrainer` or `AsyncGRPOTrainer`): A trainer with vLLM, on a base that [`prepare_for_vllm`] wrote.
 
     Raises:
-        ValueError: If the base has no place for the vectors, if vLLM's server would damage its weights (it takes a bias
-            only together with the weight beside it), or under FSDP1.
+        ValueError: If the adapter trains more than vectors (`modules_to_save`), if the base has no place for the vectors, if
+            vLLM's server would damage its weights (it takes a bias only together with the weight beside it), or under FSDP1.
     """
     if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
         raise ValueError("FSDP1 mixes the vectors with the base's weights: set fsdp_version: 2 in accelerate's config")
+    if names := list(wrapped_modules(_model(trainer))):
+        raise ValueError(
+            f"vectors alone travel, and {', '.join(names)} is trained too, which vLLM would never get: leave modules_to_save "
+            "out, or write the base with prepare_for_vllm(base, output_dir) and keep TRL's own sync, which sends the whole model"
+        )
     places = _places(_model(trainer))
     is_server = _is_async(trainer) or trainer.vllm_generation.mode == "server"
     if is_server and any(site is not None for _, _, site in places):

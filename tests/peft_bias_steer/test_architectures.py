@@ -19,6 +19,7 @@ import transformers
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
@@ -28,7 +29,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from peft_bias_steer import BiasSteerConfig
+from peft_bias_steer import BiasSteerConfig, export_stock_checkpoint, serving_routes
 from peft_bias_steer.architectures import SEQ_FIRST_TYPES
 from peft_bias_steer.merging import merge_sites
 from peft_bias_steer.residual import find_layers
@@ -401,6 +402,22 @@ def save_merged(base: PreTrainedModel) -> str:
     return "kept"
 
 
+def assert_exported_as_routes_say(base: PreTrainedModel) -> None:
+    routes = {route.name: route.exact for route in serving_routes(base)}
+    model, expected = steer(base)
+    with tempfile.TemporaryDirectory() as folder:
+        if not routes["transformers, merged checkpoint"]:
+            with pytest.raises(ValueError):
+                export_stock_checkpoint(model, folder)
+            assert not os.listdir(folder)
+        else:
+            export_stock_checkpoint(model, folder)
+            config = AutoConfig.from_pretrained(folder)
+            stock = getattr(transformers, config.architectures[0])
+            assert_same_logits(stock.from_pretrained(folder, attn_implementation="eager").eval(), expected)
+    model.unload()
+
+
 def describe_sites(base: PreTrainedModel) -> str:
     names = {id(module): name for name, module in base.named_modules()}
     sites = {}
@@ -445,6 +462,7 @@ def verdict(config_class: type[PreTrainedConfig], model_class: type[PreTrainedMo
         assert_merging_is_refused(base)
         return f"`{path}`", steering, "none", ""
     assert_merged_exactly(base)
+    assert_exported_as_routes_say(base)
     return f"`{path}`", steering, sites, save_merged(base)
 
 

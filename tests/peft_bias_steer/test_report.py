@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import EvalResult, ModelCard
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 from transformers.utils import logging
 
 from peft_bias_steer import BiasSteerConfig, report, set_steering_vectors, steering_vectors
@@ -258,6 +258,10 @@ def test_what_cannot_be_measured_is_refused(model, tokenizer, files, monkeypatch
         adapter_report(model, tokenizer, {"other": OTHER, "task": ROWS[:1]})
     with pytest.raises(ValueError, match="group_size must be at least 1, got 0"):
         adapter_report(model, tokenizer, {"task": ROWS}, group_size=0)
+    t5 = T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    two_sided = get_peft_model(T5ForConditionalGeneration(t5), BiasSteerConfig())
+    with pytest.raises(ValueError, match="expected a causal language model, .* got a T5ForConditionalGeneration"):
+        adapter_report(two_sided, tokenizer, {"task": ROWS})
     monkeypatch.setattr(report, "completion_log_probs", lambda *arguments: pytest.fail("measured first"))
     for options, sentence in (
         ({"top_k": 0}, "top_k must be in"),

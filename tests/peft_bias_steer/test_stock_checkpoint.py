@@ -8,7 +8,14 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSpeechSeq2Seq,
+    AutoTokenizer,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+)
 
 from peft_bias_steer import (
     BiasSteerConfig,
@@ -21,6 +28,8 @@ from peft_bias_steer import (
 from tests.peft_bias_steer.tiny_models import CLOSE, GPT2, INPUT_IDS, SMALL, logits, make_base, steer
 
 
+HEARS = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
 ENDS_IN_EOS = torch.tensor([[5, 9, 3, 2], [7, 7, 4, 2]])
 
 
@@ -79,6 +88,26 @@ def test_generation_config_and_tokenizer_travel_along(tiny_language_model, tmp_p
         reloaded.generate(INPUT_IDS, do_sample=False).tolist()
         == model.generate(input_ids=INPUT_IDS, do_sample=False).tolist()
     )
+
+
+def test_a_model_that_hears_keeps_what_prepares_its_sounds(tiny_language_model, tmp_path):
+    sizes = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in HEARS.items()}
+    config = WhisperConfig(
+        **sizes, vocab_size=259, d_model=32, num_mel_bins=8, max_source_positions=20, max_target_positions=40, **TOKENS
+    )
+    WhisperForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    WhisperFeatureExtractor(feature_size=8, n_fft=40, chunk_length=1).save_pretrained(tmp_path / "base")
+    model = steer(WhisperForConditionalGeneration.from_pretrained(tmp_path / "base"))
+
+    export_stock_checkpoint(model, tmp_path / "out")
+
+    sound = {"input_features": torch.randn(2, 8, 40), "decoder_input_ids": INPUT_IDS}
+    with torch.no_grad():
+        expected, got = (
+            m(**sound).logits for m in (model, AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "out"))
+        )
+    torch.testing.assert_close(got, expected, **CLOSE)
+    assert WhisperFeatureExtractor.from_pretrained(tmp_path / "out").feature_size == 8
 
 
 def test_checkpoint_is_sharded_safetensors_without_pickles(tmp_path):

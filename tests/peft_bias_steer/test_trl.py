@@ -6,7 +6,15 @@ import types
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation import vllm_generation
 
@@ -60,6 +68,22 @@ def test_prepared_base_is_the_same_model_with_a_place_for_vectors(
     torch.testing.assert_close(logits(prepared), logits(base))
 
 
+@pytest.mark.parametrize("plugin", [False, True])
+def test_prepared_base_that_reads_images_too_is_of_its_own_class(plugin, tmp_path):
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    config = LlavaConfig(text_config=LlamaConfig(**SMALL), vision_config=vision, image_token_index=40)
+    base = LlavaForConditionalGeneration(config).eval().bfloat16()
+
+    prepared = prepare_for_vllm(base, tmp_path / "ready", plugin=plugin)
+
+    assert type(prepared) is LlavaForConditionalGeneration and prepared.dtype == torch.bfloat16
+    weights = prepared.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in base.state_dict().items())
+
+
 def test_base_that_vllm_cannot_steer_is_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(
         ValueError, match="vLLM cannot hold steering vectors of BloomForCausalLM: .* Set use_vllm=False"
@@ -77,13 +101,13 @@ def make_trainer(tiny_language_model, tmp_path, monkeypatch):
     """A GRPOTrainer in vLLM's server mode on a base, and the engine that was started from a folder."""
     monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda: True)
 
-    def build(model, served):
+    def build(model, served, **config):
         engine = StandInEngine(served)
         monkeypatch.setattr(vllm_generation, "VLLMClient", lambda **options: engine)
         trainer = GRPOTrainer(
             model=model,
             processing_class=AutoTokenizer.from_pretrained(tiny_language_model, padding_side="left"),
-            peft_config=BiasSteerConfig(),
+            peft_config=BiasSteerConfig(**config),
             reward_funcs=lambda completions, **_: [sum(map(ord, text)) / 1000 for text in completions],
             train_dataset=Dataset.from_dict({"prompt": [f"{number} " for number in range(40)]}),
             args=GRPOConfig(
@@ -164,6 +188,15 @@ def test_sync_of_biases_alone_adds_the_vectors_to_those_of_the_base(make_trainer
     assert list(biases) == ["model.layers.0.mlp.down_proj.bias", "model.layers.1.mlp.down_proj.bias"]
     assert torch.equal(biases["model.layers.1.mlp.down_proj.bias"], start + 1)
     assert torch.equal(model.model.layers[1].mlp.down_proj.bias, start), "nothing is merged"
+
+
+def test_a_module_that_is_trained_whole_would_never_reach_vllm(make_trainer, prepare):
+    model = prepare(plugin=True)
+    trainer, engine = make_trainer(model, model.name_or_path, modules_to_save=["lm_head"])
+
+    with pytest.raises(ValueError, match="vectors alone travel, and lm_head is trained too.*keep TRL's own sync"):
+        sync_vectors_only(trainer)
+    assert not engine.syncs
 
 
 def test_what_cannot_be_synced_is_refused(make_trainer, tiny_language_model):
