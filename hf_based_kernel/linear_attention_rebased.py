@@ -159,7 +159,9 @@ class RebasedMappedAttention(RebasedProjections):
             past_key_values=past_key_values,
         )
         if beside is not None:
-            out = torch.lerp(out, beside, self.window_gate(hidden_states).sigmoid()[..., None].to(out.dtype))
+            # Under autocast each may have a dtype of its own.
+            gate = self.window_gate(hidden_states).sigmoid()[..., None]
+            out = torch.lerp(out, beside.to(out.dtype), gate.to(out.dtype))
         return self.o_proj(out.flatten(-2))
 
     def _last_tokens(

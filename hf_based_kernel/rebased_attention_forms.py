@@ -26,10 +26,10 @@ import torch
 from .rebased_attention_chunked import rebased_attention_chunked
 from .rebased_features import (
     REBASED,
-    TAYLOR,
     Coefficients,
     accumulation_dtype,
     autocast_device,
+    coefficients_of,
     features,
     key_features,
     polynomial,
@@ -122,7 +122,7 @@ def rebased_attention(
         segment_ids=segment_ids,
         chunk_size=chunk_size,
         backend=backend,
-        coefficients=REBASED,
+        coefficients=coefficients_of("rebased"),
     )
 
 
@@ -156,7 +156,7 @@ def taylor_attention(
         segment_ids=segment_ids,
         chunk_size=chunk_size,
         backend=backend,
-        coefficients=TAYLOR,
+        coefficients=coefficients_of("taylor"),
     )
 
 

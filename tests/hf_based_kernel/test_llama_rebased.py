@@ -372,6 +372,21 @@ def with_adapter():
     return inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), make_teacher("llama"))
 
 
+def test_autocast_mixes_the_window_with_values_in_full_precision():
+    model = RebasedForCausalLM.from_llama(make_teacher("llama"), layers=[1], linear_attention_window=8)
+    attention, ids = model.model.layers[1].self_attn, tokens(2, 20)
+    expected = model(ids, labels=ids).loss
+    # As a projection in 4 bits does, whatever autocast says.
+    attention.v_proj.register_forward_hook(lambda module, args, output: output.float())
+
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(ids, labels=ids).loss
+    loss.backward()
+
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
+    assert all(parameter.grad.isfinite().all() for parameter in attention.parameters())
+
+
 def quantised():
     teacher = make_teacher("llama")
     teacher.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(48, 32, dtype=torch.uint8), False)

@@ -506,6 +506,19 @@ def test_compiled_call_takes_a_scale_that_changes(attention):
         torch.testing.assert_close(compiled(q, k, v, scale=scale), attention(q, k, v, scale=scale))
 
 
+@pytest.mark.parametrize("attention", [rebased_attention, taylor_attention])
+def test_compiled_layers_on_top_of_one_another_take_lengths_that_change(attention):
+    def two_layers(q, k, v):
+        return attention(q, k, attention(q, k, v))
+
+    compiled = torch.compile(two_layers, backend="eager", dynamic=True, fullgraph=True)
+    for length in (13, 9):
+        inputs = make_inputs(seq_len=length)
+        outputs = [form(*inputs) for form in (compiled, two_layers)]
+        got, expected = ([out, *torch.autograd.grad(out.square().sum(), inputs)] for out in outputs)
+        torch.testing.assert_close(got, expected)
+
+
 def test_triton_is_asked_for_only_where_it_is_installed():
     script = (
         "import sys; sys.modules['triton'] = None\n"
