@@ -683,7 +683,8 @@ class HierarchicalSaeModel(PreTrainedModel):
         if not self.config.has_budgets:
             is_first = self.threshold == 0
             # A mean over the last ten batches or so: over a hundred, it lags behind the weights of a short run.
-            self.threshold.lerp_(threshold / processes, torch.where(is_first, 1.0, 0.1))
+            new, share = threshold / processes, torch.where(is_first, 1.0, 0.1)
+            self.threshold.lerp_(new.to(self.threshold.dtype), share.to(self.threshold.dtype))
 
 
 def _sum_over_processes(tensor: torch.Tensor) -> None:
