@@ -222,20 +222,10 @@ def adapter_report(
         show_progress (`bool`, *optional*, defaults to `False`): Show a bar.
 
     Raises:
-        ValueError: If there is no data, or one completion alone, or `group_size`, `top_k` or a scale does not fit.
+        ValueError: If it has an encoder, there is no data, or one completion alone, or `group_size`, `top_k` or a scale does not fit.
     """
-    if not data:
-        raise ValueError("expected at least one data set, got none: give rows with prompts and completions")
-    for name, rows in data.items():
-        if len(rows) < 2:
-            raise ValueError(f"expected at least two completions in {name}, for an interval, got {len(rows)}")
-    if group_size < 1:
-        raise ValueError(f"group_size must be at least 1, got {group_size}")
+    _check_measurable(model, data, group_size)
     scales = tuple(as_factor(scale, "each of scales") for scale in scales)
-    if (base := model.get_base_model()).config.is_encoder_decoder:
-        raise ValueError(
-            f"expected a causal language model, which reads a prompt and goes on with its completion, got a {type(base).__name__}"
-        )
     vectors, first = steering_vectors(model, adapter_name), next(iter(data))
     # first what is quick, and refuses what does not fit
     lenses = logit_lens(model, tokenizer, adapter_name, top_k=top_k)
@@ -287,6 +277,20 @@ def adapter_report(
         errors={"left_out": errors[: len(groups)], "kept": errors[len(groups) :]},
         cosines=cosines,
     )
+
+
+def _check_measurable(model: PeftModel, data: dict[str, list[dict]], group_size: int) -> None:
+    if (base := model.get_base_model()).config.is_encoder_decoder:
+        raise ValueError(
+            f"expected a causal language model, which reads a prompt and goes on with its completion, got a {type(base).__name__}"
+        )
+    if not data:
+        raise ValueError("expected at least one data set, got none: give rows with prompts and completions")
+    for name, rows in data.items():
+        if len(rows) < 2:
+            raise ValueError(f"expected at least two completions in {name}, for an interval, got {len(rows)}")
+    if group_size < 1:
+        raise ValueError(f"group_size must be at least 1, got {group_size}")
 
 
 def _groups(layers: list[int], size: int) -> Iterator[list[int]]:

@@ -76,8 +76,9 @@ def add_options(parser):
     parser.add_argument("--feature_dim", type=int, default=16, help="query and key numbers of a head (16)")
     parser.add_argument("--transfer_steps", type=int, help="steps of stage 1")
     parser.add_argument("--distill_steps", type=int, help="steps of stage 2")
-    parser.add_argument("--distill", choices=RATES, default="all", help="what stage 2 trains: all weights, or LoRA")
-    parser.add_argument("--learning_rate", type=float, help="peak of stage 2 (1e-4, of LoRA 1e-3)")
+    parser.add_argument(
+        "--distill", choices=RATES, default="all", help="what stage 2 trains: all weights, or LoRA (all)"
+    )
     parser.add_argument("--seq_len", type=int, default=512, help="tokens of a row (512)")
     parser.add_argument("--batch_size", type=int, help="rows of a step and process")
     parser.add_argument("--eval_texts", type=int, default=12, help="texts held out, a row of each (12)")
@@ -88,10 +89,9 @@ def add_options(parser):
 
 
 def complete(parser, arguments):
-    for name, value in {**PRESETS[arguments.preset], "learning_rate": RATES[arguments.distill]}.items():
+    for name, value in PRESETS[arguments.preset].items():
         setattr(arguments, name, value if getattr(arguments, name) is None else getattr(arguments, name))
     least = {"window": 0, "feature_dim": 1, "transfer_steps": 1, "distill_steps": 0, "batch_size": 1}
-    least["learning_rate"] = 0.0
     # One text has no standard error, and recall is measured beyond the window.
     check_least(parser, arguments, **least, eval_texts=2, seq_len=max(8, arguments.window + 2))
     return arguments
@@ -200,7 +200,7 @@ def distill(arguments, teacher, tokenizer, weights, rows, layers):
         return RebasedForCausalLM.from_pretrained(folder).to(teacher.device).eval()
     model: Any = replaced(arguments, teacher, weights, layers)
     if arguments.distill_steps:
-        trained, steps, rate = model, arguments.distill_steps, arguments.learning_rate
+        trained, steps, rate = model, arguments.distill_steps, RATES[arguments.distill]
         if arguments.distill == "lora":
             from peft import LoraConfig, get_peft_model
 
