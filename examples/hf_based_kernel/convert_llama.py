@@ -56,7 +56,7 @@ CALIBRATION_ROWS = 8
 ORDER_ROWS, ORDER_COPIES, ORDER_SEED = 2, 4, 1
 QUESTION = "Why is the sky blue?"
 # Peak learning rates, of stage 1 and of what stage 2 may train.
-TRANSFER_RATE, RATES = 1e-2, {"all": 1e-4, "lora": 1e-3}
+TRANSFER_RATE, RATES = 1e-2, {"all": 3e-5, "lora": 1e-3}
 
 
 def parse_arguments():
@@ -193,14 +193,14 @@ def order_layers(arguments, teacher, weights, rows):
     return sorted(map(int, harm["text"]), key=lambda i: sum(of_layer[str(i)] for of_layer in harm.values()))
 
 
-def distill(arguments, teacher, tokenizer, weights, rows, layers):
+def distill(arguments, teacher, tokenizer, weights, rows, layers, rate=None):
     """Stage 2: the model with these layers replaced, trained as a whole."""
     folder = arguments.output_dir / str(len(layers))
     if folder.exists():
         return RebasedForCausalLM.from_pretrained(folder).to(teacher.device).eval()
     model: Any = replaced(arguments, teacher, weights, layers)
     if arguments.distill_steps:
-        trained, steps, rate = model, arguments.distill_steps, RATES[arguments.distill]
+        trained, steps, rate = model, arguments.distill_steps, rate or RATES[arguments.distill]
         if arguments.distill == "lora":
             from peft import LoraConfig, get_peft_model
 

@@ -43,6 +43,7 @@ from conversions import (
     window_only,
 )
 from interrupts import whole
+from options import check_least
 
 
 COLUMNS = {
@@ -82,10 +83,11 @@ def parse_arguments():
     parser.add_argument(
         "--other_files", nargs="+", type=Path, help="text files of another kind, to measure the models on as well"
     )
+    default = ", ".join(f"{rate:g} of {name}" for name, rate in example.RATES.items())
+    parser.add_argument("--learning_rate", type=float, help=f"peak of stage 2 ({default})")
     parser.add_argument("--lm_eval", action="store_true", help="score every model with lm-eval too")
     arguments = example.complete(parser, parser.parse_args())
-    if arguments.long_rows < 1:
-        parser.error(f"--long_rows must be at least 1, got {arguments.long_rows}")
+    check_least(parser, arguments, long_rows=1, **({} if arguments.learning_rate is None else {"learning_rate": 0.0}))
     arguments.numbers, arguments.replace = sorted(arguments.replace), max(arguments.replace)
     return arguments
 
@@ -266,7 +268,8 @@ def main():
     results = [measure(arguments, teacher, tokenizer, same, long_texts, other)]
     del same
     for number in arguments.numbers:
-        model = example.distill(arguments, teacher, tokenizer, weights, rows, order[:number])
+        chosen = order[:number]
+        model = example.distill(arguments, teacher, tokenizer, weights, rows, chosen, arguments.learning_rate)
         results.append(measure(arguments, teacher, tokenizer, model, long_texts, other))
         if PartialState().is_main_process:
             heading = (

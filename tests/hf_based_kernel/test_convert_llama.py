@@ -133,6 +133,17 @@ def test_more_and_more_layers_are_measured(study, teacher, monkeypatch):
     assert json.loads((teacher / "out" / "results.json").read_text()) == [results[0], results[2]]
 
 
+def test_a_rate_of_stage_2_is_taken_and_is_part_of_what_was_begun(study, teacher, monkeypatch):
+    rates, train = [], study.example.train
+    monkeypatch.setattr(study.example, "train", lambda *given: rates.append(given[6]) or train(*given))
+    options = ("--window", "0", "--replace", "1")
+    run(study, monkeypatch, teacher, *options, "--learning_rate", "7e-5")
+
+    assert rates == [study.example.TRANSFER_RATE, 7e-5]
+    with pytest.raises(SystemExit, match="was begun with other options"):
+        run(study, monkeypatch, teacher, *options)
+
+
 def test_text_of_another_kind_is_measured_too(study, teacher, monkeypatch):
     other = [teacher / f"other{i}.md" for i in range(3)]
     for i, path in enumerate(other):
