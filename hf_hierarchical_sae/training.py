@@ -143,7 +143,7 @@ def train_sae(
             _continue_stream(stream, Path(checkpoint), arguments)
         callbacks.append(_StreamState(stream))
         trainer = _StreamTrainer(model=sae, args=arguments, train_dataset=stream, callbacks=callbacks)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    _train_from(trainer, checkpoint)
     # Those of the arguments, or of their epochs.
     if trainer.state.global_step >= trainer.state.max_steps and trainer.is_world_process_zero():
         sae.eval()
@@ -151,6 +151,19 @@ def train_sae(
         record_statistics(sae, sample)
         sae.save_pretrained(folder)
     return trainer
+
+
+def _train_from(trainer: Trainer, checkpoint: str | None) -> None:
+    """`Trainer.train`, which by itself makes one step more where the checkpoint has made them all."""
+    if checkpoint is not None:
+        steps, plan = _steps_made(checkpoint), trainer.set_initial_training_values
+
+        def none_after_the_last(*args: Any, **kwargs: Any) -> tuple:
+            num_train_epochs, *others, max_steps = plan(*args, **kwargs)
+            return (0 if steps >= max_steps else num_train_epochs, *others, max_steps)
+
+        trainer.set_initial_training_values = none_after_the_last
+    trainer.train(resume_from_checkpoint=checkpoint)
 
 
 class _StreamTrainer(Trainer):
@@ -182,7 +195,7 @@ def _continue_stream(dataset: ActivationDataset, checkpoint: Path, arguments: Tr
         dataset.load_state_dict(torch.load(path, weights_only=True))
         return
     # Killed between the checkpoint and its last file.
-    steps = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
+    steps = _steps_made(checkpoint)
     logger.warning(f"{path} is missing: the text of the first {steps} steps is read again")
     given = steps * arguments.train_batch_size * arguments.gradient_accumulation_steps
     for _ in islice(dataset, given):
@@ -245,12 +258,16 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def _steps_made(checkpoint: str | Path) -> int:
+    return json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())["global_step"]
+
+
 def _is_whole(checkpoint: Path) -> bool:
     """Whether all that training goes on with is there, the file that `Trainer` writes last too, and none is cut short."""
     try:
         for file in checkpoint.glob("*.json"):
             json.loads(file.read_text())
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
+        _steps_made(checkpoint)
         for weights in checkpoint.glob("*.safetensors"):
             with safe_open(weights, framework="pt"):
                 pass
@@ -301,7 +318,7 @@ def _check_same(folder: Path, record: dict) -> None:
 
 
 def _check_steps(checkpoint: str, max_steps: int) -> None:
-    done = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())["global_step"]
+    done = _steps_made(checkpoint)
     if 0 < max_steps < done:
         raise ValueError(f"{checkpoint} has made {done} steps already, got {max_steps} in all: give at least as many")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from tests.example_module import load_example
 from tests.forked_processes import run_forked
@@ -161,3 +162,24 @@ def test_examples_go_on_from_the_newest_checkpoint_that_was_written_to_its_end(t
     damage(tmp_path / "checkpoint-100")
     assert interrupts.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-40")
     assert interrupts.last_checkpoint(tmp_path / "nothing") is None
+
+
+def test_examples_make_no_step_after_the_last(tmp_path):
+    train_from = load_example("shared/interrupts.py").train_from
+    data = [{"input_ids": torch.arange(8) + start, "labels": torch.arange(8) + start} for start in range(4)]
+
+    def train(checkpoint):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=5, per_device_train_batch_size=2, lr_scheduler_type="constant", report_to="none"
+        )
+        trainer = Trainer(LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes)), arguments, train_dataset=data)
+        train_from(trainer, checkpoint)
+        return trainer
+
+    first = train(None)
+    again = train(str(tmp_path / "checkpoint-5"))
+    assert (first.state.global_step, again.state.global_step) == (5, 5)
+    expected = first.model.state_dict()
+    assert all(tensor.equal(expected[name]) for name, tensor in again.model.state_dict().items())

@@ -27,7 +27,7 @@ from hf_based_kernel.associative_recall import make_recall_dataset, query_positi
 
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
-from interrupts import StopOnInterrupt, add_resume_option, find_checkpoint
+from interrupts import StopOnInterrupt, add_resume_option, find_checkpoint, train_from
 from options import check_least
 
 
@@ -170,7 +170,7 @@ def train(arguments, build, output_dir, checkpoint, *, quiet=False, **task):
     if quiet:
         trainer.remove_callback(PrinterCallback)
     before = trainer.evaluate()["eval_accuracy"]
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train_from(trainer, checkpoint)
     if interrupt.interrupted:
         print(
             f"Stopped at step {trainer.state.global_step} of {arguments.max_steps}; checkpoint in {output_dir}. "

@@ -27,7 +27,7 @@ from hf_based_kernel import RebasedConfig, RebasedForCausalLM
 
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
-from interrupts import StopOnInterrupt, add_resume_option, find_checkpoint
+from interrupts import StopOnInterrupt, add_resume_option, find_checkpoint, train_from
 from options import check_least
 from packed_text import add_text_options, check_text_options, make_blocks, make_tokenizer, read_texts
 
@@ -198,7 +198,7 @@ def main():
     interrupt = StopOnInterrupt()
     trainer.add_callback(interrupt)
     before = perplexity(model, held_out, arguments.batch_size)
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    train_from(trainer, arguments.resume_from_checkpoint)
     steps, output = trainer.state.global_step, Path(arguments.output_dir)
     if interrupt.interrupted:
         print(

@@ -38,7 +38,7 @@ from peft_bias_steer.serving.trl import check_vllm_sync, prepare_for_vllm, sync_
 
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
-from interrupts import StopOnInterrupt, add_resume_option, find_checkpoint
+from interrupts import StopOnInterrupt, add_resume_option, find_checkpoint, train_from
 from options import check_least
 
 
@@ -165,7 +165,7 @@ def train(trainer: Any, args: argparse.Namespace, *, steers_vllm: bool) -> bool:
         check_vllm_sync(trainer)
     stop_on_interrupt = StopOnInterrupt()
     trainer.add_callback(stop_on_interrupt)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    train_from(trainer, args.resume_from_checkpoint)
     if stop_on_interrupt.interrupted:
         step = trainer.state.global_step
         folder = args.output_dir / f"checkpoint-{step}"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from interrupts import StopOnInterrupt, last_checkpoint
+from interrupts import StopOnInterrupt, last_checkpoint, train_from
 from packed_text import read_files, read_texts
 from torch.utils.data import StackDataset
 from transformers import Trainer, TrainingArguments, default_data_collator
@@ -239,7 +239,7 @@ def train(arguments, trainer_class, model, rows, folder, steps, learning_rate, t
     trainer.teacher = teacher
     interrupt = StopOnInterrupt()
     trainer.add_callback(interrupt)
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    train_from(trainer, last_checkpoint(folder))
     if interrupt.interrupted:
         raise SystemExit(f"Stopped at step {trainer.state.global_step} of {steps}; the same command goes on.")
     return [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]

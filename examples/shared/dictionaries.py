@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from interrupts import train_from
 from torch.utils.data import Dataset, Subset
 from transformers import (
     AutoModelForCausalLM,
@@ -101,7 +102,7 @@ def train(
     checkpoint = last_checkpoint(folder)
     done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
     started = time.process_time()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train_from(trainer, checkpoint)
     seconds = (time.process_time() - started) / max(1, settings["steps"] - done)
     sae.fold_input_scale()
     return sae, seconds

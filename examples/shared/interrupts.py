@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed
 from safetensors import SafetensorError, safe_open
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 
@@ -60,12 +60,29 @@ def last_checkpoint(folder: str | Path) -> str | None:
     return next((str(path) for path in newest_first if is_whole(path)), None)
 
 
+def steps_made(checkpoint: str | Path) -> int:
+    return json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())["global_step"]
+
+
+def train_from(trainer: Trainer, checkpoint: str | None) -> None:
+    """`Trainer.train`, which by itself makes one step more where the checkpoint has made them all."""
+    if checkpoint:
+        steps, plan = steps_made(checkpoint), trainer.set_initial_training_values
+
+        def none_after_the_last(*args: Any, **kwargs: Any) -> tuple:
+            num_train_epochs, *others, max_steps = plan(*args, **kwargs)
+            return (0 if steps >= max_steps else num_train_epochs, *others, max_steps)
+
+        trainer.set_initial_training_values = none_after_the_last
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
 def is_whole(checkpoint: Path) -> bool:
     """Whether the file that `Trainer` writes last is there, the optimizer is, and no file is cut short."""
     try:
         for file in checkpoint.glob("*.json"):
             json.loads(file.read_text())
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
+        steps_made(checkpoint)
         for weights in checkpoint.glob("*.safetensors"):
             with safe_open(weights, framework="pt"):
                 pass

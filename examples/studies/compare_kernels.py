@@ -28,7 +28,7 @@ from transformers.trainer_callback import TrainerState
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 sys.path.append(str(Path(__file__).parents[1] / "hf_based_kernel"))
 import train_language_model as example
-from interrupts import StopOnInterrupt, last_checkpoint, whole
+from interrupts import StopOnInterrupt, last_checkpoint, train_from, whole
 from packed_text import make_blocks, make_tokenizer, read_texts
 
 
@@ -212,7 +212,7 @@ def train_kernel(arguments, kernel, tokenizer, train, held_out, hits, folder, ch
     trainer.add_callback(interrupt)
     before = perplexities(model, held_out, hits, arguments.batch_size)
     started = clock()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train_from(trainer, checkpoint)
     minutes = (clock() - started) / 60
     if interrupt.interrupted:
         print(

@@ -211,14 +211,11 @@ def settings(run):
 def run_in_sweep(arguments):
     folder = "_".join(f"{name}={value}" for name, value in settings(vars(arguments)).items())
     output = Path(arguments.output_dir) / folder
-    checkpoint = last_checkpoint(output)
-    # Stock Trainer would take one more step from the checkpoint of the last one.
-    finished = checkpoint is not None and checkpoint.endswith(f"-{arguments.max_steps}")
     result = example.train(
         arguments,
         lambda: make_model(arguments),
         output,
-        None if finished else checkpoint,
+        last_checkpoint(output),
         quiet=arguments.jobs > 1,
         random_non_queries=arguments.fillers == "random",
     )

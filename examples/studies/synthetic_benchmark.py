@@ -44,6 +44,7 @@ from hf_hierarchical_sae.whole_files import whole_file
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 from dictionaries import AtBudget, folder_name, interval
+from interrupts import train_from
 
 
 PRESETS = {
@@ -213,7 +214,7 @@ def train(options, settings, batches, seed, folder):
     checkpoint = last_checkpoint(folder)
     batches.start = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
     trainer = Trainer(model=sae, args=training, train_dataset=batches, data_collator=lambda items: items[0])
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train_from(trainer, checkpoint)
     sae.fold_input_scale()
     return sae.eval()
 

@@ -200,6 +200,24 @@ def test_epochs_end_a_training_as_steps_do(finished, tmp_path):
     assert all(tensor.equal(expected[name]) for name, tensor in load_file(tmp_path / "model.safetensors").items())
 
 
+@pytest.mark.parametrize("steps", [7, 8], ids=["within an epoch", "at its end"])
+def test_a_training_that_was_killed_before_its_result_makes_no_step_more(tmp_path, steps):
+    options = {
+        "steps": steps,
+        "settings": {"lr_scheduler_type": "constant"},
+        "selection": "batch_topk",
+        "budgets": [4],
+    }
+    train(tmp_path, **options)
+    expected = (tmp_path / "model.safetensors").read_bytes()
+    # Whether the result is there or not.
+    for _ in range(2):
+        assert train(tmp_path, resume=True, **options).state.global_step == steps
+        assert (tmp_path / "model.safetensors").read_bytes() == expected
+        (tmp_path / "model.safetensors").unlink()
+    assert last_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{steps}")
+
+
 def test_a_finished_training_may_get_more_steps(copy):
     assert train(copy, steps=10, resume=True).state.global_step == 10
 
@@ -349,17 +367,19 @@ def test_training_from_text_goes_on_exactly_and_past_the_end_of_the_text(languag
         1.3 * len(torch.cat(list(iterate_activations(*language_model, TEXTS, 1, show_progress=False)))) < 14 * 2 * 48
     )
     train_on_text(language_model, tmp_path / "stopped", steps=14, save_total_limit=None, **options)
-    for step in (14, 12, 9):
-        subprocess.run(["rm", "-r", tmp_path / "stopped" / f"checkpoint-{step}"], check=True)
-    (tmp_path / "stopped" / "model.safetensors").unlink()
-    resumed, _ = train_on_text(
-        language_model, tmp_path / "stopped", steps=14, resume=True, save_total_limit=None, **options
-    )
-
-    assert resumed.state.global_step == 14
     expected = load_file(tmp_path / "whole" / "model.safetensors")
-    for name, tensor in load_file(tmp_path / "stopped" / "model.safetensors").items():
-        assert torch.equal(tensor, expected[name]), name
+    # Killed before the result, and long before.
+    for lost in ((), (14, 12, 9)):
+        for step in lost:
+            subprocess.run(["rm", "-r", tmp_path / "stopped" / f"checkpoint-{step}"], check=True)
+        (tmp_path / "stopped" / "model.safetensors").unlink()
+        resumed, _ = train_on_text(
+            language_model, tmp_path / "stopped", steps=14, resume=True, save_total_limit=None, **options
+        )
+
+        assert resumed.state.global_step == 14
+        for name, tensor in load_file(tmp_path / "stopped" / "model.safetensors").items():
+            assert torch.equal(tensor, expected[name]), name
 
 
 def test_a_checkpoint_without_its_place_in_the_text_reads_again_and_goes_on_exactly(language_model, tmp_path, caplog):
