@@ -3,7 +3,7 @@
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,7 +73,9 @@ def explain_latents(
         shown = _windows(activations, latent, k, window)[::2][:examples]
         if not shown:
             continue
-        texts = "\n".join(f"{number}. {_marked(tokenizer, *example)}" for number, example in enumerate(shown, start=1))
+        texts = "\n".join(
+            f"{number}. {_marked(tokenizer, text.ids, text.fires)}" for number, text in enumerate(shown, start=1)
+        )
         prompt = (
             f"In these texts some words stand between << and >>.\n\n{texts}\n\n"
             "What do the words between << and >> have in common? Answer with one short phrase."
@@ -108,7 +110,7 @@ def detection_scores(
     """
     Does a language model tell from an explanation where a latent fires (detection, arXiv 2410.13928)? Half of the
     texts are contexts in which it fires at this budget, from strong to weak and none that [`explain_latents`] shows;
-    the others are contexts in which it does not.
+    the others, as long as these, are contexts in which it does not.
 
     Args:
         activations ([`LatentActivations`]): from [`read_latents`].
@@ -119,19 +121,21 @@ def detection_scores(
         k (`int`, *optional*): budget; by default the largest.
         examples (`int`, defaults to 10): texts of each kind, fewer where a latent fires rarely or nearly everywhere.
         window (`int`, defaults to 24): tokens of each text.
-        seed (`int`, defaults to 0): of the contexts in which it does not fire.
+        seed (`int`, defaults to 0): of the contexts in which it does not fire, whatever other latents are asked for.
         show_progress (`bool`, defaults to `True`): progress bar.
 
     Returns:
         `dict[int, JudgeScore]`: by latent; without those that leave no text of one kind.
+
+    Raises:
+        `ValueError`: If the judge's logits are NaN or infinite, or it cannot read the prompts.
     """
     examples, window = integer("examples", examples, 1), integer("window", window, 1)
     question = "Text: {text}\n\nIs there anything in this text that fits the description?"
 
-    def pairs(latent: int, k: int, generator: torch.Generator) -> list[list[str]]:
-        firing = _spread(_windows(activations, latent, k, window)[1::2], examples)
-        silent = _silent_windows(activations, latent, k, window, count=len(firing), generator=generator)
-        return [[decoded(tokenizer, *example[0]) for example in kind] for kind in (firing[: len(silent)], silent)]
+    def pairs(latent: int, k: int, generator: torch.Generator) -> list[tuple[str, str]]:
+        found = _beside_silent(activations, latent, k, window, examples=examples, generator=generator)
+        return [(decoded(tokenizer, *firing), decoded(tokenizer, *silent)) for firing, silent in found]
 
     return _judged(
         activations,
@@ -161,21 +165,22 @@ def fuzzing_scores(
 ) -> dict[int, JudgeScore]:
     """
     Does a language model tell from an explanation on which tokens a latent fires (fuzzing, arXiv 2410.13928)? Every
-    text comes twice: with the tokens marked on which it fires at this budget, and with as many others. Takes and
-    returns what [`detection_scores`] does.
+    text comes twice: with the tokens marked on which it fires at this budget, and with as many others that were read.
+    Takes, returns and raises what [`detection_scores`] does.
     """
     examples, window = integer("examples", examples, 1), integer("window", window, 1)
     question = "Text: {text}\n\nDo the words between << and >> fit the description?"
 
-    def pairs(latent: int, k: int, generator: torch.Generator) -> list[list[str]]:
-        firing = _spread(_windows(activations, latent, k, window)[1::2], examples)
-        firing = [(ids, fires) for ids, fires in firing if 2 * int(fires.sum()) <= len(ids)]
-        moved = []
-        for ids, fires in firing:
-            others = (~fires).nonzero().flatten()
-            chosen = others[torch.randperm(len(others), generator=generator)[: int(fires.sum())]]
-            moved.append((ids, torch.zeros_like(fires).index_fill(0, chosen, True)))
-        return [[_marked(tokenizer, *example) for example in kind] for kind in (firing, moved)]
+    def pairs(latent: int, k: int, generator: torch.Generator) -> list[tuple[str, str]]:
+        found = []
+        for text in _spread(_windows(activations, latent, k, window)[1::2], examples):
+            others = (text.is_read & ~text.fires).nonzero().flatten()
+            number = int(text.fires.sum())
+            if number <= len(others):
+                chosen = others[torch.randperm(len(others), generator=generator)[:number]]
+                moved = torch.zeros_like(text.fires).index_fill(0, chosen, True)
+                found.append((_marked(tokenizer, text.ids, text.fires), _marked(tokenizer, text.ids, moved)))
+        return found
 
     return _judged(
         activations,
@@ -198,29 +203,31 @@ def _judged(
     *,
     k: int | None,
     question: str,
-    pairs: Callable[[int, int, torch.Generator], list[list[str]]],
+    pairs: Callable[[int, int, torch.Generator], list[tuple[str, str]]],
     seed: int,
     show_progress: bool,
 ) -> dict[int, JudgeScore]:
     k = activations.check_budgets(None if k is None else [k])[-1]
-    generator, found = torch.Generator().manual_seed(integer("seed", seed)), {}
+    seed, found = integer("seed", seed), {}
     for latent, explanation in logging.tqdm(
         explanations.items(), desc="judge", unit="latent", disable=not show_progress
     ):
-        yes, no = pairs(latent, k, generator)
-        if not yes or not no:
+        texts = pairs(latent, k, torch.Generator().manual_seed(seed + integer("latent", latent)))
+        if not texts:
             continue
-        prompts = [
-            f"Description: {explanation}\n\n{question.format(text=text)} Answer with Yes or No."
-            for text in (*yes, *no)
+        asked = [
+            [f"Description: {explanation}\n\n{question.format(text=text)} Answer with Yes or No." for text in pair]
+            for pair in texts
         ]
-        margins = torch.tensor([_margin(judge, judge_tokenizer, prompt) for prompt in prompts])
-        yes, no = margins[: len(yes)], margins[len(yes) :]
+        margins = torch.tensor([[_margin(judge, judge_tokenizer, prompt) for prompt in pair] for pair in asked])
+        if not margins.isfinite().all():
+            raise ValueError(
+                "expected finite log p(Yes) − log p(No), got NaN or infinity: load the judge in bfloat16 or float32"
+            )
+        yes, no = margins.unbind(dim=1)
         above = (yes.unsqueeze(1) > no).double() + 0.5 * (yes.unsqueeze(1) == no).double()
         accuracy = ((yes > 0).double().mean() + (no <= 0).double().mean()) / 2
-        found[latent] = JudgeScore(
-            auroc=float(above.mean()), balanced_accuracy=float(accuracy), examples=min(len(yes), len(no))
-        )
+        found[latent] = JudgeScore(auroc=float(above.mean()), balanced_accuracy=float(accuracy), examples=len(texts))
     return found
 
 
@@ -263,8 +270,16 @@ def _asked(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str = "") ->
     return [i for text in (asked, answer) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
-def _windows(activations: LatentActivations, latent: int, k: int, size: int) -> list[tuple[list[int], torch.Tensor]]:
-    """Token ids and which of them fire, (n,) each, around the peak of each context that fires, the strongest first."""
+class _Text(NamedTuple):
+    """Token ids, (n,), which of them the latent fires on, and which of them were read at all."""
+
+    ids: list[int]
+    fires: torch.Tensor
+    is_read: torch.Tensor
+
+
+def _windows(activations: LatentActivations, latent: int, k: int, size: int) -> list[_Text]:
+    """Around the peak of each context in which the latent fires, the strongest first."""
     positions, values, ranks = activations.latent(latent)
     positions, values = positions[ranks <= k].long(), values[ranks <= k]
     fires = torch.zeros(len(activations.token_ids), dtype=torch.bool)
@@ -275,25 +290,36 @@ def _windows(activations: LatentActivations, latent: int, k: int, size: int) -> 
         if context not in seen:
             seen.add(context)
             window = _around(activations, context, int(positions[entry]), size)
-            found.append((activations.token_ids[window].tolist(), fires[window]))
+            found.append(_Text(activations.token_ids[window].tolist(), fires[window], activations.is_read[window]))
     return found
 
 
-def _silent_windows(
-    activations: LatentActivations, latent: int, k: int, size: int, *, count: int, generator: torch.Generator
-) -> list[tuple[list[int], torch.Tensor]]:
-    """The same from contexts in which the latent does not fire at this budget, at random places."""
+def _beside_silent(
+    activations: LatentActivations, latent: int, k: int, size: int, *, examples: int, generator: torch.Generator
+) -> list[tuple[list[int], list[int]]]:
+    """
+    Token ids around the peaks of contexts in which the latent fires, each beside as many from a random place of a context
+    of its own in which it does not: a text that is shorter than the others would give itself away.
+    """
     positions, _, ranks = activations.latent(latent)
-    # A text that is shorter than the others would give itself away.
-    is_silent = activations.context_starts.diff() >= min(size, int(activations.context_starts.diff().max()))
+    is_silent = torch.ones(len(activations.context_starts) - 1, dtype=torch.bool)
     is_silent[activations.position_contexts[positions[ranks <= k].long()]] = False
-    contexts = is_silent.nonzero().flatten()
+    silent = is_silent.nonzero().flatten()
+    silent = silent[torch.randperm(len(silent), generator=generator)]
+    widths = activations.context_starts.diff()[silent].clamp(max=size)
+    firing = [text.ids for text in _windows(activations, latent, k, size)[1::2]]
+    firing = [ids for ids in firing if bool((widths >= len(ids)).any())]
     found = []
-    for context in contexts[torch.randperm(len(contexts), generator=generator)[:count]].tolist():
-        start, end = activations.context_starts[context : context + 2].tolist()
-        middle = int(torch.randint(start, end, (1,), generator=generator))
-        ids = activations.token_ids[_around(activations, context, middle, size)].tolist()
-        found.append((ids, torch.zeros(len(ids), dtype=torch.bool)))
+    # The longest choose first, and none takes what is longer than it needs.
+    for ids in sorted(_spread(firing, min(examples, len(silent))), key=len, reverse=True):
+        enough = (widths >= len(ids)).nonzero().flatten()
+        if len(enough) == 0:
+            continue
+        place = enough[widths[enough].argmin()]
+        start, end = activations.context_starts[silent[place] : silent[place] + 2].tolist()
+        first = int(torch.randint(start, end - len(ids) + 1, (1,), generator=generator))
+        found.append((ids, activations.token_ids[first : first + len(ids)].tolist()))
+        widths[place] = 0
     return found
 
 

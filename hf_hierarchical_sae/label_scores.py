@@ -35,6 +35,7 @@ class LabelScores:
             happens by chance once in `permutations + 1` times.
         probe_auroc (`torch.Tensor`): (budgets, labels), of the single latent that tells a label best from the others:
             chosen on the contexts of even number, measured on the others (sparse probing, arXiv 2305.01610, with k = 1).
+            NaN for a label that either half lacks, or has on all of its tokens.
         permutations (`int`): how many.
     """
 
@@ -166,7 +167,9 @@ def score_labels(
                 _Firing(activations, budget, used[half]).auroc(per_token[half], len(names)) for half in halves
             )
             chosen = choosing.nan_to_num(-1).argmax(dim=0)
-            at_budget["probe_auroc"] = measuring.gather(0, chosen.unsqueeze(0))[0]
+            # Nothing is chosen for a label that half of the contexts lack, or have alone.
+            was_chosen = ~choosing.isnan().all(dim=0)
+            at_budget["probe_auroc"] = measuring.gather(0, chosen.unsqueeze(0))[0].where(was_chosen, torch.nan)
             found.append(at_budget)
     return LabelScores(
         budgets=budgets,

@@ -16,6 +16,8 @@ import torch
 from dictionaries import language_model
 from tqdm import tqdm
 
+from hf_hierarchical_sae.sites import find_site, site_hook
+
 
 # SAEBench's: letters whose probe has a lower F1 are not looked at, and a further latent is one of the letter's if it adds
 # this much to the F1, of at most so many.
@@ -48,13 +50,13 @@ def read_words(settings: dict) -> dict[str, Any]:
     prompts = [create_icl_prompt(word, examples, **prompt_form(settings["in_context"])) for word in words]
     start = prompts[0].base.removesuffix(TEMPLATE.format(word=words[0]))
     prefix = model(torch.tensor([tokenizer(start)["input_ids"]], device=model.device), use_cache=True).past_key_values
-    states = []
+    states: list[torch.Tensor] = []
     # What follows a word does not reach it: the text before all of them is read once, then each word.
-    for part in tqdm(torch.tensor([ids[word] for word in words]).split(128), desc="words", unit="batch"):
-        cache = copy.deepcopy(prefix)
-        cache.batch_repeat_interleave(len(part))
-        outputs = model(part.to(model.device), past_key_values=cache, output_hidden_states=True)
-        states.append(outputs.hidden_states[settings["layer"] + 1][:, 0].float().cpu())
+    with site_hook(find_site(model, settings["layer"]), lambda found: states.append(found[:, 0].float().cpu())):
+        for part in tqdm(torch.tensor([ids[word] for word in words]).split(128), desc="words", unit="batch"):
+            cache = copy.deepcopy(prefix)
+            cache.batch_repeat_interleave(len(part))
+            model(part.to(model.device), past_key_values=cache)
     return {
         "words": words,
         "examples": examples,

@@ -1,5 +1,7 @@
 """The mechanics of a language model as judge: what it is shown, what it is asked, and what its answers are worth."""
 
+import zlib
+
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -14,6 +16,7 @@ from hf_hierarchical_sae import (
     detection_scores,
     explain_latents,
     fuzzing_scores,
+    judge_scores,
     read_latents,
 )
 
@@ -216,3 +219,104 @@ def test_numbers_that_cannot_be_meant_are_refused(activations, tokenizer, judge,
         explain_latents(activations, tokenizer, latents, judge, **options)
     with pytest.raises(ValueError, match=message):
         fuzzing_scores(activations, tokenizer, dict.fromkeys(latents, "a word"), judge, **options)
+
+
+def hand_made(lengths, firing, unread=()):
+    """Contexts of some lengths in tokens 0, 1, 2, …; `firing` holds (latent, position, value) in order."""
+    total = sum(lengths)
+    latents = torch.tensor([latent for latent, _, _ in firing])
+    is_read = torch.ones(total, dtype=torch.bool)
+    is_read[list(unread)] = False
+    return LatentActivations(
+        k=1,
+        token_ids=torch.arange(total),
+        context_starts=torch.tensor([0, *lengths]).cumsum(0),
+        is_read=is_read,
+        latent_starts=torch.tensor([0, *torch.bincount(latents, minlength=3).cumsum(0)]),
+        positions=torch.tensor([position for _, position, _ in firing]).int(),
+        values=torch.tensor([value for _, _, value in firing]),
+        ranks=torch.ones(len(firing), dtype=torch.int16),
+    )
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """Scores of a hand-made set, and the texts that were asked about as lists of tokens, "<" and ">"."""
+    monkeypatch.setattr(judge_scores, "decoded", lambda tokenizer, *ids: "".join(f" {token} " for token in ids))
+    asked = []
+
+    def run(scores, activations, latents=(0,), margin=lambda prompt: 0.0, **options):
+        asked.clear()
+
+        def answer(judge, tokenizer, prompt):
+            text = prompt.partition("Text: ")[2].partition("\n")[0]
+            asked.append(text.replace("<<", "<").replace(">>", ">").split())
+            return margin(prompt)
+
+        monkeypatch.setattr(judge_scores, "_margin", answer)
+        explanations = dict.fromkeys(latents, "a")
+        given = {"judge_tokenizer": None, "show_progress": False, **options}
+        return scores(activations, None, explanations, None, **given), [asked[::2], asked[1::2]]
+
+    return run
+
+
+def test_few_silent_contexts_stand_beside_strong_and_weak_ones(judged):
+    strengths = [(0, 30 * context + 5, 100.0 - context) for context in range(97)]
+    found, (firing, silent) = judged(detection_scores, hand_made([30] * 100, strengths))
+
+    contexts = [int(text[0]) // 30 for text in firing]
+    assert found[0].examples == 3 and [min(contexts) < 10, max(contexts) > 60] == [True, True]
+    assert {int(text[0]) // 30 for text in silent} == {97, 98, 99}
+
+
+def test_silent_texts_are_as_long_as_those_that_they_stand_beside(judged):
+    """Most are shorter than the window, and one is longer."""
+    lengths = [12, 15] * 100 + [40]
+    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    activations = hand_made(lengths, [(0, starts[context] + 5, 1.0 + context % 10) for context in range(20)])
+    found, (firing, silent) = judged(detection_scores, activations)
+
+    assert found[0].examples == 10
+    assert [len(text) for text in firing] == [len(text) for text in silent] == [15] * 5 + [12] * 5
+    assert all(int(token) >= starts[20] for text in silent for token in text)
+    # Without a context that is long enough the longest are left out, and not the latent.
+    lengths = [40, 12, 40, 12, 12, 12]
+    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    activations = hand_made(lengths, [(0, starts[context] + 5, 4.0 - context) for context in range(4)])
+    found, (firing, silent) = judged(detection_scores, activations)
+    assert found[0].examples == 2 and [len(text) for text in firing + silent] == [12] * 4
+
+
+def test_only_tokens_that_were_read_are_marked_in_the_place_of_those_that_fire(judged):
+    unread = [30 * context + place for context in range(40) for place in range(10)]
+    firing = [(0, 30 * context + 15 + place, 1.0 + context) for context in range(20) for place in range(3)]
+    found, (_, moved) = judged(fuzzing_scores, hand_made([30] * 40, firing, unread))
+
+    marked = [int(token) for text in moved for i, token in enumerate(text) if is_marked(text, i)]
+    assert found[0].examples == 10 and len(marked) == 30
+    assert not {*marked} & {*unread} and not {*marked} & {position for _, position, _ in firing}
+
+
+def is_marked(text, place):
+    return text[place] not in "<>" and text[:place].count("<") > text[:place].count(">")
+
+
+def test_a_score_does_not_depend_on_the_latents_asked_before(judged):
+    activations = hand_made(
+        [30] * 40, [(latent, 30 * c + 5 + latent, 1.0 + c) for latent in (0, 1) for c in range(20)]
+    )
+    options = {"margin": lambda prompt: zlib.crc32(prompt.encode()) % 1000 - 500}
+    for scores in (detection_scores, fuzzing_scores):
+        alone, texts = judged(scores, activations, [1], **options)
+        after, _ = judged(scores, activations, [0, 1], **options)
+        other_seed, others = judged(scores, activations, [1], seed=5, **options)
+        assert alone[1] == after[1] and texts != others
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_judge_that_answers_with_no_number_is_refused(judged, value):
+    activations = hand_made([30] * 40, [(0, 30 * context + 5, 1.0 + context) for context in range(20)])
+    for scores in (detection_scores, fuzzing_scores):
+        with pytest.raises(ValueError, match="got NaN or infinity: load the judge in bfloat16 or float32"):
+            judged(scores, activations, margin=lambda prompt: value)

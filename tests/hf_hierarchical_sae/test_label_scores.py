@@ -90,6 +90,17 @@ def test_the_probe_is_chosen_on_one_half_and_measured_on_the_other():
         assert found.probe_auroc[0, label] == pytest.approx(measuring[choosing.index(max(choosing))])
 
 
+@pytest.mark.parametrize("half", [0, 1])
+def test_no_probe_is_chosen_for_a_label_that_one_half_lacks_or_has_alone(half):
+    activations = random_activations(context_length=4)
+    in_half = activations.position_contexts % 2 == half
+    missing = torch.where(in_half, torch.randint(0, 2, (300,)), torch.randint(0, 3, (300,)))
+    alone = torch.where(in_half, 2, torch.randint(0, 3, (300,)))
+
+    assert score(activations, missing, budgets=[6]).probe_auroc[0].isnan().tolist() == [False, False, True]
+    assert score(activations, alone, budgets=[6]).probe_auroc[0].isnan().tolist() == [True, True, True]
+
+
 def test_a_latent_for_each_label_scores_perfectly_and_noise_scores_as_by_chance():
     labels = torch.randint(0, 3, (600,))
     dense = torch.rand(600, 6) * (torch.rand(600, 6) < 0.2)
