@@ -130,7 +130,8 @@ def load_saelens(source: str | Path, subfolder: str = "") -> HierarchicalSaeMode
     if settings.get("rescale_acts_by_decoder_norm"):
         norms = torch.linalg.vector_norm(tensors["W_dec"], dim=1)
         tensors["W_enc"], tensors["b_enc"] = tensors["W_enc"] * norms, tensors["b_enc"] * norms
-        tensors["W_dec"] = tensors["W_dec"] / norms.unsqueeze(1)
+        # A row of zeros adds nothing, whatever it is divided by.
+        tensors["W_dec"] = tensors["W_dec"] / norms.masked_fill(norms == 0, 1).unsqueeze(1)
     metadata = settings["metadata"]
     origin = {
         **_places(metadata.get("hook_name"), metadata.get("hook_name_out") if architecture in TRANSCODERS else None),
@@ -336,6 +337,9 @@ def _saelens_settings(settings: dict) -> dict:
         **({"rescale_acts_by_decoder_norm": False} if architecture == "topk" else {}),
     }
     _check_keys(CONFIG, settings, needed, defaults)
+    for name, value in settings.items():
+        if isinstance(defaults.get(name), bool) and not isinstance(value, bool):
+            raise ValueError(f"{name} in {CONFIG} must be true or false, got {value!r}")
     settings = {"d_out": settings["d_in"], **defaults, **settings, "metadata": metadata}
     if is_transcoder and settings["apply_b_dec_to_input"] is not False:
         raise ValueError(
@@ -495,7 +499,13 @@ def _write(folder: str | Path, settings: dict, weights_name: str, tensors: dict[
 
 def _find(source: str | Path, subfolder: str, weights_name: str, *others: str) -> list[str]:
     """Where the weights and other files are, from the Hub if `source` is no folder."""
-    folder = Path(source, subfolder)
+    path, folder = Path(source), Path(source, subfolder)
+    if path.is_file():
+        raise ValueError(f"expected the folder that holds {weights_name}, got the file {path}")
+    if not path.exists() and (path.is_absolute() or len(path.parts) > 2):
+        raise ValueError(
+            f"expected a folder with {weights_name}, or an id on the Hub, got {path}, which does not exist"
+        )
     if folder.is_dir() and not (folder / weights_name).exists():
         pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
         if pickles:

@@ -98,6 +98,47 @@ def test_ours_loads_a_topk_sae_of_saelens_with_equal_reconstructions(saelens, x,
     assert ours.config.layer == 3 and ours.config.hook_point == "input" and not ours.training
 
 
+def test_a_row_of_zeros_in_a_rescaled_sae_of_saelens_adds_nothing(saelens, x, tmp_path):
+    options = {"rescale_acts_by_decoder_norm": True, "apply_b_dec_to_input": False}
+    theirs = saelens.TopKSAE(saelens.TopKSAEConfig(d_in=D_IN, d_sae=D_SAE, k=D_SAE, **options))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_()
+        theirs.W_dec[3] = 0
+    theirs.save_model(tmp_path)
+    with torch.no_grad():
+        pre_activations = ((x @ theirs.W_enc + theirs.b_enc) * theirs.W_dec.norm(dim=1)).relu()
+        rows = torch.nn.functional.normalize(theirs.W_dec, dim=1)
+        expected = pre_activations @ rows + theirs.b_dec
+
+    ours = load_saelens(tmp_path)
+
+    assert not ours.W_dec[3].any()
+    torch.testing.assert_close(ours(x).reconstruction, expected, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["apply_b_dec_to_input", "rescale_acts_by_decoder_norm"])
+def test_a_setting_that_is_no_truth_value_is_refused(tmp_path, name):
+    save_saelens(make_sae(), tmp_path)
+    settings = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps({**settings, name: "false"}))
+
+    with pytest.raises(ValueError, match=f"{name} in cfg.json must be true or false, got 'false'"):
+        load_saelens(tmp_path)
+
+
+@pytest.mark.parametrize("load", [load_saelens, load_sparsify, load_gemma_scope])
+def test_a_path_to_a_file_or_to_nothing_is_no_id_on_the_hub(tmp_path, load):
+    (tmp_path / "weights.pt").write_text("")
+
+    with pytest.raises(ValueError, match=r"expected the folder that holds [a-z_.]+, got the file .*weights.pt"):
+        load(tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"expected a folder with [a-z_.]+, or an id .*nothing, which does not exist"):
+        load(str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="runs/layers.3/sae, which does not exist"):
+        load("runs/layers.3/sae")
+
+
 def test_a_threshold_is_exchanged_with_saelens_as_a_jumprelu(saelens, x, tmp_path):
     sae = make_sae(selection="batch_topk", budgets=[K])
 
