@@ -212,8 +212,8 @@ def adapter_report(
         model (`PeftModel`): A causal language model with one active, unmerged BiasSteer adapter. It is left as it was.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         data (`dict[str, list[dict]]`):
-            Data sets by name, each what [`read_completions`] returns: the first is what the adapter is for; on the others, gains
-            say what it does elsewhere.
+            Data sets by name, each what [`read_completions`] returns: the first is what the adapter is for; on the others,
+            gains say what it does elsewhere.
         adapter_name (`str`, *optional*, defaults to `"default"`): Name of the adapter.
         group_size (`int`, *optional*, defaults to 5): Layers that are left out, or kept, together.
         scales (`tuple[float]`, *optional*): Factors of the vectors.

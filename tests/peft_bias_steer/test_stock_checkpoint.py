@@ -90,7 +90,7 @@ def test_generation_config_and_tokenizer_travel_along(tiny_language_model, tmp_p
     )
 
 
-def test_a_model_that_hears_keeps_what_prepares_its_sounds(tiny_language_model, tmp_path):
+def test_a_model_that_hears_keeps_what_prepares_its_sounds(tmp_path):
     sizes = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in HEARS.items()}
     config = WhisperConfig(
         **sizes, vocab_size=259, d_model=32, num_mel_bins=8, max_source_positions=20, max_target_positions=40, **TOKENS
