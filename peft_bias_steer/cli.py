@@ -39,6 +39,7 @@ from .serving.base_model import (
     read_config,
     trained_modules,
 )
+from .serving.check import PROMPTS, check_server
 from .serving.gguf import export_control_vector, export_gguf, from_control_vector
 from .serving.other_servers import export_easysteer, export_hotwire
 from .serving.routes import adapter_routes, routes_table
@@ -62,7 +63,7 @@ examples:
   # which servers give its answers exactly, and why the others do not; reads the config of the base model
   bias-steer routes outputs/steer
 
-  # a checkpoint for vLLM, SGLang or transformers without this package
+  # a checkpoint for vLLM or transformers without this package
   bias-steer export outputs/steer --format stock --output steered-model
   # a control vector for llama.cpp (which takes none for layer 0)
   bias-steer export outputs/steer --format control-vector --output steer.gguf --drop_first_layer
@@ -74,6 +75,9 @@ examples:
   # a file for EasySteer, or for hotwire-vllm; prints what a request to that server holds besides its prompt
   bias-steer export outputs/steer --format easysteer --output steer.gguf
   bias-steer export outputs/steer --format hotwire --output steer.pt
+
+  # does a running server steer? Many drop the vectors without a word; its log-probabilities tell
+  bias-steer check outputs/steer --url http://localhost:8000/v1
 
   # an adapter without training, from lines {"positive": "I am happy ...", "negative": "I am sad ..."}
   bias-steer extract base --pairs pairs.jsonl --output outputs/happy
@@ -181,6 +185,30 @@ def routes(args: argparse.Namespace) -> None:
     _show(args, [asdict(route) for route in found], lambda: routes_table(found))
 
 
+def check(args: argparse.Namespace) -> None:
+    prompts = [_prompt_of(row, place) for place, row in read_json_lines(args.prompts)] if args.prompts else PROMPTS
+    model = load_steered_model(args.adapter, args.base_model)
+    tokenizer = load_tokenizer(unwrap(model).name_or_path or args.adapter)
+    found = check_server(model, tokenizer, args.url, args.model, prompts=prompts)
+    print(json.dumps(asdict(found), indent=2) if args.json else found)
+    if found.is_base:
+        raise ValueError(
+            f"{args.url} answers as the base model does, it has dropped the vectors: bias-steer routes {args.adapter} says "
+            "which servers keep them, and how"
+        )
+    if not found.is_steered:
+        raise ValueError(
+            f"{args.url} answers neither as the steered model does nor as the base: another scale, vectors that are added "
+            "twice, another base model, or one that is quantised so coarsely that it cannot be told?"
+        )
+
+
+def _prompt_of(row: Any, place: str) -> str:
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise ValueError(f'expected {{"prompt": "a text"}} in {place}, got {str(row)[:60]}')
+    return row["prompt"]
+
+
 def extract(args: argparse.Namespace) -> None:
     check_empty_folder(args.output)
     scale = as_factor(args.scale, "--scale")
@@ -258,7 +286,7 @@ def _parser() -> argparse.ArgumentParser:
     form: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXAMPLES}
     parser = argparse.ArgumentParser(prog="bias-steer", description=__doc__, **form)
     commands = parser.add_subparsers(
-        required=True, metavar="inspect | lens | report | routes | export | extract | run"
+        required=True, metavar="inspect | lens | report | routes | export | check | extract | run"
     )
     summaries = {
         inspect: "norms, rank and similarity of the vectors (reads the adapter alone)",
@@ -266,6 +294,7 @@ def _parser() -> argparse.ArgumentParser:
         report: "what it is and does: vectors, dose, tokens, gains by scale, layer and data set; Markdown and plots",
         routes: "ways to serve it: which are exact, and why the others are not",
         export: "write the steered model, or the vectors, for other software",
+        check: "does a running server answer as the steered model? Asks it for log-probabilities",
         extract: "make an adapter without training: from pairs of prompts, a merged checkpoint, a control vector",
         run: "run a Python program that loads it, without a line of code in that program",
     }
@@ -274,17 +303,18 @@ def _parser() -> argparse.ArgumentParser:
         subparser = commands.add_parser(function.__name__, help=summary, description=summary, **form)
         subparser.set_defaults(run=function)
         subparsers[function] = subparser
-    for function in (inspect, lens, report, routes, export):
+    for function in (inspect, lens, report, routes, export, check):
         help_text = "folder or Hub id of the adapter (of the base model for bias-ready)"
         subparsers[function].add_argument("adapter", help=help_text)
-    for function in (inspect, lens, routes):
+    for function in (inspect, lens, routes, check):
         subparsers[function].add_argument("--json", action="store_true", help="print JSON instead of a table")
-    for function in (lens, report, routes, export):
+    for function in (lens, report, routes, export, check):
         subparsers[function].add_argument("--base_model", help="base model, if not the one the adapter names")
     subparsers[inspect].add_argument("--plot", metavar="FILE", help="draw the numbers into this image file")
     _add_lens_options(subparsers[lens])
     _add_report_options(subparsers[report])
     _add_export_options(subparsers[export])
+    _add_check_options(subparsers[check])
     _add_extract_options(subparsers[extract])
     subparsers[run].add_argument("-m", dest="module", action="store_true", help="the target is a module")
     subparsers[run].add_argument("target", help="module, command or script")
@@ -322,6 +352,14 @@ def _add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gguf_in", metavar="FILE", help="llama.cpp model to add the vectors to")
     parser.add_argument(
         "--drop_first_layer", action="store_true", help="control-vector: give up the vector of layer 0"
+    )
+
+
+def _add_check_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", required=True, help="of the server's interface, such as http://localhost:8000/v1")
+    parser.add_argument("--model", help="name of the model, or of the adapter, there (default: the only one)")
+    parser.add_argument(
+        "--prompts", metavar="FILE", help='JSON Lines with a "prompt", a text; by default a dozen short ones'
     )
 
 

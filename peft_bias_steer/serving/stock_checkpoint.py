@@ -1,4 +1,4 @@
-"""Steered models as checkpoints of stock transformers classes, for vLLM, SGLang and everything else."""
+"""Steered models as checkpoints of stock transformers classes, for vLLM and whatever else reads their biases."""
 
 import copy
 import os

@@ -25,11 +25,13 @@ from peft_bias_steer import (  # noqa: E402
     export_control_vector,
     export_gguf,
     from_control_vector,
+    from_vectors,
     set_steering_vectors,
     steering_vectors,
 )
 from peft_bias_steer.architectures import CONTROL_VECTOR_TYPES, GGUF_BIAS_TYPES  # noqa: E402
 from peft_bias_steer.serving import llama_cpp as running  # noqa: E402
+from peft_bias_steer.serving.check import check_server  # noqa: E402
 from tests.peft_bias_steer.serving.tiny_gguf import write_gguf  # noqa: E402
 from tests.peft_bias_steer.tiny_models import SMALL, make_base, steer  # noqa: E402
 
@@ -131,7 +133,7 @@ def test_gguf_file_with_biases_holds_every_layer_and_is_served(gguf_f32, model, 
 
     ids = tokenizer(PROMPTS[0]).input_ids
     torch.testing.assert_close(llama_logits(llama, ids), logits(model, ids), **CLOSE)
-    expected = greedy(model, tokenizer, PROMPTS)
+    expected, vectors = greedy(model, tokenizer, PROMPTS), steering_vectors(model)
     assert llama_greedy(llama, PROMPTS) == expected
     with serve(tmp_path / "steered.gguf", tmp_path / "server.log") as client:
         for prompt, text in list(zip(PROMPTS, expected))[:8]:
@@ -141,6 +143,14 @@ def test_gguf_file_with_biases_holds_every_layer_and_is_served(gguf_f32, model, 
                 model="steered", prompt=prompt, max_tokens=12, temperature=0, extra_body=plain
             )
             assert answer.choices[0].text == text
+        url = str(client.base_url)
+        found = check_server(model, tokenizer, url)
+        assert found.is_steered and found.difference < 1e-3 < 0.1 < found.effect, found
+        base = model.unload()
+    with serve(gguf_f32, tmp_path / "base.log") as client:
+        steered = from_vectors(vectors, base)
+        found = check_server(steered, tokenizer, str(client.base_url))
+        assert found.is_base and not found.is_steered, found
 
 
 class serve:
@@ -151,7 +161,7 @@ class serve:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         command = [sys.executable, "-m", "llama_cpp.server", "--model", path, "--port", self.port, "--n_ctx", 256,
-                   "--n_threads", 1, "--type_k", 0, "--type_v", 0]  # fmt: skip
+                   "--n_threads", 1, "--type_k", 0, "--type_v", 0, "--logits_all", True]  # fmt: skip
         self.log = log
         self.process = subprocess.Popen(
             [str(part) for part in command], stdout=log.open("w"), stderr=subprocess.STDOUT

@@ -20,6 +20,7 @@ import httpx  # noqa: E402
 import openai  # noqa: E402
 
 from peft_bias_steer import vllm_overrides  # noqa: E402
+from peft_bias_steer.serving.check import check_server  # noqa: E402
 from tests.conftest import byte_tokenizer  # noqa: E402
 from tests.peft_bias_steer.serving.served import NAMES, make_base, reference, steer  # noqa: E402
 
@@ -118,6 +119,21 @@ def test_an_adapter_is_a_model(server):
     assert server.complete("first", bias_steer_scale=0.5) == server.expected("first", 0.5)
     with pytest.raises(openai.NotFoundError, match="`fourth` does not exist"):
         server.complete("fourth")
+
+
+def test_what_each_name_serves_is_found_out_by_its_log_probabilities(server):
+    prompts, active = [TEXT[:length] for length in range(8, 72)], server.model.active_adapter
+    try:
+        for name in NAMES:
+            server.model.set_adapter(name)
+            found = check_server(server.model, server.tokenizer, f"{server.url}/v1", name, prompts=prompts)
+            assert found.is_steered and found.difference < 1e-4, found
+            other = NAMES[NAMES.index(name) - 1]
+            for served, is_base in (("base", True), (other, False)):
+                found = check_server(server.model, server.tokenizer, f"{server.url}/v1", served, prompts=prompts)
+                assert found.is_base == is_base and not found.is_steered, found
+    finally:
+        server.model.set_adapter(active)
 
 
 def test_chat_is_steered(server):
