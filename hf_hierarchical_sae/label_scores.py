@@ -11,6 +11,8 @@ from .latent_activations import LatentActivations
 
 
 MEASURES = ("purity", "information", "auroc")
+# Contexts of about one length that exchange the labels of their tokens.
+NEIGHBOURS = 10
 
 
 @dataclass(kw_only=True)
@@ -105,8 +107,9 @@ def score_labels(
     How far each latent goes with one label of the text, at each budget, with the same for permuted labels.
 
     Labels of contexts are permuted among contexts: in a random order of these, each label gets as many tokens as it
-    had, so that only contexts where one label ends and the next begins are divided. Labels of tokens are shifted
-    along the text by a random distance, which keeps the runs that they come in.
+    had, so that only contexts where one label ends and the next begins are divided. Labels of tokens are exchanged among
+    contexts of about one length, which keeps the runs that they come in, and that a context is full of some of them; in a
+    single context they are shifted along it by a random distance.
 
     Args:
         activations ([`LatentActivations`]): from [`read_latents`].
@@ -137,11 +140,8 @@ def score_labels(
     if len(per_token.unique()) < 2:
         raise ValueError(f"expected tokens of at least 2 labels, got {len(per_token.unique())} on {len(used)} tokens")
     generator = torch.Generator().manual_seed(integer("seed", seed))
-    if is_by_context:
-        shuffled = [_permuted(per_token, contexts, generator) for _ in range(permutations)]
-    else:
-        shifts = torch.randint(1, len(used), (permutations,), generator=generator).tolist()
-        shuffled = [per_token.roll(shift) for shift in shifts]
+    permute = _permuted if is_by_context else _dealt_by_context
+    shuffled = [permute(per_token, contexts, generator) for _ in range(permutations)]
 
     found = []
     total = len(budgets) * (1 + permutations)
@@ -237,6 +237,25 @@ def _permuted(per_token: torch.Tensor, contexts: torch.Tensor, generator: torch.
     places = torch.randperm(len(present), generator=generator)[inverse]
     dealt = torch.empty_like(per_token)
     dealt[places.argsort(stable=True)] = per_token.sort().values
+    return dealt
+
+
+def _dealt_by_context(per_token: torch.Tensor, contexts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """
+    Labels of tokens in `contexts`, (n,) each, where each context has those of another of about its length: they lie end to
+    end, in groups of neighbours in length, so that where lengths differ a few go over a context's border.
+    """
+    present, inverse, lengths = contexts.unique(return_inverse=True, return_counts=True)
+    if len(present) == 1:
+        return per_token.roll(int(torch.randint(1, len(per_token), (), generator=generator)))
+    by_length, source = lengths.argsort(stable=True), torch.empty_like(present)
+    for group in by_length.tensor_split(max(1, len(present) // NEIGHBOURS)):
+        circle = group[torch.randperm(len(group), generator=generator)]
+        source[circle] = circle.roll(1)
+    place, dealt = torch.arange(len(present)), torch.empty_like(per_token)
+    taken, given = torch.empty_like(present), torch.empty_like(present)
+    taken[by_length], given[source[by_length]] = place, place
+    dealt[taken[inverse].argsort(stable=True)] = per_token[given[inverse].argsort(stable=True)]
     return dealt
 
 
