@@ -175,6 +175,8 @@ class RebasedModel(RebasedPreTrainedModel):
 
     def __init__(self, config: RebasedConfig):
         super().__init__(config)
+        # `from_pretrained` sets what it is given in a config that was checked before.
+        config.validate_architecture()
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)

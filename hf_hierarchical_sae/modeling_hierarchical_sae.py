@@ -97,6 +97,8 @@ class HierarchicalSaeModel(PreTrainedModel):
 
     def __init__(self, config: HierarchicalSaeConfig):
         super().__init__(config)
+        # `from_pretrained` sets what it is given in a config that was checked before.
+        config.validate_architecture()
         d_out: Any = config.d_out
         self.encoder_weight = nn.Parameter(torch.empty(config.d_sae, config.d_in))
         self.b_enc = nn.Parameter(torch.empty(config.d_sae))

@@ -430,3 +430,20 @@ def test_learned_positions_say_where_they_end():
     assert model(tokens(1, 8)).logits.isfinite().all()
     with pytest.raises(ValueError, match="learned positions for max_position_embeddings=8 tokens, got 9"):
         model(tokens(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernel": "softmax"}, "kernel must be one of rebased, taylor, got 'softmax'"),
+        ({"initializer_range": -1.0}, "initializer_range must be a finite number that is not negative"),
+        ({"attention_eps": 0.0}, "attention_eps must be a finite number above 0"),
+    ],
+)
+def test_a_setting_that_cannot_be_meant_is_refused_when_a_model_is_loaded_with_it(tmp_path, options, message):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    RebasedForCausalLM(RebasedConfig(**sizes)).save_pretrained(tmp_path)
+
+    assert RebasedForCausalLM.from_pretrained(tmp_path, kernel="taylor").config.kernel == "taylor"
+    with pytest.raises(ValueError, match=message):
+        RebasedForCausalLM.from_pretrained(tmp_path, **options)

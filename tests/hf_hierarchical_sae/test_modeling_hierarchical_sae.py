@@ -1070,3 +1070,19 @@ def test_a_more_exact_copy_of_an_optimizer_is_left_alone(dtype):
     sae.normalize_decoder()
 
     assert len(written) == (dtype == torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 128}, r"k must be in \[1, d_sae=64\], got 128"),
+        ({"budgets": [1, 200]}, "budgets"),
+        ({"selection": "strongest"}, "selection must be 'topk', "),
+    ],
+)
+def test_a_setting_that_does_not_fit_is_refused_when_a_model_is_loaded_with_it(tmp_path, options, message):
+    HierarchicalSaeModel(HierarchicalSaeConfig(d_in=16, d_sae=64, k=4)).save_pretrained(tmp_path)
+
+    assert HierarchicalSaeModel.from_pretrained(tmp_path, k=2).config.k == 2
+    with pytest.raises(ValueError, match=message):
+        HierarchicalSaeModel.from_pretrained(tmp_path, **options)
