@@ -1,5 +1,6 @@
 """What every example script promises: one file, its command in its docstring, declared dependencies, helpful --help."""
 
+import argparse
 import ast
 import json
 import re
@@ -183,3 +184,30 @@ def test_examples_make_no_step_after_the_last(tmp_path):
     assert (first.state.global_step, again.state.global_step) == (5, 5)
     expected = first.model.state_dict()
     assert all(tensor.equal(expected[name]) for name, tensor in again.model.state_dict().items())
+
+
+def test_a_folder_keeps_results_of_one_kind(tmp_path):
+    record = load_example("shared/interrupts.py").record_settings
+    folder = tmp_path / "out"
+    record(folder, {"layer": 99, "budgets": (1, 2)})
+    # What is refused after that has left nothing.
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "words.pt.unfinished").write_text("half")
+    record(folder, {"layer": 9, "budgets": (1, 2), "path": None})
+    (folder / "tasks" / "words.pt").write_text("all")
+
+    record(folder, {"layer": 9, "budgets": [1, 2], "path": None})
+    with pytest.raises(SystemExit, match="holds results with layer 9 and not 8, path None and not 'a': give another"):
+        record(folder, {"layer": 8, "budgets": (1, 2), "path": "a"})
+    assert json.loads((folder / "settings.json").read_text())["layer"] == 9
+
+
+@pytest.mark.parametrize(
+    ("seeds", "message"), [([0, 1, 0, 2, 1], "got 0, 1 more than once"), ([-1, 2], "must be at least 0, got -1")]
+)
+def test_a_seed_is_one_draw(seeds, message, capsys):
+    options = load_example("shared/options.py")
+    options.check_seeds(argparse.ArgumentParser(), [3, 0])
+    with pytest.raises(SystemExit):
+        options.check_seeds(argparse.ArgumentParser(), seeds)
+    assert message in capsys.readouterr().err

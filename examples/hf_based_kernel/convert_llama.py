@@ -40,7 +40,7 @@ from conversions import (
     spread,
     train,
 )
-from interrupts import whole
+from interrupts import record_settings, whole
 from options import check_least
 from packed_text import DEMO_MODEL
 
@@ -98,22 +98,11 @@ def complete(parser, arguments):
 
 
 def begin(arguments):
-    """
-    Make the folder, and refuse one in which something else was begun: what is there is not done again. Called when model and
-    text are there, so that nothing is begun with options that were wrong.
-    """
+    """Called when model and text are there, so that nothing is begun with options that were wrong."""
     # How many layers are replaced may differ, as stage 1 is of all, and what is measured.
     free = ("replace", "numbers", "output_dir", "long_rows", "other_files", "lm_eval")
     settings = {name: str(value) for name, value in vars(arguments).items() if name not in free}
-    record = arguments.output_dir / "settings.json"
-    if record.exists() and json.loads(record.read_text()) != settings:
-        raise SystemExit(
-            f"{arguments.output_dir} was begun with other options: give another --output_dir, or delete it"
-        )
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    if PartialState().is_main_process:
-        with whole(record) as unfinished:
-            unfinished.write_text(json.dumps(settings, indent=1) + "\n")
+    record_settings(arguments.output_dir, settings)
     set_seed(arguments.seed)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -105,6 +106,24 @@ def whole(path: Path) -> Generator[Path]:
     shutil.rmtree(unfinished, ignore_errors=True)
     yield unfinished
     unfinished.replace(path)
+
+
+def record_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """
+    Make a folder and record what its results are made with; end the program where it holds some that were made otherwise.
+    A run that was refused its options has left nothing but the record, which gives way.
+    """
+    record, settings = folder / "settings.json", json.loads(json.dumps(settings))
+    if record.exists() and (found := json.loads(record.read_text())) != settings:
+        begun = (path for path in folder.rglob("*") if path.is_file() and path != record)
+        if any(path.suffix != ".unfinished" for path in begun):
+            names = sorted(name for name in found | settings if found.get(name) != settings.get(name))
+            differing = ", ".join(f"{name} {found.get(name)!r} and not {settings.get(name)!r}" for name in names)
+            raise SystemExit(f"{folder} holds results with {differing}: give another --output_dir, or delete it")
+    folder.mkdir(parents=True, exist_ok=True)
+    if PartialState().is_main_process:
+        with whole(record) as unfinished:
+            unfinished.write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def add_resume_option(parser: argparse.ArgumentParser) -> None:

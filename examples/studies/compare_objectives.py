@@ -41,6 +41,7 @@ from hf_hierarchical_sae.whole_files import whole_file
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 from dictionaries import folder_name, harvested, language_model, train
+from interrupts import record_settings
 from plays import find_plays
 
 
@@ -413,12 +414,7 @@ def main():
     # Without it, processes that torchrun starts on CPUs would not know of one another.
     PartialState(cpu=not torch.accelerator.is_available())
     started, processor = time.monotonic(), time.process_time()
-    output.mkdir(parents=True, exist_ok=True)
-    record = output / "settings.json"
-    if record.exists() and json.loads(record.read_text()) != settings:
-        raise SystemExit(f"{output} holds a comparison with other settings: give another --output_dir, or delete it")
-    with whole_file(record) as unfinished:
-        unfinished.write_text(json.dumps(settings, indent=2) + "\n")
+    record_settings(output, settings)
     data = (
         planted(settings)
         if settings["model"] is None

@@ -43,7 +43,9 @@ from hf_hierarchical_sae.whole_files import whole_file
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 from dictionaries import AtBudget, folder_name, harvested, interval, language_model, train
 from first_letters import ABSORPTION, absorption, letter_probes, read_words
+from interrupts import record_settings
 from labelled_text import split, tasks, unlabelled
+from options import check_seeds
 
 
 DEMO_MODEL = Path("outputs/SmolLM2-135M-Instruct")
@@ -84,6 +86,7 @@ def parse_arguments():
     parser.add_argument("--wordnet", type=Path, default="/usr/share/wordnet", help="folder with WordNet's data.noun")
     parser.add_argument("--output_dir", type=Path, help="where everything is written (outputs/probes_PRESET)")
     arguments = parser.parse_args()
+    check_seeds(parser, arguments.seeds)
     given = {name: value for name in ("model", "layer") if (value := getattr(arguments, name)) is not None}
     names = [name for name in tasks(arguments.wordnet) if name.startswith(tuple(arguments.tasks or [""]))]
     if not names:
@@ -395,12 +398,7 @@ def main():
     if missing:
         raise SystemExit(f"{', '.join(missing)} not installed: `pip install {' '.join(missing)}`, or see --help")
     settings, output = arguments.settings, arguments.output_dir
-    output.mkdir(parents=True, exist_ok=True)
-    record = output / "settings.json"
-    if record.exists() and json.loads(record.read_text()) != settings:
-        raise SystemExit(f"{output} holds results of other settings: give another --output_dir, or delete it")
-    with whole_file(record) as unfinished:
-        unfinished.write_text(json.dumps(settings, indent=2) + "\n")
+    record_settings(output, settings)
     sources = read_sources(settings, arguments.wordnet, output)
     references = refer(sources.tasks, output)
     results = {}

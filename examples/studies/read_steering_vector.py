@@ -46,7 +46,9 @@ from peft_bias_steer import set_steering_vectors, steering_vectors
 
 matplotlib.use("Agg")
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
+from interrupts import record_settings  # noqa: E402
 from matplotlib import pyplot  # noqa: E402
+from options import check_least  # noqa: E402
 from plays import find_plays  # noqa: E402
 
 
@@ -77,7 +79,12 @@ def parse_arguments():
     parser.add_argument("--shown", type=int, default=3, help="latents shown for each layer (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, text order and questions (%(default)s)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/suite"), help="for everything (%(default)s)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    least = dict.fromkeys(("tokens", "k", "max_steps", "batch_size"), 1) | {"shown": 0, "seed": 0}
+    check_least(parser, args, **least, **({} if args.d_sae is None else {"d_sae": args.k}))
+    if min(args.budgets) < 1:
+        parser.error(f"--budgets must be at least 1, got {min(args.budgets)}")
+    return args
 
 
 def load(name: str, option: str):
@@ -128,6 +135,8 @@ def read_passages(files, seed: int):
 
 def train_autoencoders(args, model, tokenizer, name, layers, texts, folder: Path):
     """One autoencoder for each layer, from one pass over the text; those in `folder` are loaded."""
+    options = ("text_files", "tokens", "d_sae", "k", "max_steps", "batch_size", "eval_size", "seed")
+    record_settings(folder, {"model": name, "layers": layers} | {each: str(getattr(args, each)) for each in options})
     missing = [layer for layer in layers if not (folder / f"layer_{layer}" / "model.safetensors").exists()]
     if missing:
         stream = iterate_activations(model, tokenizer, texts, layers, max_tokens=args.tokens)
@@ -263,6 +272,11 @@ def main():
     unknown = sorted(set(args.layers) - set(vectors))
     if unknown:
         raise SystemExit(f"--layers must be among the steered layers {sorted(vectors)}, got {unknown}")
+    d_sae = args.d_sae or 4 * base.config.hidden_size
+    if not max(args.k, *args.budgets) <= d_sae:
+        raise SystemExit(
+            f"--k and --budgets must be at most {d_sae}, the number of latents, got {args.k}, {args.budgets}"
+        )
     accuracies[f"vectors of all {len(vectors)} layers"] = accuracy(steered)
     alone = {layer: vector * (layer in args.layers) for layer, vector in vectors.items()}
     set_steering_vectors(steered, alone)

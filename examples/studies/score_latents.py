@@ -42,6 +42,8 @@ from hf_hierarchical_sae.whole_files import whole_file
 
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
+from interrupts import record_settings
+from options import check_least
 from plays import find_plays, speeches
 
 
@@ -80,6 +82,9 @@ def parse_arguments():
     parser.add_argument("--seed", type=int, default=0, help="of texts, permutations and judged latents (default: 0)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/sae_scores"), help="outputs/sae_scores")
     arguments = parser.parse_args()
+    check_least(parser, arguments, tokens=1, speakers=2, permutations=1, seed=0, judge_latents=0)
+    if min(arguments.budgets) < 1:
+        parser.error(f"--budgets must be at least 1, got {min(arguments.budgets)}")
     arguments.names = arguments.names or short_names(arguments.sae)
     files = {result_name(name) for name in arguments.names}
     if not len(files) == len(arguments.names) == len(arguments.sae):
@@ -182,13 +187,14 @@ def judged(activations, tokenizer, judge, judge_tokenizer, arguments, budget):
     explanations = explain_latents(activations, tokenizer, latents, judge, **asked)
     given = (activations, tokenizer, explanations, judge)
     found = {"detection": detection_scores(*given, **asked), "fuzzing": fuzzing_scores(*given, **asked)}
-    # What the explanations add: the same questions with another latent's explanation.
-    others = dict(zip(explanations, [*list(explanations.values())[1:], *list(explanations.values())[:1]]))
-    control = (activations, tokenizer, others, judge)
-    found |= {
-        "detection, swapped": detection_scores(*control, **asked),
-        "fuzzing, swapped": fuzzing_scores(*control, **asked),
-    }
+    # What the explanations add: the same questions with another latent's explanation, if there is another.
+    if len(explanations) > 1:
+        others = dict(zip(explanations, [*list(explanations.values())[1:], *list(explanations.values())[:1]]))
+        control = (activations, tokenizer, others, judge)
+        found |= {
+            "detection, swapped": detection_scores(*control, **asked),
+            "fuzzing, swapped": fuzzing_scores(*control, **asked),
+        }
     means = {
         name: sum(score.auroc for score in scores.values()) / len(scores) for name, scores in found.items() if scores
     }
@@ -290,16 +296,11 @@ def plot(results, budgets, path):
 def main():
     arguments = parse_arguments()
     output = arguments.output_dir
-    output.mkdir(parents=True, exist_ok=True)
     arguments.budgets = sorted(set(arguments.budgets))
     settings = {
         name: str(value) for name, value in vars(arguments).items() if name not in ("sae", "names", "output_dir")
     }
-    record = output / "settings.json"
-    if record.exists() and json.loads(record.read_text()) != settings:
-        raise SystemExit(f"{output} holds scores with other settings: give another --output_dir, or delete it")
-    with whole_file(record) as unfinished:
-        unfinished.write_text(json.dumps(settings, indent=2) + "\n")
+    record_settings(output, settings)
 
     name = arguments.model or HierarchicalSaeModel.from_pretrained(arguments.sae[0]).config.model_name
     if name is None:

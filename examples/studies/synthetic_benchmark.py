@@ -44,7 +44,8 @@ from hf_hierarchical_sae.whole_files import whole_file
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 from dictionaries import AtBudget, folder_name, interval
-from interrupts import train_from
+from interrupts import record_settings, train_from
+from options import check_least, check_seeds
 
 
 PRESETS = {
@@ -77,6 +78,8 @@ PRESETS = {
 }
 # Samples are kept for the next dictionary if all of them take no more than this many bytes.
 KEPT_BYTES = 2**31
+# What thresholds are read from.
+THRESHOLD_BATCHES = 16
 MEASURES = {"f1": "F1", "mcc": "MCC", "explained_variance": "explained variance", "uniqueness": "uniqueness"}
 
 
@@ -92,8 +95,11 @@ def parse_arguments():
     parser.add_argument("--steps", type=int, help="another number of steps than the preset's")
     parser.add_argument("--output_dir", type=Path, help="where everything is written (outputs/synthetic_PRESET)")
     arguments = parser.parse_args()
-    given = {name: getattr(arguments, name) for name in ("learning_rate", "steps")}
-    arguments.settings = PRESETS[arguments.preset] | {name: value for name, value in given.items() if value}
+    given = {name: value for name in ("learning_rate", "steps") if (value := getattr(arguments, name)) is not None}
+    least = {"learning_rate": 0.0, "steps": THRESHOLD_BATCHES}
+    check_least(parser, arguments, **{name: least[name] for name in given})
+    check_seeds(parser, [*arguments.seeds, *([] if arguments.check is None else [arguments.check])])
+    arguments.settings = PRESETS[arguments.preset] | given
     arguments.output_dir = arguments.output_dir or Path("outputs") / f"synthetic_{arguments.preset}"
     names = objectives(arguments.settings)
     wanted = tuple(arguments.objectives or [""])
@@ -246,7 +252,7 @@ def readings(name, folder, settings, batches):
     if family(name) != name:
         yield name, sae.config.k, sae
         return
-    sample = torch.cat([batches.batch(number) for number in range(16)])
+    sample = torch.cat([batches.batch(number) for number in range(THRESHOLD_BATCHES)])
     for budget in settings["budgets"]:
         yield f"{name}, by threshold", budget, select_by_threshold(sae, sample, budget)
     for budget in settings["budgets"] if sae.config.has_budgets else []:
@@ -349,12 +355,7 @@ def main():
     arguments = parse_arguments()
     settings, output = arguments.settings, arguments.output_dir
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    output.mkdir(parents=True, exist_ok=True)
-    record = output / "settings.json"
-    if record.exists() and json.loads(record.read_text()) != settings:
-        raise SystemExit(f"{output} holds results of other settings: give another --output_dir, or delete it")
-    with whole_file(record) as unfinished:
-        unfinished.write_text(json.dumps(settings, indent=2) + "\n")
+    record_settings(output, settings)
     results = {}
     for seed in [*arguments.seeds, *([] if arguments.check is None else [arguments.check])]:
         folders = [output / place / f"seed{seed}" / "result.json" for place in map(folder_name, arguments.chosen)]

@@ -127,7 +127,7 @@ def test_more_and_more_layers_are_measured(study, teacher, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_while_writing("after_transfer.json", patch)
         run(study, patch, teacher, "--window", "4", "--replace", "3")
-    with pytest.raises(SystemExit, match="was begun with other options: give another --output_dir, or delete it"):
+    with pytest.raises(SystemExit, match="holds results with .*: give another --output_dir, or delete it"):
         run(study, monkeypatch, teacher, "--window", "5", "--replace", "3", "1")
     run(study, monkeypatch, teacher, "--window", "4", "--replace", "3")
     assert json.loads((teacher / "out" / "results.json").read_text()) == [results[0], results[2]]
@@ -140,7 +140,7 @@ def test_a_rate_of_stage_2_is_taken_and_is_part_of_what_was_begun(study, teacher
     run(study, monkeypatch, teacher, *options, "--learning_rate", "7e-5")
 
     assert rates == [study.example.TRANSFER_RATE, 7e-5]
-    with pytest.raises(SystemExit, match="was begun with other options"):
+    with pytest.raises(SystemExit, match="holds results with "):
         run(study, monkeypatch, teacher, *options)
 
 

@@ -99,7 +99,7 @@ def test_every_dictionary_is_probed_at_its_budgets_and_more_seeds_are_added(
     assert "| less the TopK of the budget, 2 latents | at 2 | at 4 |" in printed and "±" in printed
     assert printed.count("HierarchicalTopK, seed 1") == 1
     assert (tmp_path / "out" / "probes.png").stat().st_size > 10_000
-    with pytest.raises(SystemExit, match="holds results of other settings"):
+    with pytest.raises(SystemExit, match="holds results with tasks "):
         study.run_with(*command[:-1])
 
 

@@ -114,13 +114,15 @@ def test_two_autoencoders_are_scored_and_what_was_scored_is_kept(
     assert set(scores) == {"weights", "speakers", "supersenses", "themes", "judge"}
     assert scores["themes"]["labels"] == 2 and scores["speakers"]["labels"] == 3
     assert set(scores["judge"]) == {"2", "4"}
+    # One explanation has no other to be swapped with.
+    assert all("detection, swapped" not in found for found in scores["judge"].values())
     printed = capsys.readouterr().out
     assert "### themes: 2 labels" in printed and "| second |" in printed
     assert (tmp_path / "scores" / "scores.png").read_bytes().startswith(b"\x89PNG")
 
     monkeypatch.setattr(example, "score", None)
     example.run_with(*command)
-    with pytest.raises(SystemExit, match="holds scores with other settings: give another --output_dir"):
+    with pytest.raises(SystemExit, match="holds results with .*: give another --output_dir"):
         example.run_with(*command, "--seed", 1)
     command[2] = tmp_path / "first" / "seed0"
     with pytest.raises(SystemExit, match=r"second.json holds the scores of another autoencoder than .*first/seed0"):

@@ -67,7 +67,7 @@ def test_it_judges_every_dictionary_at_its_budgets_and_goes_on_with_more_seeds(s
         "numbers of seed 1, 0 lie in the intervals of the others; outside are HierarchicalTopK"
         in capsys.readouterr().out
     )
-    with pytest.raises(SystemExit, match="holds results of other settings"):
+    with pytest.raises(SystemExit, match="holds results with steps 30 and not 31: give another --output_dir"):
         study.run_with("--output_dir", tmp_path, "--steps", 31)
 
 
@@ -126,3 +126,19 @@ def test_unknown_objectives_are_named(study, capsys):
     with pytest.raises(SystemExit):
         study.run_with("--objectives", "Gated")
     assert "--objectives must begin one of HierarchicalTopK, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", 15], "--steps must be at least 16, got 15"),
+        (["--steps", 0], "--steps must be at least 16, got 0"),
+        (["--learning_rate", 0], "--learning_rate must be positive, got 0.0"),
+        (["--seeds", 0, 0], "--seeds: every seed is one draw, got 0 more than once"),
+        (["--seeds", 0, 1, "--check", 1], "got 1 more than once"),
+    ],
+)
+def test_options_that_give_no_result_are_refused_before_anything_is_trained(study, options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        study.run_with(*options, "--output_dir", tmp_path / "out")
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()

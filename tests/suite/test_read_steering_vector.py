@@ -85,6 +85,28 @@ def test_it_decomposes_verifies_and_goes_on_after_a_stop(tiny_language_model, tm
     for shares in result["left"].values():
         assert len(shares) == 8 and shares == sorted(shares, reverse=True) and shares[0] < 1
     assert (tmp_path / "out" / "steering_vector.png").exists()
+    for change in (["--layers", "0"], ["--seed", "1"], ["--k", "4"]):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments, "--layers", "0", "1", "--budgets", "1", *change])
+        with pytest.raises(SystemExit, match=rf"holds results with {change[0][2:]} .*: give another --output_dir"):
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments, "--layers", "0", "1", "--budgets", "65"])
+    with pytest.raises(SystemExit, match="--k and --budgets must be at most 64, the number of latents"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--budgets", "0", "4"], "--budgets must be at least 1, got 0"),
+        (["--max_steps", "0"], "--max_steps must be at least 1, got 0"),
+        (["--d_sae", "8"], "--d_sae must be at least 64, got 8"),
+    ],
+)
+def test_numbers_that_cannot_be_meant_are_refused(option, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *option])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert message in capsys.readouterr().err
 
 
 def test_a_missing_adapter_ends_in_one_sentence(tiny_language_model, tmp_path, monkeypatch):
