@@ -12,6 +12,7 @@ import runpy
 import shutil
 import struct
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -391,7 +392,10 @@ def main(arguments: list[str] | None = None) -> None:
         return run(args)
     logging.disable_progress_bar()
     try:
-        args.run(args)
+        with warnings.catch_warnings():
+            # PEFT asks transformers by the old name
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            args.run(args)
     except MENDABLE as error:
         raise SystemExit(f"bias-steer: {error}") from error
     except DAMAGED as error:

@@ -1,8 +1,8 @@
 """
 The model card of an adapter. Without
 
-- `complete_card`: the card that PEFT writes loads the adapter without this package, which fails, and names a base model
-  in a folder, for which the Hub refuses the upload (https://github.com/huggingface/transformers/issues/33922);
+- `complete_card`: the card that PEFT writes is an empty form, loads the adapter without this package, which fails, and names
+  a base model in a folder, for which the Hub refuses the upload (https://github.com/huggingface/transformers/issues/33922);
 - `push_adapter`: `PeftModel.push_to_hub` uploads a bare card over it.
 """
 
@@ -10,13 +10,14 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from huggingface_hub import (
     CommitInfo,
     EvalResult,
     ModelCard,
+    ModelCardData,
     create_branch,
     create_repo,
     file_exists,
@@ -27,9 +28,20 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
+from .guards import saved_shapes
+from .saved_keys import VECTOR, host_name
 from .whole_files import whole_file
 
 
+ABOUT = """# Steering vectors for {base}
+
+{vectors} All other weights are the base model's.
+
+The adapter type is that of `peft_bias_steer`, after [arXiv 2505.18706](https://arxiv.org/abs/2505.18706), where one such
+vector for each layer is trained by reinforcement learning.
+
+"""
+SHOWN_MODULES = 4
 USAGE = """## {heading}
 
 ```python
@@ -45,8 +57,8 @@ BASE_TAG = "base_model:adapter:"
 
 def complete_card(folder: str | os.PathLike, task_type: str | None, base_model: str | None) -> None:
     """
-    Appends how to load the adapter to its model card, if there is one that does not say it, and takes a base model that is
-    a folder out of its metadata.
+    Says in the place of PEFT's form what the adapter is, if nobody has filled the form in; appends how to load it, if the
+    card does not say so; and takes a base model that is a folder out of the metadata. Without a card nothing is done.
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -65,12 +77,43 @@ def complete_card(folder: str | os.PathLike, task_type: str | None, base_model: 
     old = card.read_text(encoding="utf-8", errors="surrogateescape")
     if name and "library_name: peft" not in old:  # of something else
         return
-    text = _with_base_on_the_hub(old, base_model)
+    text = _with_base_on_the_hub(_without_form(old, None if name else folder, base_model), base_model)
     if not _says_how_to_load(text, name):
         text = f"{text.rstrip()}\n\n{_usage(name, task_type)}"
     if text != old:
         with whole_file(card) as unfinished:
             unfinished.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def _without_form(text: str, folder: Path | None, base_model: str | None) -> str:
+    """The card with what the adapter in `folder` is, or those in folders of their own, where PEFT has put an empty form."""
+    form = ModelCard.from_template(ModelCardData()).text.strip()
+    if form not in text:
+        return text
+    is_id = base_model is not None and _is_repo_id(base_model)
+    base = f"[{base_model}](https://huggingface.co/{base_model})" if is_id else "a language model"
+    shapes = saved_shapes(str(folder), None, {}) if folder else None
+    vectors = (
+        _counted(shapes) if shapes else "Vectors that are added to the outputs of layers, in folders of their own."
+    )
+    before, _, after = text.partition(form)
+    return before + ABOUT.format(base=base, vectors=vectors) + after.lstrip("\n")
+
+
+def _counted(shapes: dict[str, list[int]]) -> str:
+    sizes = {host_name(key): shape[0] for key, shape in shapes.items() if VECTOR in key}
+    wholes = {host_name(key).rpartition(".")[0] for key in shapes if VECTOR not in key}
+    counts = " or ".join(f"{size:,}" for size in sorted({*sizes.values()}))
+    found = f"{sum(sizes.values()):,} numbers: a vector of {counts}, added at every token to the output of {_named(sizes)}."
+    return f"{found} Trained whole beside it: {_named(wholes)}." if wholes else found
+
+
+def _named(modules: Iterable[str]) -> str:
+    """Layer 10 comes after layer 9."""
+    names = sorted(modules, key=lambda name: [int(part) if part.isdecimal() else -1 for part in name.split(".")])
+    if len(names) <= SHOWN_MODULES:
+        return ", ".join(f"`{name}`" for name in names)
+    return f"each of {len(names)} modules, `{names[0]}` to `{names[-1]}`"
 
 
 def _subfolder(name: str) -> str:

@@ -368,15 +368,15 @@ def find_card(adapter: str | os.PathLike) -> Path:
 
 
 def report_metrics(report: AdapterReport) -> list[EvalResult]:
-    """The gain on each data set with its interval, as a model card's metadata has it."""
+    """The gain on each data set, as a model card's metadata has it: a number, whose interval is in its name."""
     return [
         EvalResult(
             task_type="text-generation",
             dataset_type=re.sub(r"[^\w.-]+", "-", name),
             dataset_name=name,
             metric_type=METRIC,
-            metric_name="gain in log-probability, nats per token, ± 1.96 standard errors",
-            metric_value=_cell(gain),
+            metric_name=f"gain in log-probability, nats per token (± {gain.error:.3f}, 1.96 standard errors)",
+            metric_value=round(gain.mean, 3),
         )
         for name, gain in report.gains.items()
     ]

@@ -60,3 +60,11 @@ def test_kept_outputs_are_whole_small_and_of_no_machine(path):
     assert path.stat().st_size < 100_000
     assert not re.findall(r"(?<![\w.])/(?:home|root|tmp|work|usr|opt)/\S*|site-packages|Traceback", shown)
     assert not [cell for cell in code if cell.metadata.keys() - {"tags"}]
+
+
+@notebooks
+def test_it_begins_with_its_title_and_parts_have_headings_below_it(path):
+    first, *others = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
+
+    assert first.startswith("# ") and not any(text.startswith(("# ", " ")) for text in others)
+    assert sum(text.startswith("## ") for text in others) >= 4

@@ -84,6 +84,14 @@ def test_inspect_draws_a_plot(steered, tmp_path, capsys):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_commands_that_load_a_model_warn_of_nothing(steered, tiny_language_model, tmp_path, capsys):
+    (tmp_path / "pairs.jsonl").write_text('{"positive": "happy", "negative": "sad"}\n' * 2)
+    run(capsys, "lens", steered[1], "--json")
+    run(capsys, "export", steered[1], "--format", "stock", "--output", tmp_path / "stock")
+    run(capsys, "extract", tiny_language_model, "--pairs", tmp_path / "pairs.jsonl", "--output", tmp_path / "happy")
+
+
 def test_lens_shows_the_tokens_of_each_layer(adapter, steered, capsys, tiny_language_model):
     model, _ = steered
     tokenizer = AutoTokenizer.from_pretrained(tiny_language_model)
@@ -465,8 +473,8 @@ def test_help_shows_examples_that_parse(capsys, monkeypatch):
         main(["--help"])
     lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("bias-steer ")]
 
-    commands = {"inspect", "lens", "report", "routes", "export", "extract", "run"}
-    assert {line.split()[1] for line in lines} == commands and len(lines) == 17
+    commands = {"inspect", "lens", "report", "routes", "export", "check", "extract", "run"}
+    assert {line.split()[1] for line in lines} == commands and len(lines) == 18
     parsed = [vars(cli._parser().parse_args(shlex.split(line)[1:])) for line in lines]
     assert all(arguments.get("adapter") or arguments["target"] for arguments in parsed)
 

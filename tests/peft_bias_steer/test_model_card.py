@@ -3,15 +3,14 @@
 import re
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from peft import get_peft_model
+from transformers import AutoModelForCausalLM
 
 from peft_bias_steer import BiasSteerConfig
 
 
 def test_model_card_shows_how_to_load_the_adapter(tiny_language_model, tmp_path, monkeypatch):
-    from transformers import AutoModelForCausalLM
-
     base = AutoModelForCausalLM.from_pretrained(tiny_language_model)
     model = get_peft_model(base, BiasSteerConfig(task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path)
@@ -25,6 +24,39 @@ def test_model_card_shows_how_to_load_the_adapter(tiny_language_model, tmp_path,
     names = {}
     exec(snippets[0], names)
     assert "default" in names["model"].peft_config
+
+
+def test_the_card_says_what_the_adapter_is_and_is_no_form(tiny_language_model, tmp_path):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_language_model, num_hidden_layers=12, ignore_mismatched_sizes=True),
+        BiasSteerConfig(task_type="CAUSAL_LM", modules_to_save=["lm_head"]),
+    )
+    model.peft_config["default"].base_model_name_or_path = "user/base"
+    model.save_pretrained(tmp_path)
+    first = (tmp_path / "README.md").read_text()
+    model.save_pretrained(tmp_path)
+
+    assert "Needed" not in first and "Model ID" not in first
+    assert (tmp_path / "README.md").read_text().rstrip() == first.rstrip()
+    assert "# Steering vectors for [user/base](https://huggingface.co/user/base)\n" in first
+    assert "384 numbers: a vector of 32, added at every token to the output of each of 12 modules" in first
+    assert ", `model.layers.0` to `model.layers.11`. Trained whole beside it: `lm_head`. All other" in first
+    assert (
+        first.index("arxiv.org/abs/2505.18706") < first.index("learning.\n\n### Framework") < first.index("## Usage")
+    )
+    # What somebody wrote stays, and so does the rest of a form that somebody began to fill in.
+    form = ModelCard.from_template(ModelCardData()).text.replace("[More Information Needed]", "me", 1)
+    (tmp_path / "README.md").write_text(f"---\nlibrary_name: peft\n---\n{form}")
+    model.save_pretrained(tmp_path)
+    assert form.strip() in (tmp_path / "README.md").read_text()
+
+
+def test_the_card_of_one_vector_names_its_layer(llama, tmp_path):
+    get_peft_model(llama(), BiasSteerConfig(layers_to_transform=1)).save_pretrained(tmp_path)
+
+    card = (tmp_path / "README.md").read_text()
+    assert "# Steering vectors for a language model\n" in card
+    assert "a vector of 32, added at every token to the output of `model.layers.1`. All other weights" in card
 
 
 @pytest.mark.parametrize("task_type", [None, "SEQ_2_SEQ_LM", "SEQ_CLS"])
@@ -41,8 +73,6 @@ def test_model_card_names_a_class_that_exists(llama, tmp_path, task_type):
 
 @pytest.mark.parametrize("named", [None, "user/base"])
 def test_a_base_in_a_folder_is_named_in_the_card_by_its_id_or_not_at_all(tiny_language_model, tmp_path, named):
-    from transformers import AutoModelForCausalLM
-
     base = AutoModelForCausalLM.from_pretrained(tiny_language_model)
     model = get_peft_model(base, BiasSteerConfig(task_type="CAUSAL_LM"))
     if named:
@@ -58,8 +88,6 @@ def test_a_base_in_a_folder_is_named_in_the_card_by_its_id_or_not_at_all(tiny_la
 
 @pytest.mark.parametrize("names", [["math"], ["math", "verse"], ["default", "math"], ["math", "default"]], ids=str)
 def test_the_card_beside_the_folders_of_named_adapters_loads_each(tiny_language_model, tmp_path, monkeypatch, names):
-    from transformers import AutoModelForCausalLM
-
     base = AutoModelForCausalLM.from_pretrained(tiny_language_model)
     model = get_peft_model(base, BiasSteerConfig(task_type="CAUSAL_LM"), adapter_name=names[0])
     for layer, name in enumerate(names[1:]):
