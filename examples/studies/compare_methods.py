@@ -1,6 +1,6 @@
 # /// script
 # dependencies = [
-#     "peft_bias_steer", "accelerate", "trl", "datasets", "math-verify", "matplotlib", "reasoning-gym", "tensorboard"
+#     "peft_bias_steer", "accelerate", "trl", "datasets", "math-verify", "matplotlib", "reasoning-gym", "scipy", "tensorboard"
 # ]
 # ///
 """
@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from scipy import stats
 from tqdm import tqdm
 
 
@@ -48,8 +49,6 @@ from matplotlib import pyplot  # noqa: E402
 
 TRAIN = Path(__file__).with_name("train_methods.py")
 CONFIGS = Path(__file__).parents[1] / "peft_bias_steer" / "configs"
-# .975 quantiles of Student's t with 1, 2, ... degrees of freedom
-T_QUANTILES = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 EVALUATION = ["--bf16", "--eval_size", "128", "--eval_samples", "1"]
 # the base is evaluated once, and checkpoints of full fine-tuning are large
 SHORT = ["--max_steps", "20", *EVALUATION, "--skip_eval_before", "--save_steps", "1000"]
@@ -269,16 +268,23 @@ def mean_interval(values: list[float]) -> float:
     """Half of the 95 % interval of their mean, if they are normally distributed; 0 for one value."""
     if len(values) < 2:
         return 0.0
-    return T_QUANTILES[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
+    return stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
 
 
-def prediction_interval(values: list[float]) -> tuple[float, float] | None:
-    """Where one more seed lies with 95 % probability, if the seeds are normally distributed."""
-    if len(values) < 2:
-        return None
-    half = T_QUANTILES[len(values) - 2] * statistics.stdev(values) * (1 + 1 / len(values)) ** 0.5
-    mean = statistics.mean(values)
-    return max(0.0, mean - half), min(1.0, mean + half)
+def prediction_intervals(rows: list[list[float]]) -> list[tuple[float, float] | None]:
+    """
+    Where one more seed of each row lies with 95 % probability, if the seeds of all are normally distributed with one
+    variance: two or three that happen to agree say little of their own. None for one seed.
+    """
+    several = [values for values in rows if len(values) > 1]
+    freedom = sum(len(values) - 1 for values in several)
+    deviation = (sum((len(values) - 1) * statistics.variance(values) for values in several) / max(1, freedom)) ** 0.5
+    found: list[tuple[float, float] | None] = []
+    for values in rows:
+        half = float(stats.t.ppf(0.975, freedom)) * deviation * (1 + 1 / len(values)) ** 0.5 if freedom else 0.0
+        mean = statistics.mean(values)
+        found.append((max(0.0, mean - half), min(1.0, mean + half)) if len(values) > 1 else None)
+    return found
 
 
 def summarize(runs: list[Run]) -> list[dict]:
@@ -300,9 +306,9 @@ def summarize(runs: list[Run]) -> list[dict]:
             "accuracies": accuracies,
             "accuracy": statistics.mean(accuracies),
             "interval": scores[0]["greedy"]["interval"],
-            "next_seed": prediction_interval(accuracies),
-            "sampled_accuracy": statistics.mean(score["sampled"]["accuracy"] for score in scores),
+            "sampled_accuracies": [score["sampled"]["accuracy"] for score in scores],
         }
+        row["sampled_accuracy"] = statistics.mean(row["sampled_accuracies"])
         for key in ("format_rate", "unparsable", "exact_string", "finished", "most_frequent"):
             row[key] = statistics.mean(score["greedy"][key] for score in scores)
         right = sum(
@@ -321,6 +327,10 @@ def summarize(runs: list[Run]) -> list[dict]:
             for key in ("seconds_per_step", "cpu_seconds_per_step", "cpu_seconds_sampling"):
                 row[key] = statistics.median(result[key] for result in results)
         rows.append(row)
+    for task in {row["task"] for row in rows}:
+        of_task = [row for row in rows if row["task"] == task]
+        for row, interval in zip(of_task, prediction_intervals([row["accuracies"] for row in of_task])):
+            row["next_seed"] = interval
     return rows
 
 
