@@ -40,6 +40,7 @@ from peft_bias_steer.serving.trl import check_vllm_sync, prepare_for_vllm, sync_
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 from interrupts import StopOnInterrupt, add_resume_option, find_checkpoint, train_from
 from options import check_least
+from progress import PassesShown, shown
 
 
 # no division: those of this task carry the answer of another expression
@@ -114,10 +115,9 @@ def make_prompt(tokenizer: Any, row: dict) -> str:
 def generate(model: Any, tokenizer: Any, prompts: list[str], batch_size: int = 32, **options: Any) -> list[list[int]]:
     """The tokens that follow each prompt, in order; the prompts are shared out among the processes."""
     done: list[tuple[int, list[int]]] = []
-    # a checkpoint's own generation config may penalise repetition
-    plain = {"repetition_penalty": 1.0, "pad_token_id": tokenizer.pad_token_id}
+    plain = {"repetition_penalty": 1.0, "pad_token_id": tokenizer.pad_token_id}  # its own config may penalise
     # padded, so that sharded models generate equally often in every process; that repeats some prompts
-    with PartialState().split_between_processes(list(range(len(prompts))), apply_padding=True) as share:
+    with PartialState().split_between_processes([*range(len(prompts))], apply_padding=True) as share, shown(model):
         for start in range(0, len(share), batch_size):
             indices = share[start : start + batch_size]
             batch = tokenizer([prompts[i] for i in indices], return_tensors="pt", padding=True).to(model.device)
@@ -165,6 +165,7 @@ def train(trainer: Any, args: argparse.Namespace, *, steers_vllm: bool) -> bool:
         check_vllm_sync(trainer)
     stop_on_interrupt = StopOnInterrupt()
     trainer.add_callback(stop_on_interrupt)
+    trainer.add_callback(PassesShown(trainer))
     train_from(trainer, args.resume_from_checkpoint)
     if stop_on_interrupt.interrupted:
         step = trainer.state.global_step
@@ -174,8 +175,7 @@ def train(trainer: Any, args: argparse.Namespace, *, steers_vllm: bool) -> bool:
 
 
 def plot(rewards: list[float], accuracies: dict[str, float]) -> Figure:
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
+    axes = (figure := Figure(figsize=(6, 3.6), layout="constrained")).subplots()
     axes.plot(range(1, len(rewards) + 1), rewards, label="mean reward of the samples of each step")
     for (when, share), style in zip(accuracies.items(), ("k:", "k--")):
         axes.plot([1, len(rewards)], [share, share], style, label=f"held-out accuracy {when} ({share:.1%})")

@@ -14,7 +14,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from huggingface_hub import ModelCard
 from peft import PeftConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from tests.example_module import load_example
 
@@ -80,6 +81,21 @@ def test_batched_answers_equal_single_ones(example, tiny_language_model):
 
     together = example.answer(model, tokenizer, rows, 8)
     assert together == [example.answer(model, tokenizer, [row], 8)[0] for row in rows]
+
+
+@pytest.mark.slow
+def test_bars_move_at_every_pass_of_the_model(train, monkeypatch):
+    """A step may take longer than one likes to look at a bar that stands still; a pass does not."""
+    shown, updates, passes = [], [], []
+    monkeypatch.setattr(tqdm, "set_postfix_str", lambda bar, text="", refresh=True: refresh and shown.append(text))
+    monkeypatch.setattr(tqdm, "update", lambda bar, n=1: bar.desc and "answers" in bar.desc and updates.append(n))
+    forward = LlamaForCausalLM.forward
+    monkeypatch.setattr(LlamaForCausalLM, "forward", lambda *a, **k: passes.append(1) or forward(*a, **k))
+    train(*SMALL, "--max_steps", 2)
+
+    # Answers before and after; samples and learning, of two steps.
+    assert len(shown) + len(updates) >= len(passes) > 2 * 3 and len(updates) >= 4 and len(shown) >= 2 * 3
+    assert shown[-1] == f"{len(shown)} passes of the model"
 
 
 @pytest.mark.slow
