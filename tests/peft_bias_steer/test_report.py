@@ -185,6 +185,29 @@ def test_the_command_writes_text_plots_and_numbers(files, capsys):
         assert (files / "out" / name).read_bytes().startswith(b"\x89PNG") and f"({name})" in text
 
 
+def test_another_model_of_the_family_is_measured_with_the_same_vectors(files, tiny_language_model, model, tokenizer):
+    torch.manual_seed(1)
+    relative = AutoModelForCausalLM.from_pretrained(tiny_language_model)
+    with torch.no_grad():
+        for parameter in relative.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    relative.save_pretrained(files / "relative")
+    tokenizer.save_pretrained(files / "relative")
+    found = {}
+    for name, options in {"own": [], "relative": ["--base_model", str(files / "relative")]}.items():
+        data = ["--data", str(files / "task.jsonl"), "--output", str(files / name)]
+        main(["report", str(files / "adapter"), *data, *options])
+        found[name] = json.loads((files / name / "report.json").read_text())
+
+    steered = get_peft_model(relative.eval(), BiasSteerConfig(task_type="CAUSAL_LM"))
+    before = completion_log_probs(steered, tokenizer, ROWS)
+    set_steering_vectors(steered, steering_vectors(model))
+    gain = (completion_log_probs(steered, tokenizer, ROWS) - before).mean().item()
+    assert found["relative"]["gains"]["task"]["mean"] == pytest.approx(gain, abs=1e-5)
+    assert abs(found["own"]["gains"]["task"]["mean"] - gain) > 0.01
+    assert found["own"]["statistics"]["norms"] == found["relative"]["statistics"]["norms"]
+
+
 def test_the_card_holds_the_last_report_once(files):
     adapter = files / "adapter"
     before = ModelCard.load(adapter / "README.md")
