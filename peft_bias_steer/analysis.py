@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .merging import in_evaluation_mode
-from .residual import find_decoder, find_layers, text_pass
-from .vectors import set_steering_vectors, steering_vectors
+from .residual import find_decoder, text_pass
+from .vectors import layers_of, set_steering_vectors, steering_vectors
 from .whole_files import whole_file
 
 
@@ -125,7 +125,7 @@ def logit_lens(
         raise ValueError(f"top_k must be in [1, vocabulary size={len(unembedding)}], got {top_k}")
     vectors = {index: vector.float() for index, vector in steering_vectors(model, adapter_name).items()}
     matrix = torch.stack(list(vectors.values())).to(unembedding.device)
-    norm = _final_norm(base, head)
+    norm = _final_norm(base, head, layers_of(model, adapter_name)[-1])
     normed = matrix if norm is None else _through_norm(norm, matrix, base.dtype)
     # OPT-350m's unembedding is narrower than its layers
     if (project_out := getattr(find_decoder(base), "project_out", None)) is not None:
@@ -148,9 +148,9 @@ def _plain(weight: Any) -> torch.Tensor:
     return (weight if plain else weight.dequantize()).detach().float()
 
 
-def _final_norm(base: Any, head: nn.Module) -> nn.Module | None:
+def _final_norm(base: Any, head: nn.Module, last: nn.Module) -> nn.Module | None:
     """
-    The norm that the stream goes through between the last layer and the unembedding, if there is one.
+    The norm that the stream goes through between the last layer, `last`, and the unembedding, if there is one.
 
     Raises:
         ValueError: If it goes through something else, as in BERT's head.
@@ -158,7 +158,7 @@ def _final_norm(base: Any, head: nn.Module) -> nn.Module | None:
     aside = {*head.modules(), getattr(find_decoder(base), "project_out", None)}
     between = [
         module
-        for module in _after_layers(base)
+        for module in _after(last, base)
         # nor what holds the unembedding, or has it as its own weight
         if module not in aside and not any(parameter is head.weight for parameter in module.parameters())
     ]
@@ -175,9 +175,9 @@ def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def _after_layers(base: Any) -> list[nn.Module]:
+def _after(last: nn.Module, base: Any) -> list[nn.Module]:
     """The norms, and the modules with weights of their own, that begin after the last layer, as they follow."""
-    last, began = find_layers(base)[1][-1], []
+    began: list[nn.Module] = []
     watched = [m for m in base.modules() if _is_norm(m) or next(m.parameters(recurse=False), None) is not None]
     handles = [module.register_forward_pre_hook(lambda module, args: began.append(module)) for module in watched]
     handles.append(last.register_forward_hook(lambda *_: began.clear()))
@@ -268,7 +268,7 @@ def residual_ratios(
     """
     vectors = steering_vectors(model, adapter_name)
     base: Any = model.get_base_model()
-    _, layers = find_layers(base)
+    layers = layers_of(model, adapter_name)
     norms: dict[int, list[torch.Tensor]] = {index: [] for index in vectors}
 
     def record(index: int) -> Callable:
@@ -280,7 +280,7 @@ def residual_ratios(
 
     handles = [layers[index].register_forward_hook(record(index)) for index in vectors]
     try:
-        with model.disable_adapter():
+        with model.disable_adapter(), in_evaluation_mode(model):
             for text in texts:
                 ids = tokenizer(text).input_ids if isinstance(text, str) else text
                 model(input_ids=torch.tensor([ids], device=base.device))

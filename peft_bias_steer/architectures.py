@@ -102,6 +102,7 @@ REFUSED_TYPES = {
     "several residual streams, so there is no one vector to add": (
         "deepseek_v4", "gemma3n_text", "glm5_next", "hy_v4", "qwen4_exp_text", "reformer",
     ),
+    "layers that it runs by their method forward, past whatever is to be added": ("squeezebert",),
     "two stacks of layers that it runs in turn, several times over": ("hrm_text",),
     "a residual stream that it halves every few layers, at inference only": ("rwkv",),
 }  # fmt: skip

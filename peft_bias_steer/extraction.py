@@ -33,6 +33,7 @@ def extract_vectors(
     layers_to_transform: int | list[int] | None = None,
     token: int = -1,
     batch_size: int = 8,
+    layers_pattern: str | None = None,
 ) -> dict[int, torch.Tensor]:
     """
     Vectors that lead from the negative to the positive one of two prompts; [`from_vectors`] makes an adapter of them.
@@ -65,6 +66,7 @@ def extract_vectors(
             Layers to make vectors for; negative ones count from the last layer. All layers if unset.
         token (`int`, *optional*, defaults to -1): Position that is read in each prompt; negative from its end.
         batch_size (`int`, *optional*, defaults to 8): Number of pairs in a forward pass.
+        layers_pattern (`str`, *optional*): As in [`BiasSteerConfig`].
 
     Returns:
         `dict[int, torch.Tensor]`: Vectors by index of their layer, each (hidden_size,), in float32 on the CPU.
@@ -82,7 +84,7 @@ def extract_vectors(
     if as_index(batch_size, "batch_size") < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     chosen = BiasSteerConfig(layers_to_transform=layers_to_transform).layers_to_transform
-    layers = dict(enumerate(find_layers(base)[1]))
+    layers = dict(enumerate(find_layers(base, layers_pattern)[1]))
     if chosen is not None:
         layers = {index: layers[index] for index in layer_indices(chosen, len(layers))}
     # a mean needs their sum alone

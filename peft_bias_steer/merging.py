@@ -46,18 +46,23 @@ class MergeSite:
         self._set(self.merged(original, vector))
 
     def restore(self, original: nn.Parameter | None) -> None:
-        """Puts a bias back that was there before; a model that was moved or cast meanwhile gets a copy that fits."""
+        """Puts a bias back that was there before."""
+        setattr(self.module, self.attribute, self._fitting(original))
+
+    def _fitting(self, original: nn.Parameter | None) -> nn.Parameter | None:
+        """A bias that was there before, or a copy that fits a model that was moved or cast meanwhile."""
         present = self.bias
-        if original is not None and present is not None:
-            moved = original.detach().to(present)
-            if moved.dtype != original.dtype or moved.device != original.device:
-                original = nn.Parameter(moved, requires_grad=original.requires_grad)
-        setattr(self.module, self.attribute, original)
+        if original is None or present is None:
+            return original
+        moved = original.detach().to(present)
+        if moved.dtype == original.dtype and moved.device == original.device:
+            return original
+        return nn.Parameter(moved, requires_grad=original.requires_grad)
 
     def shared(self, owner: nn.Module, vector: torch.Tensor) -> torch.Tensor:
         """The bias that [`share`] would write."""
         original, shares = self._shares(owner, vector)
-        return self._sum(original, torch.stack([*shares.values()]).sum(0))
+        return self._sum(self._fitting(original), self._total(shares))
 
     def share(self, owner: nn.Module, vector: torch.Tensor | None) -> None:
         """
@@ -68,7 +73,7 @@ class MergeSite:
         known = vars(self.module).setdefault(SHARES, {})
         if shares:
             known[self.attribute] = original, shares
-            self._set(self._sum(original, torch.stack([*shares.values()]).sum(0)))
+            self._set(self._sum(self._fitting(original), self._total(shares)))
         elif known.pop(self.attribute, None) is not None:
             self.restore(original)
 
@@ -78,6 +83,10 @@ class MergeSite:
         original, shares = vars(self.module).get(SHARES, {}).get(self.attribute, (self.bias, {}))
         shares = {other: share for other, share in shares.items() if other is not owner}
         return original, shares if vector is None else {**shares, owner: self.factor * vector}
+
+    def _total(self, shares: dict[nn.Module, torch.Tensor]) -> torch.Tensor:
+        device = self.module.get_parameter("weight").device if self.bias is None else self.bias.device
+        return torch.stack([share.to(device) for share in shares.values()]).sum(0)
 
     def _sum(self, original: torch.Tensor | None, addend: torch.Tensor) -> torch.Tensor:
         weight_dtype = self.module.get_parameter("weight").dtype if original is None else original.dtype

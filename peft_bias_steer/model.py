@@ -1,3 +1,4 @@
+import re
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -31,6 +32,10 @@ from .merging import coarsest_rounding, in_evaluation_mode, merge_sites, vector_
 from .residual import find_layers, refuse_seq_first, residual_width, seq_first_type
 from .saved_keys import HINT, VECTOR, WRAPPED, check_adapter_name, check_saved_names, check_shape, host_name
 from .tokens import Tokens, as_choice, recompute_in_context
+
+
+# target_modules as they are filled in for a list of layers
+LAYERS_PATTERN = re.compile(r"(?:\w+\\\.)*(?P<list>\w+)\\\.(?P<index>\\d\+|\([\d|]+\))")
 
 
 class BiasSteerModel(BaseTuner):
@@ -72,12 +77,31 @@ class BiasSteerModel(BaseTuner):
                 index = f"({'|'.join(map(str, peft_config.layers_to_transform))})"
             if peft_config.target_modules is None:
                 peft_config.target_modules = f"{path}.{index}".replace(".", r"\.")
+        if peft_config.num_vectors is not None and not self._targeted_names(peft_config):
+            moved = self._in_another_place(peft_config.target_modules)
+            peft_config.target_modules = moved or peft_config.target_modules
         peft_config.filled_in = given, _targets(peft_config)
         if peft_config.saved_shapes is not None:
-            targets = [name for name, _ in self.model.named_modules() if self._is_target(peft_config, name)]
             saved = [host_name(key) for key in peft_config.saved_shapes if VECTOR in key]
-            check_saved_names(targets or saved, saved)  # PEFT itself refuses a config without a target
+            # PEFT itself refuses a config without a target
+            expected = self._targeted_names(peft_config) or saved
+            check_saved_names(expected, saved, peft_config.num_vectors)
         return peft_config
+
+    def _targeted_names(self, peft_config: BiasSteerConfig) -> list[str]:
+        return [name for name, _ in self.model.named_modules() if self._is_target(peft_config, name)]
+
+    def _in_another_place(self, target_modules: Any) -> str | None:
+        """
+        What a saved config calls the layers, for a model that has them in another place, as one with a head has the layers
+        of one without.
+        """
+        found = LAYERS_PATTERN.fullmatch(target_modules) if isinstance(target_modules, str) else None
+        try:
+            path = find_layers(cast(PreTrainedModel, self.model), found["list"])[0] if found else None
+        except ValueError:
+            return None
+        return found and f"{path}.".replace(".", r"\.") + found["index"]
 
     def _is_target(self, peft_config: BiasSteerConfig, name: str) -> bool:
         return ".bias_steer" not in name and bool(self._check_target_module_exists(peft_config, name))
@@ -163,9 +187,11 @@ class BiasSteerModel(BaseTuner):
             return module.out_features
         if isinstance(module, Conv1D):
             return module.nf
-        in_list = isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.ModuleList)
-        if in_list and isinstance(self.model, PreTrainedModel):
-            return residual_width(self.model)
+        around = [self.model.get_submodule(outer) for outer in _outer_names(name)]
+        holders = [module for module in around if isinstance(module, PreTrainedModel)]
+        if isinstance(around[0], nn.ModuleList) and holders:
+            residual_width(self.model)  # refuses architectures that cannot be steered
+            return residual_width(holders[0])
         raise TypeError(
             f"target module {name} is a {type(module).__name__}, expected a decoder layer, nn.Linear or Conv1D: "
             "leave target_modules unset to steer every decoder layer of a transformers model"
@@ -567,6 +593,12 @@ def _after_pass(module: nn.Module, args: tuple, output: Any, layers: list[BiasSt
 
 def _vector_at(model: nn.Module, key: str) -> SteeringVector:
     return cast(SteeringVector, model.get_submodule(key.removesuffix(".weight")))
+
+
+def _outer_names(name: str) -> list[str]:
+    """Of the modules that a module is in, the innermost first and the model itself last."""
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in reversed(range(len(parts)))]
 
 
 def _targets(config: BiasSteerConfig) -> tuple:

@@ -31,8 +31,9 @@ from .analysis import (
 )
 from .extraction import is_chat
 from .layer import as_factor
+from .merging import in_evaluation_mode
 from .model_card import set_metrics
-from .vectors import set_steering_vectors, steering_vectors
+from .vectors import layers_by_index, set_steering_vectors, steering_vectors
 from .whole_files import whole_file
 
 
@@ -159,11 +160,12 @@ def completion_log_probs(model: Any, tokenizer: PreTrainedTokenizerBase, rows: l
         ValueError: If a completion has no token.
     """
     found = []
-    for row in rows:
-        prompt, ids = _tokens_of(tokenizer, row)
-        logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, prompt - 1 : -1].float()
-        targets = torch.tensor(ids[prompt:], device=logits.device)
-        found.append(logits.log_softmax(-1).gather(1, targets[:, None]).double().mean().cpu())
+    with in_evaluation_mode(model):
+        for row in rows:
+            prompt, ids = _tokens_of(tokenizer, row)
+            logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, prompt - 1 : -1].float()
+            targets = torch.tensor(ids[prompt:], device=logits.device)
+            found.append(logits.log_softmax(-1).gather(1, targets[:, None]).double().mean().cpu())
     return torch.stack(found)
 
 
@@ -222,9 +224,9 @@ def adapter_report(
         show_progress (`bool`, *optional*, defaults to `False`): Show a bar.
 
     Raises:
-        ValueError: If it has an encoder, there is no data, or one completion alone, or `group_size`, `top_k` or a scale does not fit.
+        ValueError: If it has an encoder, another adapter is active, or a scale other than 1, there is no data, or one completion alone, or `group_size`, `top_k` or a scale does not fit.
     """
-    _check_measurable(model, data, group_size)
+    _check_measurable(model, adapter_name, data, group_size)
     scales = tuple(as_factor(scale, "each of scales") for scale in scales)
     vectors, first = steering_vectors(model, adapter_name), next(iter(data))
     # first what is quick, and refuses what does not fit
@@ -279,10 +281,19 @@ def adapter_report(
     )
 
 
-def _check_measurable(model: PeftModel, data: dict[str, list[dict]], group_size: int) -> None:
+def _check_measurable(model: PeftModel, adapter_name: str, data: dict[str, list[dict]], group_size: int) -> None:
     if (base := model.get_base_model()).config.is_encoder_decoder:
         raise ValueError(
             f"expected a causal language model, which reads a prompt and goes on with its completion, got a {type(base).__name__}"
+        )
+    layers = layers_by_index(model, [adapter_name]).values()
+    is_off = any(layer.disable_adapters or layer.call.disabled for layer in layers)
+    scales = sorted({layer.scale(adapter_name) for layer in layers})
+    if is_off or model.active_adapters != [adapter_name] or scales != [1.0]:
+        raise ValueError(
+            f"expected {adapter_name!r} as the one active adapter, at scale 1, got {model.active_adapters}"
+            f"{', switched off' * is_off}, at scale {' and '.join(map(str, scales))}: call set_adapter({adapter_name!r}) and "
+            f"set_scale({adapter_name!r}, 1.0) outside disable_adapter()"
         )
     if not data:
         raise ValueError("expected at least one data set, got none: give rows with prompts and completions")

@@ -41,9 +41,10 @@ def find_layers(model: PreTrainedModel, layers_pattern: list[str] | str | None =
             f"no nn.ModuleList named {' or '.join(names)} in {type(model).__name__}: name the list of layers in "
             "layers_pattern, or the modules to steer in target_modules"
         )
-    # the outermost list: others belong to parts of a layer. Of several towers, that of the text
+    # the outermost list: others belong to parts of a layer. Of several towers, that of the text; of several stacks that a
+    # text goes through in turn, the largest
     text = [entry for entry in found if _model_type_at(model, entry[1]) == _text_config(model).model_type]
-    layers = min(text or found, key=lambda entry: entry[0])[1]
+    layers = min(text or found, key=lambda entry: (entry[0], -len(entry[1])))[1]
     return next(name for name, module in model.named_modules() if module is layers), layers
 
 

@@ -25,19 +25,24 @@ def check_shape(name: str, expected: tuple[int, ...], got: tuple[int, ...]) -> N
         raise ValueError(f"expected a vector of shape {expected} for {name}, got {got}: {HINT}")
 
 
-def check_saved_names(expected: list[str], saved: list[str]) -> None:
+def check_saved_names(expected: list[str], saved: list[str], num_vectors: int | None = None) -> None:
     """
     Compares the modules that have a vector in an adapter's file with those that should.
 
     Args:
         expected (`list[str]`): Names of the modules that the adapter steers.
         saved (`list[str]`): Names of those in the file. PEFT may yet rename them if they have none in common.
+        num_vectors (`int`, *optional*): How many the file had when it was saved.
 
     Raises:
         ValueError: If one is missing, or there is one too many.
     """
     renamed = bool(saved) and set(expected).isdisjoint(saved) and len(saved) == len(expected)
     missing, extra = sorted(set(expected) - set(saved)), sorted(set(saved) - set(expected))
+    if missing and not renamed and len(saved) == num_vectors:
+        raise ValueError(
+            f"the adapter has {num_vectors} vectors and none for {', '.join(missing)}, which this model has: {HINT}"
+        )
     if missing and not renamed:
         raise ValueError(f"the adapter's file holds no vector for {', '.join(missing)}: copy or save it again")
     if extra and not renamed:

@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel, PeftType, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import load_peft_weights
+from torch import nn
 from transformers import PreTrainedModel
 
 from .config import BiasSteerConfig, as_index
@@ -91,7 +92,11 @@ def _steered_layers(config: BiasSteerConfig, saved: list[str]) -> list[str]:
 
 
 def from_vectors(
-    vectors: dict[int, torch.Tensor], model: PeftModel | PreTrainedModel, adapter_name: str = "default"
+    vectors: dict[int, torch.Tensor],
+    model: PeftModel | PreTrainedModel,
+    adapter_name: str = "default",
+    *,
+    layers_pattern: str | None = None,
 ) -> PeftModel:
     """
     Makes an adapter of given vectors. Layers that `vectors` does not name are not steered.
@@ -100,6 +105,7 @@ def from_vectors(
         vectors (`dict[int, torch.Tensor]`): Vectors by index of their layer, each (hidden_size,).
         model (`PeftModel` or `PreTrainedModel`): Model to steer; a `PeftModel` gets one more adapter.
         adapter_name (`str`, *optional*, defaults to `"default"`): Name of the new adapter.
+        layers_pattern (`str`, *optional*): As in [`BiasSteerConfig`].
 
     Returns:
         `PeftModel`: The steered model.
@@ -112,8 +118,8 @@ def from_vectors(
     base = unwrap(model)
     if not vectors:
         raise ValueError("expected at least one vector, got none")
-    check_vectors(vectors, num_layers=len(find_layers(base)[1]), width=residual_width(base))
-    config = BiasSteerConfig(layers_to_transform=sorted(vectors))
+    check_vectors(vectors, num_layers=len(find_layers(base, layers_pattern)[1]), width=residual_width(base))
+    config = BiasSteerConfig(layers_to_transform=sorted(vectors), layers_pattern=layers_pattern)
     if isinstance(model, PeftModel):
         if adapter_name in model.peft_config:
             raise ValueError(f"expected a new adapter name, got {adapter_name!r}, which the model has already")
@@ -177,8 +183,7 @@ def active_vectors(model: PeftModel) -> dict[int, torch.Tensor]:
 
 def layers_by_index(model: PeftModel, adapter_names: list[str]) -> dict[int, BiasSteerLayer]:
     check_adapters(model, adapter_names)
-    pattern = cast(BiasSteerConfig, model.peft_config[adapter_names[0]]).layers_pattern
-    index_of = {host: index for index, host in enumerate(find_layers(unwrap(model), pattern)[1])}
+    index_of = {host: index for index, host in enumerate(layers_of(model, adapter_names[0]))}
     layers = {}
     for name, layer in steering_layers(model).items():
         if any(adapter in layer.bias_steer_vector for adapter in adapter_names):
@@ -189,6 +194,11 @@ def layers_by_index(model: PeftModel, adapter_names: list[str]) -> dict[int, Bia
                 )
             layers[index_of[layer.get_base_layer()]] = layer
     return layers
+
+
+def layers_of(model: PeftModel, adapter_name: str) -> nn.ModuleList:
+    """The layers of the base, steered or not, by the name that the adapter's config has for their list."""
+    return find_layers(unwrap(model), cast(BiasSteerConfig, model.peft_config[adapter_name]).layers_pattern)[1]
 
 
 def check_adapters(model: PeftModel, adapter_names: list[str]) -> None:

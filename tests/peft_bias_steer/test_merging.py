@@ -413,3 +413,26 @@ def test_a_container_that_is_trained_whole_is_merged_and_unloaded(tokens, set_ve
 
     torch.testing.assert_close(logits(merged, tokens), expected)
     assert not [name for name, _ in merged.named_modules() if "modules_to_save" in name or "bias_steer" in name]
+
+
+@pytest.mark.parametrize("mlp_bias", [False, True])
+def test_a_second_adapter_merges_into_a_model_that_was_cast_meanwhile(llama, tokens, set_vectors, mlp_bias):
+    model = get_peft_model(llama(mlp_bias=mlp_bias), BiasSteerConfig()).eval()
+    model.add_adapter("second", BiasSteerConfig())
+    expected = llama(mlp_bias=mlp_bias).bfloat16().state_dict()
+    for name in ("default", "second"):
+        set_vectors(model, name)
+    model.base_model.merge_adapter(["default"])
+    model.bfloat16()
+    model.base_model.merge_adapter(["second"])
+
+    assert model(tokens).logits.dtype == torch.bfloat16
+    bias = model.get_base_model().model.layers[0].mlp.down_proj.bias
+    assert bias.dtype == torch.bfloat16
+    layer = model.get_base_model().model.layers[0].bias_steer
+    added = (layer.vector("default").float() + layer.vector("second").float()).detach()
+    own = expected["model.layers.0.mlp.down_proj.bias"].float() if mlp_bias else 0.0
+    torch.testing.assert_close(bias.float(), added + own, atol=0.03, rtol=0.02)
+    model.unmerge_adapter()
+    found = {name: tensor for name, tensor in model.get_base_model().state_dict().items() if "steer" not in name}
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)

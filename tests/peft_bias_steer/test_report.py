@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,33 @@ def test_a_report_leaves_the_adapter_as_it_was_even_if_it_fails(model, tokenizer
         adapter_report(model, tokenizer, {"task": ROWS}, scales=(0.5, 2.0), group_size=1)
 
     assert all(torch.equal(vector, vectors[index]) for index, vector in steering_vectors(model).items())
+
+
+def test_a_model_in_training_is_measured_without_its_dropout(tiny_language_model, tokenizer):
+    base = AutoModelForCausalLM.from_pretrained(tiny_language_model, attention_dropout=0.5)
+    model = get_peft_model(base, BiasSteerConfig(init_weights=False, task_type="CAUSAL_LM")).eval()
+    expected = adapter_report(model, tokenizer, {"task": ROWS}, scales=(0.0, 1.0), group_size=1)
+
+    found = adapter_report(model.train(), tokenizer, {"task": ROWS}, scales=(0.0, 1.0), group_size=1)
+    assert asdict(found) == asdict(expected) and model.training and base.training
+
+
+def test_an_adapter_that_is_not_at_work_is_not_measured(model, tokenizer):
+    def measure(name="default"):
+        return adapter_report(model, tokenizer, {"task": ROWS}, name, scales=(1.0,))
+
+    model.add_adapter("second", BiasSteerConfig(init_weights=False, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match=r"'second' as the one active adapter, at scale 1, got \['default'\], at"):
+        measure("second")
+    with model.disable_adapter(), pytest.raises(ValueError, match=r"got \['default'\], switched off, at scale 1.0"):
+        measure()
+    model.set_scale("default", 0.5)
+    with pytest.raises(
+        ValueError, match=r"at scale 0.5: call set_adapter\('default'\) and set_scale\('default', 1.0\)"
+    ):
+        measure()
+    model.set_scale("default", 1.0)
+    assert measure().gains["task"].mean != 0
 
 
 @pytest.fixture

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import transformers
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peft_bias_steer import BiasSteerConfig, extract_vectors
+from peft_bias_steer import BiasSteerConfig, extract_vectors, from_vectors, steering_vectors
+from peft_bias_steer.analysis import residual_ratios
 from peft_bias_steer.residual import find_layers
 
 
@@ -112,3 +113,70 @@ def test_an_encoder_of_such_layers_is_no_reason_to_refuse():
     torch.testing.assert_close(got[0], model(**inputs).logits[0])
     with model.disable_adapter():
         torch.testing.assert_close(got[1], model(**inputs).logits[1])
+
+
+def test_layers_that_no_hook_can_see_are_refused():
+    sizes = {"embedding_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.SqueezeBertConfig(vocab_size=64, intermediate_size=32, **sizes)
+    with pytest.raises(ValueError, match="squeezebert cannot be steered: it has layers that it runs by their method"):
+        get_peft_model(transformers.SqueezeBertModel(config), BiasSteerConfig())
+
+
+def test_of_stacks_that_follow_one_another_the_largest_is_steered():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.CanineConfig(**sizes, local_transformer_stride=16, num_hash_buckets=64)
+
+    path, layers = find_layers(transformers.CanineModel(config))
+    assert (path, len(layers)) == ("encoder.layer", 3)
+
+
+def test_a_tower_of_another_width_gets_vectors_of_its_own():
+    vision = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision, image_size=8, patch_size=4),
+        text_config=transformers.LlamaConfig(**{**vision, "hidden_size": 32}, vocab_size=64),
+        image_token_index=63,
+    )
+    model = transformers.LlavaForConditionalGeneration(config)
+    towers = r".*vision_tower.*encoder\.layers\.\d+"
+    steered = get_peft_model(model, BiasSteerConfig(target_modules=towers, init_weights=False))
+
+    assert {layer.size for layer in steered.base_model.steering_layers.values()} == {16}
+    ids = torch.tensor([[1, 63, 63, 63, 63, 2]])
+    pixels = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        with_vectors = steered(input_ids=ids, pixel_values=pixels).logits
+        with steered.disable_adapter():
+            assert not torch.equal(steered(input_ids=ids, pixel_values=pixels).logits, with_vectors)
+    own = get_peft_model(transformers.LlavaForConditionalGeneration(config), BiasSteerConfig())
+    assert {layer.size for layer in own.base_model.steering_layers.values()} == {32}
+
+
+def test_layers_under_a_name_of_their_own_are_read_and_steered_alike(tiny_language_model):
+    """XLM's lists of layers have no name that is known."""
+    config = transformers.XLMConfig(vocab_size=259, emb_dim=32, n_layers=2, n_heads=2, causal=True)
+    base = transformers.XLMWithLMHeadModel(config).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_language_model)
+    pairs = [{"positive": "happy", "negative": "sad"}, {"positive": "glad", "negative": "bad"}]
+
+    vectors = extract_vectors(base, tokenizer, pairs, layers_pattern="ffns")
+    model = from_vectors(vectors, base, layers_pattern="ffns")
+
+    assert list(vectors) == [0, 1] == list(steering_vectors(model))
+    assert all(torch.equal(vector, vectors[index]) for index, vector in steering_vectors(model).items())
+    ratios = residual_ratios(model, tokenizer, ["a text"])
+    assert list(ratios) == [0, 1] and all(ratio > 0 for ratio in ratios.values())
+
+
+def test_an_adapter_is_loaded_where_the_layers_have_another_place(llama, tokens, tmp_path):
+    model = get_peft_model(llama(), BiasSteerConfig(layers_to_transform=[0, 2], init_weights=False)).eval()
+    model.save_pretrained(tmp_path)
+    expected = model.base_model.model.model(tokens)[0]
+    mapped = PeftModel.from_pretrained(llama().model, tmp_path, key_mapping={r"^model\.": ""})
+    native = llama().model
+    native.load_adapter(str(tmp_path), adapter_name="x")
+
+    assert torch.equal(mapped(tokens)[0], expected) and torch.equal(native(tokens)[0], expected)
+    # Without a mapping PEFT finds no vector for its modules: never a model that is not steered.
+    with pytest.raises(ValueError, match="no such module is steered in this model: load it into the base model"):
+        PeftModel.from_pretrained(llama().model, tmp_path)

@@ -38,3 +38,10 @@ def test_a_shape_of_another_base_is_refused():
     check_shape("layers.0", (4,), (4,))
     with pytest.raises(ValueError, match=r"expected a vector of shape \(4,\) for layers.0, got \(8,\): load it into"):
         check_shape("layers.0", (4,), (8,))
+
+
+def test_a_whole_file_for_fewer_layers_is_not_called_damaged():
+    with pytest.raises(ValueError, match="has 2 vectors and none for c, which this model has: load it into the base"):
+        check_saved_names(["a", "b", "c"], ["a", "b"], num_vectors=2)
+    with pytest.raises(ValueError, match="holds no vector for c: copy or save it again"):
+        check_saved_names(["a", "b", "c"], ["a", "b"], num_vectors=3)
