@@ -1,4 +1,3 @@
-import re
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,13 +28,9 @@ from .layer import (
     wrong_length,
 )
 from .merging import coarsest_rounding, in_evaluation_mode, merge_sites, vector_dtype
-from .residual import find_layers, refuse_seq_first, residual_width, seq_first_type
+from .residual import find_layers, in_another_place, refuse_seq_first, seq_first_type, width_at
 from .saved_keys import HINT, VECTOR, WRAPPED, check_adapter_name, check_saved_names, check_shape, host_name
 from .tokens import Tokens, as_choice, recompute_in_context
-
-
-# target_modules as they are filled in for a list of layers
-LAYERS_PATTERN = re.compile(r"(?:\w+\\\.)*(?P<list>\w+)\\\.(?P<index>\\d\+|\([\d|]+\))")
 
 
 class BiasSteerModel(BaseTuner):
@@ -78,7 +73,7 @@ class BiasSteerModel(BaseTuner):
             if peft_config.target_modules is None:
                 peft_config.target_modules = f"{path}.{index}".replace(".", r"\.")
         if peft_config.num_vectors is not None and not self._targeted_names(peft_config):
-            moved = self._in_another_place(peft_config.target_modules)
+            moved = in_another_place(cast(PreTrainedModel, self.model), peft_config.target_modules)
             peft_config.target_modules = moved or peft_config.target_modules
         peft_config.filled_in = given, _targets(peft_config)
         if peft_config.saved_shapes is not None:
@@ -90,18 +85,6 @@ class BiasSteerModel(BaseTuner):
 
     def _targeted_names(self, peft_config: BiasSteerConfig) -> list[str]:
         return [name for name, _ in self.model.named_modules() if self._is_target(peft_config, name)]
-
-    def _in_another_place(self, target_modules: Any) -> str | None:
-        """
-        What a saved config calls the layers, for a model that has them in another place, as one with a head has the layers
-        of one without.
-        """
-        found = LAYERS_PATTERN.fullmatch(target_modules) if isinstance(target_modules, str) else None
-        try:
-            path = find_layers(cast(PreTrainedModel, self.model), found["list"])[0] if found else None
-        except ValueError:
-            return None
-        return found and f"{path}.".replace(".", r"\.") + found["index"]
 
     def _is_target(self, peft_config: BiasSteerConfig, name: str) -> bool:
         return ".bias_steer" not in name and bool(self._check_target_module_exists(peft_config, name))
@@ -187,11 +170,9 @@ class BiasSteerModel(BaseTuner):
             return module.out_features
         if isinstance(module, Conv1D):
             return module.nf
-        around = [self.model.get_submodule(outer) for outer in _outer_names(name)]
-        holders = [module for module in around if isinstance(module, PreTrainedModel)]
-        if isinstance(around[0], nn.ModuleList) and holders:
-            residual_width(self.model)  # refuses architectures that cannot be steered
-            return residual_width(holders[0])
+        in_list = isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.ModuleList)
+        if in_list and isinstance(self.model, PreTrainedModel):
+            return width_at(self.model, name)
         raise TypeError(
             f"target module {name} is a {type(module).__name__}, expected a decoder layer, nn.Linear or Conv1D: "
             "leave target_modules unset to steer every decoder layer of a transformers model"
@@ -593,12 +574,6 @@ def _after_pass(module: nn.Module, args: tuple, output: Any, layers: list[BiasSt
 
 def _vector_at(model: nn.Module, key: str) -> SteeringVector:
     return cast(SteeringVector, model.get_submodule(key.removesuffix(".weight")))
-
-
-def _outer_names(name: str) -> list[str]:
-    """Of the modules that a module is in, the innermost first and the model itself last."""
-    parts = name.split(".")
-    return [".".join(parts[:length]) for length in reversed(range(len(parts)))]
 
 
 def _targets(config: BiasSteerConfig) -> tuple:

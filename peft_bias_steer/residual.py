@@ -1,5 +1,6 @@
 """The residual stream of an architecture: its layers and its width."""
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -9,6 +10,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .architectures import LAYER_LISTS, REFUSED_TYPES, SEQ_FIRST_TYPES, STREAM_COUNTS
+
+
+# target_modules as they are filled in for a list of layers
+LAYERS_PATTERN = re.compile(r"(?:\w+\\\.)*(?P<list>\w+)\\\.(?P<index>\\d\+|\([\d|]+\))")
 
 
 def find_layers(model: PreTrainedModel, layers_pattern: list[str] | str | None = None) -> tuple[str, nn.ModuleList]:
@@ -46,6 +51,19 @@ def find_layers(model: PreTrainedModel, layers_pattern: list[str] | str | None =
     text = [entry for entry in found if _model_type_at(model, entry[1]) == _text_config(model).model_type]
     layers = min(text or found, key=lambda entry: (entry[0], -len(entry[1])))[1]
     return next(name for name, module in model.named_modules() if module is layers), layers
+
+
+def in_another_place(model: PreTrainedModel, target_modules: Any) -> str | None:
+    """
+    What a saved config calls the layers, for a model that has them in another place, as one with a head has the layers of
+    one without; None if it names none.
+    """
+    found = LAYERS_PATTERN.fullmatch(target_modules) if isinstance(target_modules, str) else None
+    try:
+        path = find_layers(model, found["list"])[0] if found else None
+    except ValueError:
+        return None
+    return found and f"{path}.".replace(".", r"\.") + found["index"]
 
 
 def find_decoder(model: PreTrainedModel) -> nn.Module:
@@ -117,6 +135,19 @@ def residual_width(model: PreTrainedModel) -> int:
     if getattr(config, "hidden_size", None) is None:
         raise ValueError(f"{config.model_type} cannot be steered: its config names no hidden_size")
     return config.hidden_size
+
+
+def width_at(model: PreTrainedModel, name: str) -> int:
+    """
+    Width of the stream at a layer of this name: that of the innermost model around it that has a config, a tower perhaps.
+
+    Raises:
+        ValueError: As in [`residual_width`].
+    """
+    residual_width(model)
+    parts = name.split(".")
+    around = (model.get_submodule(".".join(parts[:length])) for length in reversed(range(len(parts))))
+    return residual_width(next(module for module in around if isinstance(module, PreTrainedModel)))
 
 
 def seq_first_type(model: nn.Module) -> str | None:
