@@ -273,17 +273,20 @@ def mean_interval(values: list[float]) -> float:
 
 def prediction_intervals(rows: list[list[float]]) -> list[tuple[float, float] | None]:
     """
-    Where one more seed of each row lies with 95 % probability, if the seeds of all are normally distributed with one
-    variance: two or three that happen to agree say little of their own. None for one seed.
+    Where one more seed of each row lies with 95 % probability or more, if seeds are normally distributed: the wider of the
+    interval from its own seeds, which says too little where two or three happen to agree, and of that from the variance of
+    all rows, which says too little of a row whose seeds differ more than others'. None for one seed.
     """
     several = [values for values in rows if len(values) > 1]
     freedom = sum(len(values) - 1 for values in several)
-    deviation = (sum((len(values) - 1) * statistics.variance(values) for values in several) / max(1, freedom)) ** 0.5
-    found: list[tuple[float, float] | None] = []
-    for values in rows:
-        half = float(stats.t.ppf(0.975, freedom)) * deviation * (1 + 1 / len(values)) ** 0.5 if freedom else 0.0
-        mean = statistics.mean(values)
-        found.append((max(0.0, mean - half), min(1.0, mean + half)) if len(values) > 1 else None)
+    pooled = (sum((len(values) - 1) * statistics.variance(values) for values in several) / max(1, freedom)) ** 0.5
+    found: list[tuple[float, float] | None] = [None] * len(rows)
+    for place, values in enumerate(rows):
+        if len(values) > 1:
+            estimates = (len(values) - 1, statistics.stdev(values)), (freedom, pooled)
+            widest = max(float(stats.t.ppf(0.975, degrees)) * deviation for degrees, deviation in estimates)
+            half, mean = widest * (1 + 1 / len(values)) ** 0.5, statistics.mean(values)
+            found[place] = max(0.0, mean - half), min(1.0, mean + half)
     return found
 
 

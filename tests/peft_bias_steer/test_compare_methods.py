@@ -108,15 +108,17 @@ def test_prediction_intervals_cover_a_further_seed_at_their_rate_even_where_two_
     import torch
 
     draws = torch.randn(1000, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.02 + 0.5
-    inside = agreeing = 0
+    draws[:, 0] = 0.5 + 3 * (draws[:, 0] - 0.5)  # a method whose seeds differ more than others'
+    inside, agreeing = torch.zeros(5), []
     for methods in draws:
         found = example.prediction_intervals([seeds[:3].tolist() for seeds in methods])
-        for seeds, (low, high) in zip(methods, found):
-            inside += bool(low <= seeds[3] <= high)
-            if seeds[:3].std() < 0.005:
-                agreeing += 1 if low <= seeds[3] <= high else -1
-    # 95 % of 5000, four standard errors; those of one comparison share an estimate
-    assert abs(inside / 5000 - 0.95) < 0.015 and agreeing > 100
+        for place, (seeds, (low, high)) in enumerate(zip(methods, found)):
+            inside[place] += bool(low <= seeds[3] <= high)
+            if place and seeds[:3].std() < 0.005:
+                agreeing.append(bool(low <= seeds[3] <= high))
+    # 95 % and more, less four standard errors of 0.7 %
+    assert (inside / 1000 > 0.95 - 0.028).all() and inside[0] < inside[1:].min()
+    assert len(agreeing) > 100 and sum(agreeing) / len(agreeing) > 0.93
     # one seed has no interval, and neither has the base; of a single method the interval is its own
     alone = example.prediction_intervals([[0.5], [0.50, 0.54, 0.52], [0.3]])
     assert alone[0] is alone[2] is None
@@ -132,13 +134,13 @@ def test_table_gives_means_over_seeds_and_the_spread(example, three, tmp_path):
     bias = next(row for row in rows if row["method"] == "bias")
 
     assert bias["accuracy"] == pytest.approx(0.52)
-    # t(.975, 6) = 2.447 for three methods, standard deviation 0.02 of each
-    assert bias["next_seed"] == pytest.approx((0.52 - 0.0565, 0.52 + 0.0565), abs=1e-4)
+    # t(.975, 2) = 4.303, standard deviation 0.02
+    assert bias["next_seed"] == pytest.approx((0.52 - 0.0994, 0.52 + 0.0994), abs=1e-4)
     assert bias["accuracy_when_formatted"] == pytest.approx(0.52 / 0.8)
     lines = example.accuracy_table(rows).splitlines()
     assert lines[2].startswith("| base | – | – | 10.0% (0.0% to 100.0%) | – | – | 5.0% | 80.0% |")
     assert (
-        "| bias vectors | 0.01 | 3 | 52.0% | 50.0%, 54.0%, 52.0% | 46.3% to 57.7% | 26.0% | 80.0% | 65.0% | 2.0 |"
+        "| bias vectors | 0.01 | 3 | 52.0% | 50.0%, 54.0%, 52.0% | 42.1% to 61.9% | 26.0% | 80.0% | 65.0% | 2.0 |"
         in lines
     )
     assert "| bias vectors | 1,000 | 8,000 | 4,000 | 1,024 | 2.0 | 0.5 |" in example.cost_table(rows)
@@ -157,7 +159,7 @@ def test_whole_page_is_written_and_a_new_seed_checked_against_it(example, three,
     assert page.startswith(f"`python compare_methods.py --preset three --output_dir {tmp_path}`")
     assert (folder / "three_basic_arithmetic.png").stat().st_size > 10_000
 
-    seeds = {3: 0.57, 4: 0.7}
+    seeds = {3: 0.6, 4: 0.7}
     monkeypatch.setattr(three, "seeds", list(seeds))
     write_results([run for run in example.list_runs(three, tmp_path, []) if run.method], seeds)
     new = ["--methods", "bias", "--seeds", "3", "4", "--reference", str(reference)]
@@ -166,8 +168,8 @@ def test_whole_page_is_written_and_a_new_seed_checked_against_it(example, three,
     example.main()
 
     lines = capsys.readouterr().out.splitlines()
-    assert "bias vectors, seed 3: 57.0%, within 46.3% to 57.7%" in lines
-    assert "bias vectors, seed 4: 70.0%, OUTSIDE 46.3% to 57.7%" in lines
+    assert "bias vectors, seed 3: 60.0%, within 42.1% to 61.9%" in lines
+    assert "bias vectors, seed 4: 70.0%, OUTSIDE 42.1% to 61.9%" in lines
 
 
 def test_what_is_finished_is_put_together_without_running_anything(example, three, monkeypatch, tmp_path, capsys):
