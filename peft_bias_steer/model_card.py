@@ -93,9 +93,8 @@ def _without_form(text: str, folder: Path | None, base_model: str | None) -> str
     is_id = base_model is not None and _is_repo_id(base_model)
     base = f"[{base_model}](https://huggingface.co/{base_model})" if is_id else "a language model"
     shapes = saved_shapes(str(folder), None, {}) if folder else None
-    vectors = (
-        _counted(shapes) if shapes else "Vectors that are added to the outputs of layers, in folders of their own."
-    )
+    where = "." if folder else ", in folders of their own."
+    vectors = _counted(shapes) if shapes else f"Vectors that are added to the outputs of layers{where}"
     before, _, after = text.partition(form)
     return before + ABOUT.format(base=base, vectors=vectors) + after.lstrip("\n")
 

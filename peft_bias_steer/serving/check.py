@@ -44,7 +44,7 @@ class ServerCheck:
     Args:
         share (`float`):
             How far the served log-probabilities lie on the way from the base model's to the steered model's: 1 where the
-            server steers, 0 where it serves the base, 2 where vectors are added twice.
+            server steers, 0 where it serves the base, about 2 where vectors are added twice.
         error (`float`): 1.96 standard errors of it.
         difference (`float`): Mean absolute difference from the steered model, in nats; what rounding and quantisation leave.
         base_difference (`float`): The same from the base model.
@@ -87,8 +87,8 @@ def check_server(
     """
     Compares what a server says of the tokens after some prompts with what the steered model says, and the base model.
 
-    The server has to answer `/completions` of OpenAI's interface with log-probabilities, as those of vLLM, SGLang and
-    llama.cpp do. The variable `OPENAI_API_KEY` is sent along if it is set.
+    The server has to answer `/completions` of OpenAI's interface with log-probabilities, as those of vLLM and
+    llama-cpp-python do. The variable `OPENAI_API_KEY` is sent along if it is set.
 
     Args:
         model (`PeftModel`): A causal language model with active, unmerged BiasSteer adapters. It is left as it was.

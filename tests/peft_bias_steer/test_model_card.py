@@ -59,6 +59,12 @@ def test_the_card_of_one_vector_names_its_layer(llama, tmp_path):
     assert "a vector of 32, added at every token to the output of `model.layers.1`. All other weights" in card
 
 
+def test_the_card_of_a_pickled_adapter_is_of_this_folder(llama, tmp_path):
+    get_peft_model(llama(), BiasSteerConfig()).save_pretrained(tmp_path, safe_serialization=False)
+
+    assert "Vectors that are added to the outputs of layers. All other" in (tmp_path / "README.md").read_text()
+
+
 @pytest.mark.parametrize("task_type", [None, "SEQ_2_SEQ_LM", "SEQ_CLS"])
 def test_model_card_names_a_class_that_exists(llama, tmp_path, task_type):
     import peft

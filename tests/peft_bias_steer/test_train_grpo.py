@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from peft import PeftConfig
 from safetensors.torch import load_file
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, ProgressCallback
 
 from tests.example_module import load_example
 
@@ -87,6 +87,8 @@ def test_batched_answers_equal_single_ones(example, tiny_language_model):
 def test_bars_move_at_every_pass_of_the_model(train, monkeypatch):
     """A step may take longer than one likes to look at a bar that stands still; a pass does not."""
     shown, updates, passes = [], [], []
+    assert sys.modules["progress"].SECONDS_BETWEEN == 1
+    monkeypatch.setattr(sys.modules["progress"], "SECONDS_BETWEEN", 0)
     monkeypatch.setattr(tqdm, "set_postfix_str", lambda bar, text="", refresh=True: refresh and shown.append(text))
     monkeypatch.setattr(tqdm, "update", lambda bar, n=1: bar.desc and "answers" in bar.desc and updates.append(n))
     forward = LlamaForCausalLM.forward
@@ -96,6 +98,20 @@ def test_bars_move_at_every_pass_of_the_model(train, monkeypatch):
     # Answers before and after; samples and learning, of two steps.
     assert len(shown) + len(updates) >= len(passes) > 2 * 3 and len(updates) >= 4 and len(shown) >= 2 * 3
     assert shown[-1] == f"{len(shown)} passes of the model"
+
+
+def test_a_bar_is_drawn_once_a_second_however_fast_the_passes(example, monkeypatch):
+    now, drawn = [100.0], []
+    monkeypatch.setattr(sys.modules["progress"].time, "monotonic", lambda: now[0])
+    bar = types.SimpleNamespace(set_postfix_str=drawn.append)
+    callback = ProgressCallback()
+    callback.training_bar = bar
+    shown = example.PassesShown(types.SimpleNamespace(callback_handler=types.SimpleNamespace(callbacks=[callback])))
+    for _ in range(9):
+        shown.show()
+        now[0] += 0.25
+
+    assert drawn == ["1 passes of the model", "5 passes of the model", "9 passes of the model"]
 
 
 @pytest.mark.slow
