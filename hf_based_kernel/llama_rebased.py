@@ -49,7 +49,7 @@ def read_llama(
 
     Raises:
         ValueError: If the model is of another class or holds what a ReBased model cannot, for an index out of range, for an
-            option that is not one of `OF_REPLACED_LAYERS`, and for text that is not (rows, seq).
+            option that is not one of `OF_REPLACED_LAYERS`, and for text that is not (rows, seq) of its tokens.
     """
     if type(model).__name__ not in LLAMAS:
         raise ValueError(f"model must be a {', '.join(LLAMAS[:-1])} or {LLAMAS[-1]}, got {type(model).__name__}")
@@ -62,11 +62,8 @@ def read_llama(
     given = [*options, *(["input_ids"] if input_ids is not None else [])]
     if given and not wanted:
         raise ValueError(f"{', '.join(given)} are options of replaced layers, of which there are none; give layers")
-    if input_ids is not None and getattr(input_ids, "ndim", None) != 2:
-        shape = getattr(input_ids, "shape", None)
-        raise ValueError(
-            f"input_ids must be a tensor (rows, seq), got {type(input_ids).__name__ if shape is None else tuple(shape)}"
-        )
+    if input_ids is not None:
+        _check_text(input_ids, old.vocab_size)
     if old.hidden_act != "silu":
         raise ValueError(f"hidden_act of the model must be silu, got {old.hidden_act!r}; a ReBased model has no other")
     # A quantised weight of torchao says that it is floating, but is no plain tensor.
@@ -93,6 +90,22 @@ def read_llama(
         if not (config.tie_word_embeddings and name == "lm_head.weight")
     }
     return config, state_dict
+
+
+def _check_text(input_ids: Any, vocab_size: int) -> None:
+    if not isinstance(input_ids, torch.Tensor):
+        got: Any = type(input_ids).__name__
+    elif input_ids.dim() != 2 or input_ids.numel() == 0:
+        got = tuple(input_ids.shape)
+    elif input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        got = input_ids.dtype
+    elif not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab_size:
+        got = f"some from {int(input_ids.min())} to {int(input_ids.max())}"
+    else:
+        return
+    raise ValueError(
+        f"input_ids must be a tensor (rows, seq) of at least one row and token, integers from 0 to {vocab_size - 1}, got {got}"
+    )
 
 
 def _other_names(model: PreTrainedModel, layers: list[int]) -> dict[str, Any]:

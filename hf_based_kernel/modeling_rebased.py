@@ -495,7 +495,7 @@ class RebasedForCausalLM(RebasedPreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: If the model is of another class or holds what a ReBased model cannot, for an index out of range, for
-                an option that is not one of these, and for text that is not (rows, seq).
+                an option that is not one of these, and for text that is not (rows, seq) of the model's tokens.
 
         ```python
         >>> from transformers import AutoModelForCausalLM
@@ -591,6 +591,16 @@ class RebasedForCausalLM(RebasedPreTrainedModel, GenerationMixin):
             )
         if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache:
             model_kwargs[CACHE_NAME] = RebasedCache(self.config)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
+        # The library counts from the first token of the cache; the sequence that a packed row is in begins later.
+        position_ids = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        first_tokens = getattr(model_kwargs.get(CACHE_NAME), "first_tokens", None)
+        if first_tokens is None:
+            return position_ids
+        # Beams and samples have rows in the cache already, in the prompt not yet.
+        first_tokens = first_tokens[:: max(1, len(first_tokens) // len(inputs_tensor)), None]
+        return position_ids - position_ids.expand(len(first_tokens), -1).gather(1, first_tokens)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused with `ValueError`: what `generate_batch` and paged attention keep are keys and values, not states."""

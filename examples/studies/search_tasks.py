@@ -4,18 +4,19 @@
 # ]
 # ///
 """
-What can a model do with every task of reasoning-gym before it is trained: alone, asked for the answer alone, and after
-solved examples? Training is worth its while where samples are right now and then and no prompt does as well, nor the
-answer that is right most often.
+What can a model do with every task of reasoning-gym before it is trained: alone, asked for the answer alone, after solved
+examples, and step by step? Training is worth its while where samples are right now and then and no prompt does as well, nor
+the answer that is right most often.
 
     python examples/studies/search_tasks.py --model outputs/SmolLM2-135M-Instruct --bf16
 
 Questions and checks are those of train_methods.py: an answer is the last integer of a completion where all answers are
-integers, otherwise its first line. Writes a table (.md), a line for each task (.jsonl; a task that is there is not asked
+integers, otherwise its first line; of one with steps, what "Answer:" says, or its last line. Writes a table (.md), a line for each task (.jsonl; a task that is there is not asked
 again, so an interrupted search goes on) and a plot (.png).
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -34,6 +35,7 @@ from peft_bias_steer.whole_files import whole_file
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("shared", "peft_bias_steer", "studies")]
 import train_grpo as example
 import train_methods as study  # ty: ignore[import-not-found]  # the script beside this one
+from answer_forms import ANSWER_FORMS
 from grpo_methods import PROMPTS
 
 
@@ -44,6 +46,9 @@ NO_CHECKS = {
 }
 # tokens beside the answer, for a sentence that says it
 AROUND = 16
+STEP_BY_STEP = "step by step"
+KINDS = {**PROMPTS, STEP_BY_STEP: ["--system_prompt", "Think step by step. End with 'Answer:' and the answer."]}
+SAMPLED = ", sampled"
 
 
 class LeftOut(Exception):
@@ -57,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--tasks", nargs="+", choices=sorted(DATASETS), default=sorted(DATASETS), metavar="TASK", help="which (all)")
     add("--questions", type=int, default=32, help="questions of each task (%(default)s)")
     add("--longest_prompt", type=int, default=512, help="tokens of a question; tasks with longer ones are left out")
-    add("--longest_answer", type=int, default=32, help="tokens of an answer; tasks with longer ones are left out")
+    add("--longest_answer", type=int, default=128, help="tokens of an answer, with its steps (%(default)s)")
     add("--longest_context", type=int, default=2000, help="tokens of a question and its examples (%(default)s)")
     add("--bf16", action="store_true", help="weights in bfloat16, where that is faster")
     add("--output_dir", type=Path, default=Path("outputs/search_tasks"), help="for all artefacts (%(default)s)")
@@ -106,8 +111,8 @@ def load_task(args: argparse.Namespace, name: str) -> study.Task:
         task = study.load_task(settings(args, name, "--few_shot", "8"))
     except SystemExit:
         raise LeftOut("fewer distinct questions") from None
-    if task.form is study.ANSWER_FORMS["tag"]:
-        task.form, task.system_prompt = study.ANSWER_FORMS["line"], ""
+    if task.form is ANSWER_FORMS["tag"]:
+        task.form, task.system_prompt = ANSWER_FORMS["line"], ""
     return task
 
 
@@ -121,33 +126,41 @@ def ask(args: argparse.Namespace, model: Any, tokenizer: Any, name: str) -> dict
     longest = max(len(tokenizer(row["answer"]).input_ids) for row in [*task.held_out, *task.train[:8]])
     if longest > args.longest_answer:
         raise LeftOut(f"answers of {longest} tokens")
+    in_steps = task
+    if task.form is not ANSWER_FORMS["integer"]:
+        in_steps = dataclasses.replace(task, form=ANSWER_FORMS["stated"])
     right: dict[str, int | None] = {}
-    for kind, extra in PROMPTS.items():
+    for kind, extra in KINDS.items():
         make_prompt = study.prompt_maker(tokenizer, task, settings(args, name, *extra))
         prompts = [make_prompt(row) for row in task.held_out]
         tokens = max(len(tokenizer(prompt).input_ids) for prompt in prompts)
         if kind == "question" and tokens > args.longest_prompt:
             raise LeftOut(f"questions of {tokens} tokens")
-        ways = {kind: False, **({f"{kind}, sampled": True} if kind == "question" else {})}
-        for way, sample in ways.items():
+        read, length = (in_steps, args.longest_answer) if kind == STEP_BY_STEP else (task, longest + AROUND)
+        for way in ways_to_ask(kind):
             if tokens > args.longest_context:
                 right[way] = None
                 continue
-            texts = complete(model, tokenizer, prompts, max_new_tokens=longest + AROUND, sample=sample)
-            right[way] = sum(task.grade(text, row)["right"] for text, row in zip(texts, task.held_out))
+            texts = complete(model, tokenizer, prompts, max_new_tokens=length, sample=way.endswith(SAMPLED))
+            right[way] = sum(read.grade(text, row)["right"] for text, row in zip(texts, task.held_out))
     frequent = max(Counter(row["answer"] for row in task.held_out).values())
-    return {"right": right, "frequent": frequent, "integers": task.form is study.ANSWER_FORMS["integer"]}
+    return {"right": right, "frequent": frequent, "integers": task.form is ANSWER_FORMS["integer"]}
+
+
+def ways_to_ask(kind: str) -> list[str]:
+    """Greedily; at temperature 1 too where no example shows what to write."""
+    return [kind, kind + SAMPLED] if kind in ("question", STEP_BY_STEP) else [kind]
 
 
 def best_prompt(result: dict[str, Any]) -> tuple[int, str]:
     """The most right answers to a greedy prompt, and to which."""
-    return max((n, kind) for kind, n in result["right"].items() if n is not None and not kind.endswith("sampled"))
+    return max((n, kind) for kind, n in result["right"].items() if n is not None and not kind.endswith(SAMPLED))
 
 
 def write_report(args: argparse.Namespace, results: list[dict[str, Any]]) -> str:
     asked = [result for result in results if "right" in result]
     asked.sort(key=lambda result: (-best_prompt(result)[0], -result["right"]["question, sampled"], result["task"]))
-    kinds = ["question", "question, sampled", *list(PROMPTS)[1:]]
+    kinds = [way for kind in KINDS for way in ways_to_ask(kind)]
     lines = [f"| task | answers | {' | '.join(kinds)} | best prompt, 95 % | most frequent answer |"]
     lines.append("|---" * (len(kinds) + 4) + "|")
     nothing = []

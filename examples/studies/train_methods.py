@@ -36,7 +36,7 @@ from datasets import Dataset, load_dataset
 from math_verify import parse, verify
 from peft import PeftModel
 from reasoning_gym.factory import DATASETS
-from reasoning_gym.utils import SYSTEM_PROMPTS, extract_answer
+from reasoning_gym.utils import SYSTEM_PROMPTS
 from transformers import ProgressCallback, TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
@@ -46,6 +46,7 @@ from peft_bias_steer.whole_files import whole_file
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("shared", "peft_bias_steer")]
 import train_grpo as example
+from answer_forms import ANSWER_FORMS, AnswerForm, gold_answer
 from grpo_methods import LEARNING_RATES, METHODS, adapt, untie
 
 
@@ -77,45 +78,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 CHAT_TEMPLATES = {
     "chatml": example.CHATML,
     "plain": "{% for m in messages %}{{ m.content }}\n\n{% endfor %}",
-}
-# an equation, a sentence that names a result, or nothing but the number
-STATES_A_RESULT = re.compile(r"(=|\b(is|are|equals|makes|gives|get))\s*:?\s*-?\d+|^\W*\d+\W*$")
-
-
-@dataclass
-class AnswerForm:
-    """How an answer is read from a completion, and whether the completion has the form that was asked for."""
-
-    read: Callable[[str], str | None]
-    is_formatted: Callable[[str], bool]
-
-
-def last_integer(text: str) -> str | None:
-    integers = re.findall(r"-?\d+", text)
-    return integers[-1] if integers else None
-
-
-def last_boxed(text: str) -> str | None:
-    """What stands in the last `\\boxed{...}`, braces inside it included."""
-    start = text.rfind("\\boxed{")
-    depth = 0
-    for position in range(start + 6, len(text)) if start >= 0 else ():
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return text[start + 7 : position]
-    return None
-
-
-def first_line(text: str) -> str | None:
-    """The first line, without marks around it."""
-    return text.strip().split("\n")[0].strip(" .*`\"'") or None
-
-
-ANSWER_FORMS = {
-    "integer": AnswerForm(last_integer, lambda text: bool(STATES_A_RESULT.search(text))),
-    "boxed": AnswerForm(last_boxed, lambda text: last_boxed(text) is not None),
-    "tag": AnswerForm(extract_answer, lambda text: extract_answer(text) is not None),
-    "line": AnswerForm(first_line, lambda text: len(text.strip().split("\n")) == 1),
 }
 
 
@@ -180,13 +142,6 @@ def reasoning_gym_task(args: argparse.Namespace) -> Task:
 
     system_prompt = SYSTEM_PROMPTS["default"] if form == "tag" else ""
     return Task(train, held_out, ANSWER_FORMS[form], check, system_prompt)
-
-
-def gold_answer(text: str) -> str:
-    """The answer in a solution as GSM8K (after ####) or MATH (in a box) writes it, otherwise all of it."""
-    if "####" in text:
-        return text.rsplit("####", 1)[1].strip().replace(",", "")
-    return last_boxed(text) or text.strip()
 
 
 def dataset_task(args: argparse.Namespace) -> Task:
@@ -392,7 +347,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     questions("--train_split", default="train", help="of a dataset (%(default)s)")
     questions("--eval_split", help="of a dataset; by default questions are held out from --train_split")
     questions(
-        "--answer_form", choices=ANSWER_FORMS, help="last integer, \\boxed{}, tag or first line (default: by task)"
+        "--answer_form",
+        choices=ANSWER_FORMS,
+        help="last integer, \\boxed{}, tag, first line or what an 'Answer:' says (default: by task)",
     )
     questions("--system_prompt", help="in front of each question (default: by task)")
     questions(

@@ -76,6 +76,27 @@ def test_a_packed_row_in_pieces_equals_its_documents(layers, piece):
     torch.testing.assert_close(torch.cat(logits, dim=1), one_by_one(model, tokens), **TOLERANCE)
 
 
+@every_kind
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"use_position_embeddings": True, "max_position_embeddings": 64}]
+)
+def test_generate_goes_on_from_a_packed_row_as_from_its_last_document(layers, options):
+    options = dict(options)
+    beams = options.pop("num_beams", 1)
+    if options and "rope_parameters" in layers:
+        pytest.skip("positions are rotations here")
+    model, tokens = make_model(layers, **options), make_tokens(batch_size=2)
+    always = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams, "eos_token_id": None, "pad_token_id": 0}
+    cache = model(tokens[:, :-1], position_ids=positions()[:, :-1].expand(2, -1), use_cache=True).past_key_values
+    if beams > 1:
+        cache.batch_repeat_interleave(beams)
+
+    whole = model.generate(tokens, past_key_values=cache, **always)
+    last_alone = model.generate(tokens[:, -LENGTHS[-1] :], **always)
+
+    assert torch.equal(whole[:, -8:], last_alone[:, -8:])
+
+
 @mixes
 def test_only_the_rows_that_start_a_document_forget(layers):
     model, tokens = make_model(layers), make_tokens(2)

@@ -60,7 +60,7 @@ if device not in ["cuda", "xpu"]:
     raise RuntimeError("CUDA or XPU is not available")
 """
 RUN = """
-import json, os, subprocess, sys
+import json, os, subprocess, sys, tempfile
 import torch, utils
 from datasets import load_dataset
 from peft import PeftConfig, get_peft_model
@@ -76,6 +76,13 @@ question = params["query_template"].format(query=load_dataset("openai/gsm8k", "m
 model.generate(**tokenizer(question, return_tensors="pt"), **params["generation_kwargs"])
 error = "" if load_dataset("meta-math/MetaMathQA")["train"][0]["response"] == "0 + 1 = 1. The answer is: 1" else "other data"
 error = error or params.get("fails", "")
+error = error or ("" if min(map(len, load_dataset("HuggingFaceFW/finewiki")["text"])) > 1000 else "no texts to read")
+with tempfile.TemporaryDirectory(ignore_cleanup_errors=True, delete=True) as gone:
+    model.save_pretrained(gone)
+with tempfile.TemporaryDirectory(ignore_cleanup_errors=True, delete=False) as kept:
+    pass
+error = error or ("" if os.path.isdir(kept) and not os.path.exists(gone) else "folders are not kept as they were asked for")
+os.rmdir(kept)
 branch = subprocess.check_output(["git", "rev-parse", "--abbrev-ref", "HEAD"], cwd=os.path.dirname(torch.__file__))
 result = {
     "run_info": {"experiment_name": os.path.join(*path.split(os.sep)[-2:]), "error_msg": error, "peft_branch": branch.decode()},

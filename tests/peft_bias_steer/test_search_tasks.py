@@ -40,7 +40,7 @@ def test_each_task_is_asked_once_or_left_out_with_a_reason(search, capsys, tmp_p
         capsys, "--questions", 2, "--longest_prompt", 1500, "--tasks", *asked, "arc_agi", "boxnet", "coin_flip"
     )
 
-    kinds = {"question", "question, sampled", *search.example.PROMPTS}
+    kinds = {"question, sampled", "step by step, sampled", "step by step", *search.example.PROMPTS}
     assert {task: set(lines[task]["right"]) for task in asked} == dict.fromkeys(asked, kinds)
     assert [lines[task]["integers"] for task in asked] == [True, False]
     assert lines["boxnet"]["left_out"] == "no answer is written down"

@@ -79,7 +79,24 @@ def dataset_folder(tmp_path):
     ],
 )
 def test_answer_is_read_from_the_last_complete_box(example, text, answer):
-    assert example.last_boxed(text) == answer
+    assert example.ANSWER_FORMS["boxed"].read(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "formatted"),
+    [
+        ("First, 3 + 4 = 7.\nThen 7 - 2 = 5.\n\nAnswer: **5**.\nSo much for that.", "5", True),
+        ("The answer is 4? No.\nThe final answer is: Tuesday", "Tuesday", True),
+        ("ANSWER :\n  12", "12", True),
+        ("We think.\nIt is `red`.\n", "It is `red", False),
+        ("Every answer counts", "Every answer counts", False),
+        ("My answer:", "My answer:", False),
+        (" \n", None, False),
+    ],
+)
+def test_what_an_answer_after_steps_says(example, text, answer, formatted):
+    form = example.ANSWER_FORMS["stated"]
+    assert (form.read(text), form.is_formatted(text)) == (answer, formatted)
 
 
 @pytest.mark.parametrize(
