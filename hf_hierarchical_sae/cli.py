@@ -87,9 +87,11 @@ def harvest(args: argparse.Namespace) -> None:
     if tokens is None:
         print(f"{stream.counts['tokens']} tokens written to {args.folder}, where other processes have still to write")
     else:
-        print(
-            f"{tokens} tokens in {args.folder}: train with `hierarchical-sae train {shlex.quote(str(args.folder))} sae`"
-        )
+        command = ["hierarchical-sae", "train", str(args.folder), "sae"]
+        # several layers or sites were harvested: an autoencoder is of one
+        command += ["--layer", str(args.layer[0])] if len(args.layer) > 1 else []
+        command += ["--hook_point", args.hook_point[0]] if len(args.hook_point) > 1 else []
+        print(f"{tokens} tokens in {args.folder}: train with `{shlex.join(command)}`")
 
 
 def train(args: argparse.Namespace) -> None:

@@ -219,7 +219,7 @@ def starting_point(output_dir: str | Path, *, resume: bool | str = False, overwr
         found = last_checkpoint(folder) if resume is True else resume
         if found is None or not _is_whole(Path(found)):
             begun = _checkpoints(folder) or (folder / SAFE_WEIGHTS_NAME).exists()
-            advice = "give overwrite to start afresh" if begun else "leave it out to start"
+            advice = "give overwrite (--overwrite) to start afresh" if begun else "leave it out to start"
             raise ValueError(
                 f"resume goes on from a whole checkpoint in {folder}, which has none: {advice}"
                 if found is None
@@ -230,8 +230,10 @@ def starting_point(output_dir: str | Path, *, resume: bool | str = False, overwr
         raise ValueError(f"{folder} holds a model of type {_model_type(folder)}, no autoencoder: give another folder")
     if not overwrite and ((folder / SAFE_WEIGHTS_NAME).exists() or _checkpoints(folder)):
         state = "a finished autoencoder" if (folder / SAFE_WEIGHTS_NAME).exists() else "an unfinished training"
-        resume_it = "resume to go on, " if last_checkpoint(folder) else ""
-        raise ValueError(f"{folder} holds {state}: give {resume_it}overwrite to start afresh, or another folder")
+        resume_it = "resume (--resume) to go on, " if last_checkpoint(folder) else ""
+        raise ValueError(
+            f"{folder} holds {state}: give {resume_it}overwrite (--overwrite) to start afresh, or another folder"
+        )
     return None
 
 

@@ -47,8 +47,8 @@ def export_control_vector(model: PeftModel, path: str | os.PathLike, *, drop_fir
     if dropped and not drop_first_layer:
         raise ValueError(
             f"llama.cpp takes no vector for layer 0, but this one has norm {dropped:.4g} (the others together "
-            f"{others:.4g}): give it up with drop_first_layer=True, or keep it with export_gguf() or "
-            "export_stock_checkpoint()"
+            f"{others:.4g}): give it up with drop_first_layer=True (--drop_first_layer), or keep it with export_gguf() or "
+            "export_stock_checkpoint() (--format gguf or stock)"
         )
     if not vectors:
         raise ValueError("expected vectors for layers above 0, got none: llama.cpp takes no file without any")

@@ -336,7 +336,10 @@ def test_chats_go_from_harvest_to_dashboard_without_their_special_tokens(tmp_pat
         ("train {states} {model} --layer 1", "holds a model of type llama, no autoencoder: give another folder"),
         ("circuits {model} --output {out}/x", "takes transcoders, .* holds none: give the folders that train wrote"),
         ("circuits {empty} --output {out}/x", "takes transcoders, .*empty holds none"),
-        ("train {states} {sae} --layer 1", "holds a finished autoencoder: give resume to go on, overwrite to start"),
+        (
+            "train {states} {sae} --layer 1",
+            "holds a finished autoencoder: give resume .--resume. to go on, overwrite .--overwrite. to start",
+        ),
         ("train {states} {sae} --layer 1 --resume --k 4 --d_sae 64", "holds a training with k=8, got k=4"),
         ("train {states} {sae} --layer 0 --resume --k 8 --d_sae 64", "holds a training with layer=1, got layer=0"),
         (
@@ -596,6 +599,10 @@ def test_sites_go_from_harvest_to_dashboard_by_their_names(tmp_path, text, tiny_
     states, sae, page = (str(tmp_path / name) for name in ("states", "sae", "page.html"))
     model = ["--model", tiny_language_model, "--text", text, "--tokens", "600"]
     main(["harvest", states, *model, "--layer", "0", "1", "--hook_point", "mlp.output", "middle"])
+    advice = re.search(r"train with `hierarchical-sae (.*)`", capsys.readouterr().out)[1]
+    main([*shlex.split(advice)[:2], f"{sae}-as-told", *shlex.split(advice)[3:], *SMALL])
+    config = HierarchicalSaeModel.from_pretrained(f"{sae}-as-told").config
+    assert (config.layer, config.hook_point) == (0, "mlp.output")
     with pytest.raises(SystemExit, match="hook_point must be one of the harvested hook_points .*, got None"):
         main(["train", states, sae, "--layer", "1", *SMALL])
     main(["train", states, sae, "--layer", "1", "--hook-point", "mlp.output", *SMALL])

@@ -141,11 +141,17 @@ def test_a_kill_while_a_checkpoint_is_written_costs_that_checkpoint_only(tmp_pat
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True)
     assert done.returncode == -signal.SIGKILL and os.path.exists(f"{folder}/checkpoint-4")
 
-    with pytest.raises(ValueError, match="holds an unfinished training: give resume to go on, overwrite to start"):
+    with pytest.raises(
+        ValueError,
+        match="holds an unfinished training: give resume .--resume. to go on, overwrite .--overwrite. to start",
+    ):
         train(folder)
     assert last_checkpoint(folder) == f"{folder}/checkpoint-2"
     shutil.rmtree(f"{folder}/checkpoint-2")
-    for options, advice in (({}, "give overwrite to start"), ({"resume": True}, "has none: give overwrite to start")):
+    for options, advice in (
+        ({}, "give overwrite .--overwrite. to start"),
+        ({"resume": True}, "has none: give overwrite .--overwrite. to start"),
+    ):
         with pytest.raises(ValueError, match=advice):
             train(folder, **options)
     shutil.copytree(finished / "checkpoint-2", f"{folder}/checkpoint-2")
@@ -227,7 +233,10 @@ def test_the_same_activations_from_another_machine_are_gone_on_with(copy):
 
 
 def test_a_training_is_replaced_only_if_told_and_then_whole(copy):
-    with pytest.raises(ValueError, match="holds a finished autoencoder: give resume to go on, overwrite to start"):
+    with pytest.raises(
+        ValueError,
+        match="holds a finished autoencoder: give resume .--resume. to go on, overwrite .--overwrite. to start",
+    ):
         train(copy, d_sae=64)
 
     with pytest.raises(KeyboardInterrupt):
