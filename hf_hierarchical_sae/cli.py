@@ -89,7 +89,7 @@ def harvest(args: argparse.Namespace) -> None:
     else:
         command = ["hierarchical-sae", "train", str(args.folder), "sae"]
         # several layers or sites were harvested: an autoencoder is of one
-        command += ["--layer", str(args.layer[0])] if len(args.layer) > 1 else []
+        command += ["--layer", str(args.layer[0])] if len(args.layer or []) > 1 else []
         command += ["--hook_point", args.hook_point[0]] if len(args.hook_point) > 1 else []
         print(f"{tokens} tokens in {args.folder}: train with `{shlex.join(command)}`")
 
