@@ -33,6 +33,8 @@ PROMPTS: dict[str, list[str]] = {
     "4 examples": ["--few_shot", "4"],
     "8 examples": ["--few_shot", "8"],
 }
+# with room for the steps
+STEP_BY_STEP = {"step by step": ["--system_prompt", "Think step by step. End with 'Answer:' and the answer."]}
 RANK = 4
 
 

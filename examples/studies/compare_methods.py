@@ -13,10 +13,11 @@ an interrupted comparison goes on where it was. Writes a table (.md), the number
 
 Presets: league (all methods of grpo_methods.py, each at the best of its rates by one seed, measured on three others, and
 accuracy against the number of parameters; and the base model with and without solved examples), beyond_prompts (bias vectors
-beside prompts, on the tasks of search_tasks.py with some signal), format_reward (bias vectors, rewarded for the form of the
-answer alone), out_of_reach (bias vectors on a task beyond the model), gpu (eight times as many samples a step, three times as
-many steps, and two harder tasks; `--jobs 4` shares one card), paper (the recipe of arXiv 2505.18706, for a GPU node; not run
-yet). What stands after `--` goes to train_methods.py. To see whether a new seed lands where the others say it should:
+beside prompts, on the tasks of search_tasks.py with some signal), in_steps (bias vectors where the answer is worked out step by
+step), format_reward (bias vectors, rewarded for the form of the answer alone), out_of_reach (bias vectors on a task beyond the
+model), gpu (eight times as many samples a step, three times as many steps, and two harder tasks; `--jobs 4` shares one card),
+paper (the recipe of arXiv 2505.18706, for a GPU node; not run yet). What stands after `--` goes to train_methods.py. To see
+whether a new seed lands where the others say it should:
 
     python examples/studies/compare_methods.py --methods bias --seeds 4 --reference docs/results_bias_steer.json
 """
@@ -40,7 +41,7 @@ from tqdm import tqdm
 
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
-from grpo_methods import LEARNING_RATES, METHODS, PROMPTS
+from grpo_methods import LEARNING_RATES, METHODS, PROMPTS, STEP_BY_STEP
 
 
 matplotlib.use("Agg")
@@ -54,6 +55,7 @@ EVALUATION = ["--bf16", "--eval_size", "128", "--eval_samples", "1"]
 SHORT = ["--max_steps", "20", *EVALUATION, "--skip_eval_before", "--save_steps", "1000"]
 WATCHED = [*SHORT, "--eval_steps", "10"]
 LONG_ANSWERS = ["--max_completion_length", "24"]
+ROOM_FOR_STEPS = ["--max_completion_length", "64"]
 LARGE_BATCHES = ["--max_steps", "60", "--prompts_per_step", "16", "--num_generations", "16"]
 LARGE_BATCHES += ["--gradient_accumulation_steps", "2", *EVALUATION, *LONG_ANSWERS]
 BASE_ALONE: dict[str, list[str]] = {"base": []}
@@ -115,6 +117,19 @@ PRESETS = {
         [*WATCHED, "--max_completion_length", "16"],
         {f"base, {kind}": options for kind, options in PROMPTS.items()},
         [*EVALUATION, "--max_completion_length", "16"],
+    ),
+    "in_steps": Preset(
+        ["bias"],
+        [0, 1, 2],
+        [*ARITHMETIC, "three_numbers"],
+        BEST,
+        [*WATCHED, *ROOM_FOR_STEPS, *STEP_BY_STEP["step by step"]],
+        {
+            **{f"base, {kind}": options for kind, options in {"question": [], **STEP_BY_STEP}.items()},
+            "base, 4 examples (equation)": BASE["base, 4 examples (equation)"],
+        },
+        [*EVALUATION, *ROOM_FOR_STEPS],
+        note="step by step",
     ),
     "format_reward": Preset(
         ["bias"], [0], ARITHMETIC, BEST, [*WATCHED, "--reward", "formatted"], note="reward for the form alone"

@@ -36,7 +36,7 @@ sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("shared", "p
 import train_grpo as example
 import train_methods as study  # ty: ignore[import-not-found]  # the script beside this one
 from answer_forms import ANSWER_FORMS
-from grpo_methods import PROMPTS
+from grpo_methods import PROMPTS, STEP_BY_STEP
 
 
 # of reasoning-gym 0.1.25
@@ -46,8 +46,7 @@ NO_CHECKS = {
 }
 # tokens beside the answer, for a sentence that says it
 AROUND = 16
-STEP_BY_STEP = "step by step"
-KINDS = {**PROMPTS, STEP_BY_STEP: ["--system_prompt", "Think step by step. End with 'Answer:' and the answer."]}
+KINDS = {**PROMPTS, **STEP_BY_STEP}
 SAMPLED = ", sampled"
 
 
@@ -136,7 +135,7 @@ def ask(args: argparse.Namespace, model: Any, tokenizer: Any, name: str) -> dict
         tokens = max(len(tokenizer(prompt).input_ids) for prompt in prompts)
         if kind == "question" and tokens > args.longest_prompt:
             raise LeftOut(f"questions of {tokens} tokens")
-        read, length = (in_steps, args.longest_answer) if kind == STEP_BY_STEP else (task, longest + AROUND)
+        read, length = (in_steps, args.longest_answer) if kind in STEP_BY_STEP else (task, longest + AROUND)
         for way in ways_to_ask(kind):
             if tokens > args.longest_context:
                 right[way] = None
@@ -149,7 +148,7 @@ def ask(args: argparse.Namespace, model: Any, tokenizer: Any, name: str) -> dict
 
 def ways_to_ask(kind: str) -> list[str]:
     """Greedily; at temperature 1 too where no example shows what to write."""
-    return [kind, kind + SAMPLED] if kind in ("question", STEP_BY_STEP) else [kind]
+    return [kind, kind + SAMPLED] if kind in {"question", *STEP_BY_STEP} else [kind]
 
 
 def best_prompt(result: dict[str, Any]) -> tuple[int, str]:

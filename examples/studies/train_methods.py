@@ -61,6 +61,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # what it is right about now and then
     "two_digit_sums": {"task": "chain_sum", "task_options": {"max_terms": 3, "max_digits": 2}},
+    "three_numbers": {"task": "chain_sum", "task_options": {"min_terms": 3, "max_terms": 3, "max_digits": 1}},
     "two_digit_products": {"task": "products", "task_options": {"max_digits": 2}},
     # of words, as search_tasks.py reads them
     "syllogism": {"answer_form": "line"},
