@@ -124,6 +124,7 @@ class _Writer:
         form: dict[str, Any] = {"unit": "token", "unit_scale": True, "desc": "harvest"}
         settings = stream.settings
         self.progress = logging.tqdm(total=settings.max_tokens, disable=not settings.show_progress, **form)
+        self.to_show = settings.max_tokens
 
     @property
     def shards(self) -> int:
@@ -141,18 +142,25 @@ class _Writer:
         found = _counts_on_disk(path, texts if self.grows else texts[-1:], self.grows and self.shards > 0)
         if found is not None:
             stream.counts.update(found)
-            self.progress.update(found["tokens"])
+            self._show(found["tokens"])
             return found
         before, pieces = Counter(stream.counts), []
         for inputs in batches:
             read = stream.read(inputs)
             pieces.append([states[read.kept] for states in read.states])
-            self.progress.update(len(pieces[-1][0]))
+            self._show(len(pieces[-1][0]))
         names = [_tensor_name(site.layer, site.hook_point) for site in stream.sites]
         tensors = {name: self._stored(torch.cat(parts)) for name, parts in zip(names, zip(*pieces))}
         counts = {name: stream.counts[name] - before[name] for name in stream.counts}
         _write_shard(path, tensors, {"counts": counts, "text_sha256": texts[-1]})
         return counts
+
+    def _show(self, tokens: int) -> None:
+        """Moves the bar, and not beyond its end: the last batch is read whole."""
+        if self.to_show is not None:
+            tokens = min(tokens, self.to_show)
+            self.to_show -= tokens
+        self.progress.update(tokens)
 
     def _stored(self, states: torch.Tensor) -> torch.Tensor:
         """The values as they are written, if their type can hold them."""

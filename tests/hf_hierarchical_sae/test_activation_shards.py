@@ -1,6 +1,7 @@
 """Shards on disk: they hold the stream, survive a kill, and are refused where they are damaged or do not fit."""
 
 import inspect
+import io
 import json
 import pickle
 import shutil
@@ -18,7 +19,9 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from hf_hierarchical_sae import (
     ActivationShards,
@@ -228,6 +231,19 @@ def test_max_tokens_is_exact_however_many_processes_write_and_tokens_are_left_ou
     assert len(shards) == sum(map(len, shards.batches())) == len(expected) == 1000
     assert torch.equal(shards.rows(torch.arange(1000)), expected)
     shards.verify()
+
+
+def test_the_bar_ends_at_the_tokens_that_were_asked_for(model, tokenizer, tmp_path, monkeypatch):
+    bars = []
+
+    def make(*args, **options):
+        bars.append(tqdm(*args, file=io.StringIO(), **options))
+        return bars[-1]
+
+    monkeypatch.setattr(logging, "tqdm", make)
+    given = stream(model, tokenizer, max_tokens=300, show_progress=True, context_length=64, batch_tokens=256)
+    assert save_shards(given, tmp_path, shard_tokens=128) == 300
+    assert [(bar.total, bar.n) for bar in bars if bar.desc == "harvest: "] == [(300, 300)]
 
 
 def test_a_harvest_is_complete_only_once_every_process_has_written(tiny_language_model, tmp_path):

@@ -139,7 +139,10 @@ def test_a_finished_training_is_not_replaced_in_silence(command, run, tmp_path, 
     with pytest.raises(SystemExit):
         run(command)
 
-    assert "holds a finished autoencoder: give overwrite (--overwrite) to start afresh, or another folder" in capsys.readouterr().err
+    assert (
+        "holds a finished autoencoder: give overwrite (--overwrite) to start afresh, or another folder"
+        in capsys.readouterr().err
+    )
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"hours of work"
 
 
