@@ -241,9 +241,9 @@ def test_the_bar_ends_at_the_tokens_that_were_asked_for(model, tokenizer, tmp_pa
         return bars[-1]
 
     monkeypatch.setattr(logging, "tqdm", make)
-    given = stream(model, tokenizer, max_tokens=300, show_progress=True, context_length=64, batch_tokens=256)
+    given = iterate_activations(model, tokenizer, TEXTS * 20, 0, max_tokens=300, context_length=64, batch_tokens=256)
     assert save_shards(given, tmp_path, shard_tokens=128) == 300
-    assert [(bar.total, bar.n) for bar in bars if bar.desc == "harvest: "] == [(300, 300)]
+    assert [(bar.total, bar.n) for bar in bars if bar.desc == "harvest"] == [(300, 300)]
 
 
 def test_a_harvest_is_complete_only_once_every_process_has_written(tiny_language_model, tmp_path):
