@@ -1,5 +1,5 @@
 # /// script
-# dependencies = ["peft_bias_steer"]
+# dependencies = ["peft_bias_steer", "scipy"]
 # ///
 """
 What one bias vector per layer costs, beside LoRA, IA3, BEFT and full fine-tuning, on one CPU thread:
@@ -7,12 +7,15 @@ What one bias vector per layer costs, beside LoRA, IA3, BEFT and full fine-tunin
     python examples/benchmarks/bias_steer_cpu.py --output docs/bias_steer_overhead.md
 
 Each method runs in a process of its own, one at a time and in turns, several rounds over. Times are medians of CPU times, the
-ratios are those of the medians. A training step is forward, backward and AdamW. Memory is how far the process has grown while
-it loaded the model and made training steps (for the base and the merged model: forward passes).
+ratios are those of the medians. Two processes of one method may differ by some percent, as their memory lies otherwise: with
+`--step_starts`, training steps are timed in as many processes of each method, and their ratios are means with 95 % intervals.
+A training step is forward, backward and AdamW. Memory is how far the process has grown while it loaded the model and made
+training steps (for the base and the merged model: forward passes).
 """
 
 import argparse
 import shlex
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -29,6 +32,7 @@ from peft_bias_steer import BiasSteerConfig
 
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
+from intervals import mean_interval
 from turns import machine, medians_in_turns, take_turns
 
 
@@ -86,10 +90,11 @@ def make_call(kind: str, method: str, args: argparse.Namespace) -> Callable[[], 
     return partial({"forward": forward, "generate": generate}[kind], model.eval(), input_ids)
 
 
-def contest(kind: str, methods: list[str], rounds: int) -> dict[str, dict[str, float]]:
-    """Method → medians over the rounds."""
+def contest(kind: str, methods: list[str], rounds: int, starts: int = 1) -> list[dict[str, dict[str, float]]]:
+    """Of each start, method → medians over the rounds; who is first changes from start to start."""
     command = [sys.executable, __file__, *sys.argv[1:], "--contestant"]
-    return medians_in_turns({method: [*command, f"{kind}:{method}"] for method in methods}, rounds)
+    orders = [methods[:: -1 if start % 2 else 1] for start in range(starts if rounds else 0)]
+    return [medians_in_turns({each: [*command, f"{kind}:{each}"] for each in order}, rounds) for order in orders]
 
 
 def make_batch(args: argparse.Namespace) -> torch.Tensor:
@@ -107,11 +112,19 @@ def file_size(model: nn.Module) -> int:
         return Path(folder, "adapter_model.safetensors").stat().st_size
 
 
-def cell(found: dict[str, dict[str, float]], method: str, reference: str) -> str:
-    if method not in found:
+def median(found: list[dict[str, dict[str, float]]], method: str, measured: str) -> float | None:
+    """Over the starts; `None` if it did not take part."""
+    values = [start[method][measured] for start in found if method in start]
+    return statistics.median(values) if values else None
+
+
+def cell(found: list[dict[str, dict[str, float]]], method: str, reference: str) -> str:
+    milliseconds = median(found, method, "cpu_ms")
+    if milliseconds is None:
         return "–"
-    seconds = found[method]["cpu_ms"] / 1000
-    return f"{seconds:.3f} ({found[method]['cpu_ms'] / found[reference]['cpu_ms']:.3f}×)"
+    ratios = [start[method]["cpu_ms"] / start[reference]["cpu_ms"] for start in found]
+    interval = f" ± {mean_interval(ratios):.3f}" if len(ratios) > 1 and method != reference else ""
+    return f"{milliseconds / 1000:.3f} ({statistics.mean(ratios):.3f}{interval}×)"
 
 
 def main() -> None:
@@ -119,8 +132,13 @@ def main() -> None:
     parser.add_argument("--model", default="outputs/SmolLM2-135M-Instruct", help="Hub id or path (see `make model`)")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences per batch")
     parser.add_argument("--sequence_length", type=int, default=256, help="tokens per sequence")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of forward pass and generation")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="timed rounds of forward pass and generation, 0 for neither"
+    )
     parser.add_argument("--step_rounds", type=int, default=5, help="timed rounds of the training step")
+    parser.add_argument(
+        "--step_starts", type=int, default=1, help="processes for each method's step, one after another"
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all of them")
     parser.add_argument("--hardware", default=machine(), help="what to call this machine in the output (%(default)s)")
     parser.add_argument("--output", type=Path, help="Markdown file to write; it is printed in any case")
@@ -137,7 +155,8 @@ def main() -> None:
     inference = [method for method in methods if method != "full fine-tuning"]
     forwards = contest("forward", inference, args.rounds)
     generates = contest("generate", inference, args.rounds)
-    steps = contest("step", [method for method in methods if method not in INFERENCE_ONLY], args.step_rounds)
+    trained = [method for method in methods if method not in INFERENCE_ONLY]
+    steps = contest("step", trained, args.step_rounds, args.step_starts)
 
     lines = [
         "| method | trainable | file | forward, s | generate, s | tokens/s | training step, s | peak memory, MiB |",
@@ -146,16 +165,17 @@ def main() -> None:
     for method in methods:
         model, adapts = build(method, args.model), method not in INFERENCE_ONLY
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        tokens = 1000 * args.batch_size * NEW_TOKENS / generates[method]["cpu_ms"] if method in generates else None
+        milliseconds = median(generates, method, "cpu_ms")
+        peak = median(steps if adapts else forwards, method, "peak_mib")
         row = [
             method,
             f"{trainable:,}" if adapts else "–",
             f"{file_size(model):,}" if adapts else "–",
             cell(forwards, method, "base"),
             cell(generates, method, "base"),
-            "–" if tokens is None else f"{tokens:.1f}",
+            f"{1000 * args.batch_size * NEW_TOKENS / milliseconds:.1f}" if milliseconds else "–",
             cell(steps, method, "BiasSteer"),
-            f"{(steps if adapts else forwards)[method]['peak_mib']:,.0f}{'' if adapts else ' (forward)'}",
+            "–" if peak is None else f"{peak:,.0f}{'' if adapts else ' (forward)'}",
         ]
         lines.append(f"| {' | '.join(row)} |")
     table = "\n".join(lines)
@@ -169,7 +189,7 @@ def main() -> None:
 PAGE = """# Overhead of one bias vector per layer
 
 `{model}` in float32, batches of {batch_size} × {sequence_length} tokens; generation of {new_tokens} tokens after 32, greedy, batch {batch_size}.
-{hardware}; one thread, CPU time, each method in a process of its own, {rounds} rounds in turns ({step_rounds} of the training step).
+{hardware}; one thread, CPU time, each method in a process of its own, {rounds} rounds in turns ({step_rounds} of the training step, in {step_starts} processes of each).
 
 {table}
 

@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 from grpo_methods import LEARNING_RATES, METHODS, PROMPTS, STEP_BY_STEP
+from intervals import mean_interval
 
 
 matplotlib.use("Agg")
@@ -277,13 +278,6 @@ def best_rates(rows: list[dict]) -> dict[str, list[float]]:
     for row in sorted(rows, key=lambda row: (row["accuracy"], -row["learning_rate"])):
         best[row["method"]] = [row["learning_rate"]]
     return best
-
-
-def mean_interval(values: list[float]) -> float:
-    """Half of the 95 % interval of their mean, if they are normally distributed; 0 for one value."""
-    if len(values) < 2:
-        return 0.0
-    return stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
 
 
 def prediction_intervals(rows: list[list[float]]) -> list[tuple[float, float] | None]:
