@@ -83,7 +83,8 @@ def generate(model: Any, input_ids: torch.Tensor) -> None:
 
 def make_call(kind: str, method: str, args: argparse.Namespace) -> Callable[[], None]:
     """What a contestant does in its turn."""
-    model, input_ids = build(method, args.model), make_batch(args)
+    model = build(method, args.model)
+    input_ids = make_batch(args, model.config.vocab_size)
     if kind == "step":
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         return partial(train_step, model, input_ids, optimizer)
@@ -97,10 +98,10 @@ def contest(kind: str, methods: list[str], rounds: int, starts: int = 1) -> list
     return [medians_in_turns({each: [*command, f"{kind}:{each}"] for each in order}, rounds) for order in orders]
 
 
-def make_batch(args: argparse.Namespace) -> torch.Tensor:
+def make_batch(args: argparse.Namespace, vocab_size: int) -> torch.Tensor:
     """input_ids: (batch_size, sequence_length), random tokens."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(1000, 40000, (args.batch_size, args.sequence_length), generator=generator)
+    return torch.randint(vocab_size, (args.batch_size, args.sequence_length), generator=generator)
 
 
 def file_size(model: nn.Module) -> int:
