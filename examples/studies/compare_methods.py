@@ -89,7 +89,8 @@ class Preset:
 
 BEST = {name: [rate] for name, rate in LEARNING_RATES.items()}
 ARITHMETIC = ["basic_arithmetic"]
-# Where search_tasks.py found two of 32 samples or more to be right after the question alone; besides arithmetic.
+# Where search_tasks.py found two of 32 samples or more to be right after the question alone, on one machine or another;
+# besides arithmetic.
 WITH_SIGNAL = [
     "self_reference",
     "syllogism",

@@ -11,8 +11,8 @@ the answer that is right most often.
     python examples/studies/search_tasks.py --model outputs/SmolLM2-135M-Instruct --bf16
 
 Questions and checks are those of train_methods.py: an answer is the last integer of a completion where all answers are
-integers, otherwise its first line; of one with steps, what "Answer:" says, or its last line. Writes a table (.md), a line for each task (.jsonl; a task that is there is not asked
-again, so an interrupted search goes on) and a plot (.png).
+integers, otherwise its first line; step by step what "Answer:" says, or the last line. Writes a table (.md), a line for each
+task (.jsonl; a task that is there is not asked again, so an interrupted search goes on) and a plot (.png).
 """
 
 import argparse

@@ -85,12 +85,13 @@ class TemporaryDirectory(tempfile.TemporaryDirectory):
 
     def __init__(self, *args, delete=True, **kwargs):
         super().__init__(*args, **kwargs)
+        self.delete = delete
         if not delete:
-            self._finalizer.detach()
+            vars(self)["_finalizer"].detach()
 
-    def __exit__(self, *error):
-        if self._finalizer.alive:
-            super().__exit__(*error)
+    def __exit__(self, exc, value, tb):
+        if self.delete:
+            super().__exit__(exc, value, tb)
 
 
 def stand_in(known, folder):
