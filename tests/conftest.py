@@ -1,6 +1,7 @@
 """Fixtures that every package's tests share. Environment first: huggingface_hub reads it at import."""
 
 import gc
+import logging
 import os
 import subprocess
 import sys
@@ -54,6 +55,12 @@ def pytest_collection_finish():
     # What was imported lives to the end: no collection, of which `Trainer` asks one a training, has to look at it again.
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def usual_verbosity():
+    # Whoever made transformers quieter before, a test or a library: without its warnings `Trainer` has no progress bar.
+    logging.getLogger("transformers").setLevel(logging.WARNING)
 
 
 @pytest.fixture(autouse=True)
