@@ -1,5 +1,6 @@
 """Latents of which few are active: the strongest of each input, sums of their rows, and the gradients of both."""
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -9,6 +10,10 @@ import torch.nn.functional as F
 from .hierarchical_topk import suits_numba, suits_triton
 from .large_pages import empty_in_large_pages
 from .once_differentiable import once_differentiable
+
+
+# Numbers that oneDNN's product gives at a time.
+ONEDNN_BLOCK = 2**21
 
 
 def pre_activations(
@@ -28,11 +33,31 @@ def pre_activations(
         # Weights in half precision are read as float32: latents of nearly equal strength would change places.
         rows, offsets = (part[start : start + chunk_size].to(x.dtype) for part in (weight, bias))
         if is_plain:
-            # The bias comes after the product: `F.linear` writes it to memory before.
-            out = empty_in_large_pages(len(x), len(rows), dtype=x.dtype, device=x.device)
-            yield start, torch.mm(x, rows.T, out=out).add_(offsets)
+            yield start, _product(x, rows, offsets)
         else:
             yield start, F.linear(x, rows, offsets)
+
+
+def _product(x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """`F.linear` on CPU, whose bias is written to memory before the product."""
+    is_onednn = x.dtype == torch.float32 and torch.backends.mkldnn.enabled and _mkl_lags_behind()
+    if is_onednn and len(x) * len(rows) <= ONEDNN_BLOCK:
+        return torch.ops.mkldnn._linear_pointwise(x, rows, offsets, "none", [], "")
+    out = empty_in_large_pages(len(x), len(rows), dtype=x.dtype, device=x.device)
+    if not is_onednn:
+        return torch.mm(x, rows.T, out=out).add_(offsets)
+    # Larger blocks leave the cache before they are copied.
+    block = max(512, ONEDNN_BLOCK // len(x))
+    for part, *weights in zip(out.split(block, dim=1), rows.split(block), offsets.split(block)):
+        part.copy_(torch.ops.mkldnn._linear_pointwise(x, *weights, "none", [], ""))
+    return out
+
+
+@functools.cache
+def _mkl_lags_behind() -> bool:
+    """torch multiplies with MKL, which on AMD's processors stays at AVX2; oneDNN takes what they have."""
+    processor = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")
+    return "AMD" in processor and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def strongest_latents(

@@ -43,6 +43,33 @@ def test_chunks_give_the_strongest_of_all_latents(chunk_size, dtype):
     assert torch.equal(indices, expected.indices) and torch.equal(some[1], indices[[4, 1]])
 
 
+@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1, 300])
+def test_products_of_either_library_are_float32_ones(onednn, tokens, monkeypatch):
+    called = []
+    operator = torch.ops.mkldnn._linear_pointwise
+
+    def counted(*arguments):
+        called.append(arguments)
+        return operator(*arguments)
+
+    monkeypatch.setattr(sparse_latents, "_mkl_lags_behind", lambda: onednn)
+    monkeypatch.setattr(sparse_latents, "ONEDNN_BLOCK", 1000 * 300)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
+    x, weight, bias = make_encoder(tokens, d_sae=4321, d_in=577)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    size = F.linear(x.double().abs(), weight.double().abs(), bias.double().abs())
+
+    ((_, found),) = pre_activations(x, weight, bias, len(weight))
+    with torch.backends.mkldnn.flags(enabled=False):
+        ((_, without),) = pre_activations(x, weight, bias, len(weight))
+
+    assert len(called) == onednn * (5 if tokens == 300 else 1)
+    for each in (found, without):
+        assert each.shape == exact.shape and each.dtype == torch.float32
+        assert ((each.double() - exact).abs() <= 2e-6 * size).all()
+
+
 def test_weighted_rows_are_a_sum_over_latents():
     weight, indices, values = torch.randn(40, 6), torch.randint(40, (7, 3)), torch.randn(7, 3)
 
