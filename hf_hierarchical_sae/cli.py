@@ -131,6 +131,7 @@ def train(args: argparse.Namespace) -> None:
 def _activations_to_train_on(args: argparse.Namespace, arguments: TrainingArguments) -> tuple[Any, Any, dict]:
     """A dataset for `Trainer`, a sample of it, and what the autoencoder's config says of it."""
     if args.harvest is not None:
+        _refuse_text(args)
         shards = ActivationShards(args.harvest, args.layer, args.hook_point, args.target_hook_point)
         sample = shards.rows(torch.randperm(len(shards))[:SAMPLE_TOKENS])
         source = {"model_name": shards.description["model_name"], "layer": shards.layer}
@@ -217,6 +218,11 @@ def evaluate(args: argparse.Namespace) -> None:
     if (args.harvest is None) == (args.model is None):
         raise ValueError("give either --harvest, or --model with --text or --dataset")
     if args.harvest is not None:
+        _refuse_text(args)
+        if args.layer not in (None, sae.config.layer):
+            raise ValueError(
+                f"--harvest is read where {args.sae} belongs, layer {sae.config.layer}, got --layer {args.layer}"
+            )
         evaluation = evaluate_budgets(sae, shards_for(sae, args.harvest), args.budgets)
     else:
         texts = read_texts(args)
@@ -431,6 +437,11 @@ def read_texts(args: argparse.Namespace) -> Any:
     if args.text is not None:
         return read_files(args.text)
     return read_dataset(args.dataset, args.dataset_config, args.split)
+
+
+def _refuse_text(args: argparse.Namespace) -> None:
+    if args.text is not None or args.dataset is not None:
+        raise ValueError("a harvest holds activations of its own text: give no --text or --dataset with it")
 
 
 def text_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -236,8 +236,16 @@ def adapter_cosines(first: dict[int, torch.Tensor], second: dict[int, torch.Tens
     Args:
         first (`dict[int, torch.Tensor]`): What [`steering_vectors`] returns, each (hidden_size,).
         second (`dict[int, torch.Tensor]`): The same of another adapter of the same width.
+
+    Raises:
+        ValueError: If there is no such layer, or the widths differ.
     """
     shared = [layer for layer in first if layer in second]
+    if not shared:
+        raise ValueError(f"expected adapters with a layer in common, got layers {sorted(first)} and {sorted(second)}")
+    widths = [sorted({vector.numel() for vector in vectors.values()}) for vectors in (first, second)]
+    if widths[0] != widths[1]:
+        raise ValueError(f"expected adapters of one width, got vectors of {widths[0]} and {widths[1]} numbers")
     return {
         layer: nn.functional.cosine_similarity(first[layer].double(), second[layer].double(), dim=0).item()
         for layer in shared

@@ -11,8 +11,8 @@ Accelerate, and so `Trainer`, shards on accelerators only: told to on CPUs, it t
 
 import argparse
 import json
-import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -33,6 +33,10 @@ from hf_hierarchical_sae import (
 )
 
 
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
+from options import check_least
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("harvest", type=Path, help="folder that `hierarchical-sae harvest` wrote")
@@ -49,9 +53,10 @@ def parse_arguments():
     parser.add_argument("--output_dir", type=Path, default="outputs/sae_sharded", help="where the result is written")
     parser.add_argument("--overwrite", action="store_true", help="replace the autoencoder in --output_dir")
     arguments = parser.parse_args()
-    for name in ("eval_tokens", "max_steps", "batch_size", "learning_rate"):
-        if not 0 < getattr(arguments, name) < math.inf:
-            parser.error(f"--{name} must be positive, got {getattr(arguments, name)}")
+    # One token has no variance.
+    check_least(parser, arguments, eval_tokens=2, max_steps=1, batch_size=1, learning_rate=0.0)
+    if arguments.d_sae is not None:
+        check_least(parser, arguments, d_sae=1)
     if "WORLD_SIZE" not in os.environ:
         parser.error("expected to be started by torchrun, as above, got no WORLD_SIZE in the environment")
     if (arguments.output_dir / "model.safetensors").exists() and not arguments.overwrite:

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Trainer,
+    TrainerCallback,
     set_seed,
 )
 
@@ -75,8 +76,11 @@ def harvested(
 
 def train(
     options: dict, settings: dict, data: tuple[Dataset, torch.Tensor, torch.Tensor], seed: int, folder: Path
-) -> tuple[HierarchicalSaeModel, float]:
-    """A trained autoencoder and its mean seconds per step, from the last checkpoint in `folder` if there is one."""
+) -> tuple[HierarchicalSaeModel, float | None]:
+    """
+    A trained autoencoder, from the last checkpoint in `folder` if there is one, and the mean CPU seconds of the steps made
+    here: `None` if it had made them all.
+    """
     dataset, sample, _ = data
     state = PartialState()
     set_seed(seed)
@@ -98,14 +102,25 @@ def train(
         save_steps=max(1, settings["steps"] // 3),
         seed=seed,
     )
-    trainer = Trainer(model=sae, args=training, train_dataset=dataset)
-    checkpoint = last_checkpoint(folder)
-    done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
-    started = time.process_time()
-    train_from(trainer, checkpoint)
-    seconds = (time.process_time() - started) / max(1, settings["steps"] - done)
+    clock = StepClock()
+    trainer = Trainer(model=sae, args=training, train_dataset=dataset, callbacks=[clock])
+    train_from(trainer, last_checkpoint(folder))
     sae.fold_input_scale()
-    return sae, seconds
+    return sae, clock.seconds / clock.steps if clock.steps else None
+
+
+class StepClock(TrainerCallback):
+    """CPU seconds from the first step that this process makes, so without what a checkpoint takes to load."""
+
+    def __init__(self):
+        self.steps, self.seconds, self.started = 0, 0.0, 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        if not self.steps:
+            self.started = time.process_time()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.steps, self.seconds = self.steps + 1, time.process_time() - self.started
 
 
 class AtBudget:

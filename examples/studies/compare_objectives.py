@@ -42,6 +42,7 @@ from hf_hierarchical_sae.whole_files import whole_file
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 from dictionaries import folder_name, harvested, language_model, train
 from interrupts import record_settings
+from options import check_seeds
 from plays import find_plays
 
 
@@ -133,7 +134,10 @@ def parse_arguments():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds of weights and batches (0 1)")
     parser.add_argument("--output_dir", type=Path, help="where everything is written (outputs/compare_PRESET)")
     arguments = parser.parse_args()
+    check_seeds(parser, arguments.seeds)
     arguments.settings = {**PRESETS[arguments.preset]}
+    if "dtype" not in arguments.settings and not arguments.model is arguments.layer is None:
+        parser.error(f"--preset {arguments.preset} has no language model: leave out --model and --layer")
     arguments.settings.update(
         {name: value for name in ("model", "layer") if (value := getattr(arguments, name)) is not None}
     )
@@ -285,7 +289,9 @@ def table(results, budgets):
     for name, runs in results.items():
         cells = [cell([explained(found, budget) for found in runs]) for budget in budgets]
         cells.append(cell([found["dead_at_trained_k"] for found in runs], digits=1, factor=100))
-        cells.append(f"{min(found['cpu_seconds_per_step'] for found in runs):.2f}")
+        # A run that was resumed after its last step has none.
+        seconds = [each for found in runs if (each := found["cpu_seconds_per_step"]) is not None]
+        cells.append(f"{min(seconds):.2f}" if seconds else "–")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

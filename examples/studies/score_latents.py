@@ -97,12 +97,10 @@ def parse_arguments():
 
 
 def short_names(paths):
-    """The parts of the paths that are not the same in all of them; of one path, its last part."""
+    """The parts of the paths that are not the same in all of them; the last part of one that has no other."""
     parts = [Path(path).parts for path in paths]
-    if len(parts) == 1:
-        return [parts[0][-1]]
     shared = set.intersection(*map(set, parts))
-    return ["/".join(part for part in path if part not in shared) for path in parts]
+    return ["/".join(part for part in path if part not in shared) or path[-1] for path in parts]
 
 
 def result_name(name):
@@ -205,7 +203,7 @@ def score(path, language_model, tokenizer, judge, arguments):
     """All scores of one autoencoder."""
     # One dictionary at every budget, those it was not trained for included.
     widest = arguments.budgets[-1]
-    sae = HierarchicalSaeModel.from_pretrained(path, k=widest, budgets=[widest])
+    sae = HierarchicalSaeModel.from_pretrained(path, k=widest, budgets=[widest], budget_weights=None)
     found = {}
 
     def read(texts):

@@ -380,6 +380,12 @@ def test_chats_go_from_harvest_to_dashboard_without_their_special_tokens(tmp_pat
             "script has no part with dataset_config=None and split='train': .*scripts are no longer supported",
         ),
         ("evaluate {sae}", "give either --harvest, or --model with --text or --dataset"),
+        (
+            "evaluate {sae} --harvest {states} --text {text}",
+            "a harvest holds activations of its own text: give no --text",
+        ),
+        ("train {states} {out}/x --dataset some/text", "a harvest holds activations of its own text: give no --text"),
+        ("evaluate {sae} --harvest {states} --layer 0", "is read where .* belongs, layer 1, got --layer 0"),
         ("evaluate {sae} --harvest {states} --budgets 9", r"budgets must be in \[1, 8\], the trained budget"),
         ("dashboard {sae} --model {model}", "give either --text with files, or --dataset"),
         ("convert {sae} {out}/x --k 2", "--k is the budget that a file of saelens or sparsify is written for"),

@@ -136,6 +136,24 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tiny, tmp_path, monk
     assert len(resumed) == count
     results = json.loads((tmp_path / "results.json").read_text())
     assert all("spliced" in run for runs in results.values() for run in runs)
+    # All steps of the third were another process's.
+    assert [run["cpu_seconds_per_step"] for runs in results.values() for run in runs].count(None) == 1
     monkeypatch.setitem(tiny.PRESETS, "minutes", {**TINY, "steps": 7})
     with pytest.raises(SystemExit, match="holds results with .*: give another --output_dir"):
         tiny.run_tiny()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--seeds", "-1"], "--seeds must be at least 0, got -1"),
+        (["--preset", "synthetic", "--model", "some/model"], "--preset synthetic has no language model"),
+        (["--preset", "synthetic", "--layer", "0"], "--preset synthetic has no language model"),
+    ],
+)
+def test_bad_options_end_in_one_sentence(compare, options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        compare.run_with(*options, "--output_dir", tmp_path / "out")
+
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -88,7 +88,9 @@ def test_two_autoencoders_are_scored_and_what_was_scored_is_kept(
 ):
     for name in ("first", "second"):
         torch.manual_seed(len(name))
-        config = HierarchicalSaeConfig(d_in=32, d_sae=64, k=4, layer=0, model_name=tiny_language_model)
+        config = HierarchicalSaeConfig(
+            d_in=32, d_sae=64, k=4, budgets=[2, 4], budget_weights=[1, 3], layer=0, model_name=tiny_language_model
+        )
         HierarchicalSaeModel(config).save_pretrained(tmp_path / name / "seed0")
     themes = tmp_path / "themes"
     themes.mkdir()
@@ -144,3 +146,9 @@ def test_wrong_arguments_are_named(example, arguments, message, capsys):
         example.run_with(*arguments)
 
     assert message in capsys.readouterr().err
+
+
+def test_every_autoencoder_has_a_name(example):
+    assert example.short_names(["runs/a"]) == ["a"]
+    assert example.short_names(["runs/a/sae", "runs/b/sae"]) == ["a", "b"]
+    assert example.short_names(["runs/a", "runs/a/checkpoint-60"]) == ["a", "checkpoint-60"]

@@ -90,7 +90,9 @@ def test_it_says_how_much_is_explained_of_what_it_did_not_see(harvest, run, tmp_
     "options, message",
     [
         (["--k", "900"], "k must be in [1, d_sae=65], got 900"),
-        (["--max_steps", "0"], "--max_steps must be positive, got 0"),
+        (["--max_steps", "0"], "--max_steps must be at least 1, got 0"),
+        (["--eval_tokens", "1"], "--eval_tokens must be at least 2, got 1"),
+        (["--d_sae", "0"], "--d_sae must be at least 1, got 0"),
         (["--learning_rate", "nan"], "--learning_rate must be positive, got nan"),
         (["--layer", "7"], "layer must be one of the harvested layers [1], got 7"),
         (["--batch_size", "100000"], "expected at least 100300 tokens"),

@@ -238,6 +238,10 @@ def test_adapters_are_compared_on_the_layers_they_share():
     second = {0: torch.tensor([-2.0, 0]), 1: torch.tensor([0, 3.0])}
 
     assert adapter_cosines(first, second) == pytest.approx({0: -1, 1: math.sqrt(0.5)})
+    with pytest.raises(ValueError, match=r"a layer in common, got layers \[0, 1, 2\] and \[3\]"):
+        adapter_cosines(first, {3: torch.ones(2)})
+    with pytest.raises(ValueError, match=r"of one width, got vectors of \[2\] and \[3\] numbers"):
+        adapter_cosines(first, {0: torch.ones(3)})
 
 
 def test_residual_ratio_divides_by_the_median_norm_of_the_unsteered_stream(tokenizer):
