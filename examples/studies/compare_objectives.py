@@ -136,7 +136,7 @@ def parse_arguments():
     arguments = parser.parse_args()
     check_seeds(parser, arguments.seeds)
     arguments.settings = {**PRESETS[arguments.preset]}
-    if "dtype" not in arguments.settings and not arguments.model is arguments.layer is None:
+    if "dtype" not in arguments.settings and (arguments.model, arguments.layer) != (None, None):
         parser.error(f"--preset {arguments.preset} has no language model: leave out --model and --layer")
     arguments.settings.update(
         {name: value for name in ("model", "layer") if (value := getattr(arguments, name)) is not None}
