@@ -12,8 +12,8 @@ from .large_pages import empty_in_large_pages
 from .once_differentiable import once_differentiable
 
 
-# Numbers that oneDNN's product gives at a time.
-ONEDNN_BLOCK = 2**21
+# Numbers that oneDNN's product gives at a time, and for how many inputs at most: it keeps what it prepares for every size.
+ONEDNN_BLOCK, ONEDNN_INPUTS = 2**20, 512
 
 
 def pre_activations(
@@ -41,15 +41,16 @@ def pre_activations(
 def _product(x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """`F.linear` on CPU, whose bias is written to memory before the product."""
     is_onednn = x.dtype == torch.float32 and torch.backends.mkldnn.enabled and _mkl_lags_behind()
-    if is_onednn and len(x) * len(rows) <= ONEDNN_BLOCK:
+    if is_onednn and len(x) * len(rows) <= 2 * ONEDNN_BLOCK:
         return torch.ops.mkldnn._linear_pointwise(x, rows, offsets, "none", [], "")
     out = empty_in_large_pages(len(x), len(rows), dtype=x.dtype, device=x.device)
     if not is_onednn:
         return torch.mm(x, rows.T, out=out).add_(offsets)
-    # Larger blocks leave the cache before they are copied.
-    block = max(512, ONEDNN_BLOCK // len(x))
-    for part, *weights in zip(out.split(block, dim=1), rows.split(block), offsets.split(block)):
-        part.copy_(torch.ops.mkldnn._linear_pointwise(x, *weights, "none", [], ""))
+    for inputs, outputs in zip(x.split(ONEDNN_INPUTS), out.split(ONEDNN_INPUTS)):
+        # Larger blocks leave the cache before they are copied, and are memory beside the scores.
+        block = ONEDNN_BLOCK // len(inputs)
+        for part, *weights in zip(outputs.split(block, dim=1), rows.split(block), offsets.split(block)):
+            part.copy_(torch.ops.mkldnn._linear_pointwise(inputs, *weights, "none", [], ""))
     return out
 
 
