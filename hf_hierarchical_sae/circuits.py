@@ -35,7 +35,7 @@ def export_circuit_tracer(folders: Iterable[str | Path], output: str | Path, k: 
             select by a threshold, or keep every active latent, have no budget.
 
     Raises:
-        `ValueError`: If one is no transcoder or is of other sites, a layer is missing or there twice, two differ in
+        `ValueError`: If one is not there, is no transcoder or is of other sites, a layer is missing or there twice, two differ in
             model, site or size, none says of which model they are, or `k` is out of range.
     """
     folders = list(folders)
@@ -57,7 +57,10 @@ def export_circuit_tracer(folders: Iterable[str | Path], output: str | Path, k: 
 
 def _config(folder: str | Path) -> Any:
     """Of an autoencoder; a folder without a config, or with another model's, would read as the default one."""
-    found, _ = HierarchicalSaeConfig.get_config_dict(folder)
+    try:
+        found, _ = HierarchicalSaeConfig.get_config_dict(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"expected the folder of a transcoder or its id on the Hub, got {folder}: {error}") from error
     if found.get("model_type") != HierarchicalSaeConfig.model_type:
         raise ValueError(f"circuit-tracer takes transcoders, {folder} holds none: give the folders that train wrote")
     return HierarchicalSaeConfig.from_dict(found)

@@ -32,7 +32,7 @@ from transformers.integrations import get_available_reporting_integrations
 from .activation_shards import ActivationShards, save_shards
 from .activations import ActivationDataset, iterate_activations
 from .circuits import export_circuit_tracer
-from .cli_options import LOADERS, SAVERS, make_parser
+from .cli_options import LOADERS, READING, SAVERS, make_parser
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
 from .dashboard import write_dashboard
 from .evaluation import check_plot, evaluate_budgets, evaluate_in_model, plot_evaluations
@@ -440,14 +440,14 @@ def read_texts(args: argparse.Namespace) -> Any:
 
 
 def _refuse_text(args: argparse.Namespace) -> None:
-    if args.text is not None or args.dataset is not None:
-        raise ValueError("a harvest holds activations of its own text: give no --text or --dataset with it")
+    given = [name for name, default in args.text_defaults.items() if getattr(args, name) != default]
+    if given:
+        raise ValueError(f"a harvest holds activations of its own text: give no --{' or --'.join(given)} with it")
 
 
 def text_settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the options of the text say of [`ActivationSettings`]."""
-    names = ("text_column", "context_length", "skip_special_tokens", "skip_tokens", "max_norm_ratio", "batch_tokens")
-    return {"max_tokens": args.tokens, **{name: getattr(args, name) for name in names}}
+    return {"max_tokens": args.tokens, **{name: getattr(args, name) for name in READING}}
 
 
 def trained_layer(args: argparse.Namespace, sae: HierarchicalSaeModel) -> int | None:

@@ -61,6 +61,9 @@ LOADERS = {
     "gemma_scope": load_gemma_scope,
 }
 SAVERS = {"saelens": save_saelens, "sparsify": save_sparsify}
+# What is read of a text, [`ActivationSettings`], and which text it is.
+READING = ("text_column", "context_length", "skip_special_tokens", "skip_tokens", "max_norm_ratio", "batch_tokens")
+TEXT = ("text", "dataset", "dataset_config", "split", "tokens", *READING, "dtype", "device_map", "quantization")
 
 
 def make_parser(description: str | None, commands: Iterable[FunctionType]) -> argparse.ArgumentParser:
@@ -297,6 +300,7 @@ def _text_options(
     _option(parser, "split", default="train", help="which split of the dataset (default: train)")
     _reading_options(parser, tokens, context_length)
     _language_model_options(parser)
+    parser.set_defaults(text_defaults={name: parser.get_default(name) for name in TEXT})
 
 
 def _reading_options(parser: argparse.ArgumentParser, tokens: int | None, context_length: int) -> None:

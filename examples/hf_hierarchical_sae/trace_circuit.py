@@ -46,6 +46,10 @@ def load_transcoders(folder: Path) -> tuple[Any, dict[str, Any]]:
     from circuit_tracer.transcoder.activation_functions import TopK
     from circuit_tracer.utils.hf_utils import load_transcoder_from_hub
 
+    if not (folder / "config.yaml").is_file():
+        raise SystemExit(
+            f"expected the folder that `hierarchical-sae circuits` wrote, with its config.yaml, got {folder}"
+        )
     # an absolute path is a folder, any other an id on the Hub
     transcoders, config = load_transcoder_from_hub(str(folder.resolve()))
     if config["activation"] == "topk":

@@ -3,6 +3,8 @@
 import argparse
 import math
 
+from transformers import AutoConfig
+
 
 def check_least(parser: argparse.ArgumentParser, arguments: argparse.Namespace, **least: float) -> None:
     """Refuse an option below its least value; 0.0 is that of one that has to be positive."""
@@ -20,3 +22,13 @@ def check_seeds(parser: argparse.ArgumentParser, seeds: list[int]) -> None:
         parser.error(f"--seeds must be at least 0, got {min(seeds)}")
     if twice := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
         parser.error(f"--seeds: every seed is one draw, got {', '.join(map(str, twice))} more than once")
+
+
+def check_layer(parser: argparse.ArgumentParser, model: str, layer: int) -> None:
+    """Refuse a language model that is not there, and a decoder layer that it does not have."""
+    try:
+        layers = AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers
+    except (OSError, ValueError) as error:
+        parser.error(f"--model: expected the hub id or the folder of a language model, got {model!r} ({error})")
+    if not 0 <= layer < layers:
+        parser.error(f"--layer must be in [0, {layers - 1}], the layers of {model}, got {layer}")

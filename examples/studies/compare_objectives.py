@@ -42,7 +42,7 @@ from hf_hierarchical_sae.whole_files import whole_file
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 from dictionaries import folder_name, harvested, language_model, train
 from interrupts import record_settings
-from options import check_seeds
+from options import check_layer, check_seeds
 from plays import find_plays
 
 
@@ -141,6 +141,8 @@ def parse_arguments():
     arguments.settings.update(
         {name: value for name in ("model", "layer") if (value := getattr(arguments, name)) is not None}
     )
+    if "layer" in arguments.settings:
+        check_layer(parser, arguments.settings["model"], arguments.settings["layer"])
     arguments.output_dir = arguments.output_dir or Path("outputs") / f"compare_{arguments.preset}"
     return arguments
 
@@ -366,7 +368,7 @@ def claims(results, budgets):
     return [
         ("within 0.02 of the TopK trained for each budget", f"at most {behind:.3f} behind", behind <= 0.02),
         (f"0.10 above TopK-{widest} at {smallest}", f"at least {ahead:.3f} above", ahead >= 0.10),
-        ("explained variance rises with the budget", f"by at least {rise:.3f} per doubling", rise > 0),
+        ("explained variance rises with the budget", f"by at least {rise:.3f} from one to the next", rise > 0),
         ("less than 5 % of latents dead", f"at most {100 * dead:.1f} %", dead < 0.05),
     ]
 

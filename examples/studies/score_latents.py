@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_hierarchical_sae import (
+    HierarchicalSaeConfig,
     HierarchicalSaeModel,
     detection_scores,
     explain_latents,
@@ -93,7 +94,23 @@ def parse_arguments():
         folder = getattr(arguments, option)
         if folder and not (folder / file).exists():
             parser.error(f"--{option}: expected a folder{f' with {file}' if file else ''}, got {folder}")
+    for path in arguments.sae:
+        check_autoencoder(parser, path, max(arguments.budgets))
     return arguments
+
+
+def check_autoencoder(parser, path, widest):
+    """Refuse what is no autoencoder, and one that cannot be read at every budget."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        parser.error(f"--sae: expected the folder or hub id of an autoencoder, got {path} ({error})")
+    if not isinstance(config, HierarchicalSaeConfig):
+        parser.error(f"--sae: expected autoencoders, got a {config.model_type} in {path}")
+    if not config.has_budgets:
+        parser.error(f"--sae: expected autoencoders with selection topk, got {config.selection} in {path}")
+    if widest > config.d_sae:
+        parser.error(f"--budgets must be at most {config.d_sae}, the latents in {path}, got {widest}")
 
 
 def short_names(paths):

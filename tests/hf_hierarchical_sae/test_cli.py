@@ -384,7 +384,18 @@ def test_chats_go_from_harvest_to_dashboard_without_their_special_tokens(tmp_pat
             "evaluate {sae} --harvest {states} --text {text}",
             "a harvest holds activations of its own text: give no --text",
         ),
-        ("train {states} {out}/x --dataset some/text", "a harvest holds activations of its own text: give no --text"),
+        (
+            "evaluate {sae} --harvest {states} --tokens 100",
+            "a harvest holds .* its own text: give no --tokens with it",
+        ),
+        (
+            "train {states} {out}/x --dataset some/text",
+            "a harvest holds activations of its own text: give no --dataset",
+        ),
+        (
+            "circuits {out}/gone --output {out}/x",
+            "expected the folder of a transcoder or its id on the Hub, got .*gone: ",
+        ),
         ("evaluate {sae} --harvest {states} --layer 0", "is read where .* belongs, layer 1, got --layer 0"),
         ("evaluate {sae} --harvest {states} --budgets 9", r"budgets must be in \[1, 8\], the trained budget"),
         ("dashboard {sae} --model {model}", "give either --text with files, or --dataset"),
