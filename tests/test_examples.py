@@ -3,6 +3,7 @@
 import argparse
 import ast
 import json
+import os
 import re
 from pathlib import Path
 
@@ -160,6 +161,10 @@ def test_examples_go_on_from_the_newest_checkpoint_that_was_written_to_its_end(t
     (tmp_path / "checkpoint-best").mkdir()
 
     assert interrupts.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
+    state = tmp_path / "checkpoint-100" / "trainer_state.json"
+    os.utime(state, (0, 0))  # of an earlier and longer training
+    assert interrupts.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-40")
+    os.utime(state)
     damage(tmp_path / "checkpoint-100")
     assert interrupts.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-40")
     assert interrupts.last_checkpoint(tmp_path / "nothing") is None

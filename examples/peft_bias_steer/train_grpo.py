@@ -39,7 +39,7 @@ from peft_bias_steer.serving.trl import check_vllm_sync, prepare_for_vllm, sync_
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 from interrupts import StopOnInterrupt, add_resume_option, find_checkpoint, train_from
-from options import check_least
+from options import check_grpo
 from progress import PassesShown, shown
 
 
@@ -195,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     args = parser.parse_args()
-    check_least(parser, args, max_steps=1, learning_rate=0.0, num_generations=2, max_completion_length=1)
+    check_grpo(parser, args, max_steps=1)
     find_checkpoint(parser, args)
     logging.disable_progress_bar()  # of weights; training keeps its own
     state, config = PartialState(), training_config(args)

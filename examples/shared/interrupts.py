@@ -55,10 +55,16 @@ class StopOnInterrupt(TrainerCallback):
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint in a folder, which need not exist, that was written to its end."""
+    """
+    The newest checkpoint in a folder, which need not exist, that was written to its end. Of an earlier training there, one of
+    more steps may lie beside it.
+    """
     found = [path for path in Path(folder).glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
-    newest_first = sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    return next((str(path) for path in newest_first if is_whole(path)), None)
+
+    def age(path: Path) -> tuple[int, int]:
+        return (path / TRAINER_STATE_NAME).stat().st_mtime_ns, steps_made(path)
+
+    return max((str(path) for path in found if is_whole(path)), key=lambda path: age(Path(path)), default=None)
 
 
 def steps_made(checkpoint: str | Path) -> int:

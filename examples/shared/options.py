@@ -24,11 +24,25 @@ def check_seeds(parser: argparse.ArgumentParser, seeds: list[int]) -> None:
         parser.error(f"--seeds: every seed is one draw, got {', '.join(map(str, twice))} more than once")
 
 
-def check_layer(parser: argparse.ArgumentParser, model: str, layer: int) -> None:
+def check_grpo(parser: argparse.ArgumentParser, arguments: argparse.Namespace, *, max_steps: int) -> None:
+    """Refuse what a training by GRPO cannot take; `max_steps` is the least."""
+    least = {
+        "max_steps": max_steps,
+        "prompts_per_step": 1,
+        "num_generations": 2,
+        "max_completion_length": 1,
+        "seed": 0,
+    }
+    check_least(parser, arguments, learning_rate=0.0, **least)
+    for layer in arguments.layers or ():
+        check_layer(parser, arguments.model, layer, "layers")
+
+
+def check_layer(parser: argparse.ArgumentParser, model: str, layer: int, option: str = "layer") -> None:
     """Refuse a language model that is not there, and a decoder layer that it does not have."""
     try:
         layers = AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers
     except (OSError, ValueError) as error:
         parser.error(f"--model: expected the hub id or the folder of a language model, got {model!r} ({error})")
     if not 0 <= layer < layers:
-        parser.error(f"--layer must be in [0, {layers - 1}], the layers of {model}, got {layer}")
+        parser.error(f"--{option} must be in [0, {layers - 1}], the layers of {model}, got {layer}")

@@ -9,7 +9,7 @@ Bias vectors and other methods with GRPO: the same questions, the same number of
     python examples/studies/compare_methods.py --jobs 2
 
 Each run is a process of train_methods.py with a folder of its own; a folder that holds a result.json is not run again, so
-an interrupted comparison goes on where it was. Writes a table (.md), the numbers (.json) and reward curves (.png).
+an interrupted comparison goes on where it was, and one with other settings is refused. Writes a table (.md), the numbers (.json) and reward curves (.png).
 
 Presets: league (all methods of grpo_methods.py, each at the best of its rates by one seed, measured on three others, and
 accuracy against the number of parameters; and the base model with and without solved examples), beyond_prompts (bias vectors
@@ -25,7 +25,9 @@ whether a new seed lands where the others say it should:
 import argparse
 import json
 import os
+import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -42,7 +44,9 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 from grpo_methods import LEARNING_RATES, METHODS, PROMPTS, STEP_BY_STEP
+from interrupts import last_checkpoint, record_settings
 from intervals import mean_interval
+from options import check_least, check_seeds
 
 
 matplotlib.use("Agg")
@@ -174,7 +178,7 @@ PRESETS = {
 
 @dataclass
 class Run:
-    """One process of train_methods.py; done once its folder holds a result.json."""
+    """One process of train_methods.py; done once its folder holds a result.json. Its log lies beside the folder."""
 
     label: str
     task: str
@@ -192,11 +196,31 @@ class Run:
     def is_done(self) -> bool:
         return (self.folder / "result.json").exists()
 
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
+    def settings(self) -> dict[str, list[str]]:
+        """The arguments, by the option that they belong to."""
+        found: dict[str, list[str]] = {}
+        for argument in self.arguments:
+            if argument.startswith("--"):
+                values = found[argument.removeprefix("--")] = []
+            else:
+                values.append(argument)
+        return found
+
+
+def file_name(task: str) -> str:
+    """Of a task, which may be an id of the hub or a folder."""
+    return re.sub(r"[^\w.-]+", "_", task).strip("_.")
+
 
 def list_runs(preset: Preset, output_dir: Path, extra: list[str]) -> list[Run]:
     runs = []
     for task in preset.tasks:
-        folder = output_dir / Path(preset.model).name / task
+        folder = output_dir / Path(preset.model).name / file_name(task)
         always = ["--model", preset.model, "--task", task]
         for label, options in preset.base.items():
             name = label.translate(str.maketrans(" ", "_", ",()"))
@@ -216,22 +240,19 @@ def list_runs(preset: Preset, output_dir: Path, extra: list[str]) -> list[Run]:
 
 def carry_out(run: Run, launch: list[str], environment: dict[str, str]) -> None:
     """Raises `RuntimeError` if the process fails. The bulky weights of full fine-tuning are deleted once evaluated."""
-    run.folder.mkdir(parents=True, exist_ok=True)
     command = [*launch, str(TRAIN), "--output_dir", str(run.folder), *run.arguments]
-    if any(run.folder.glob("checkpoint-*")):
+    if last_checkpoint(run.folder):
         command.append("--resume_from_checkpoint")
-    with (run.folder / "log.txt").open("w") as log:
+    with run.log.open("w") as log:
         code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
     if code or not run.is_done:
-        lines = (run.folder / "log.txt").read_text().splitlines() or ["it printed nothing"]
-        raise RuntimeError(f"{shlex.join(command)} ended with {code}, see {run.folder}/log.txt: {lines[-1]}")
+        lines = run.log.read_text().splitlines() or ["it printed nothing"]
+        raise RuntimeError(f"{shlex.join(command)} ended with {code}, see {run.log}: {lines[-1]}")
     if run.method == "full":
         for file in (run.folder / "model").glob("*.safetensors"):
             file.unlink()
-    for file in run.folder.glob("checkpoint-*/*"):
-        file.unlink()
     for folder in run.folder.glob("checkpoint-*"):
-        folder.rmdir()
+        shutil.rmtree(folder)
 
 
 def carry_out_all(runs: list[Run], launch: list[str], jobs: int) -> None:
@@ -253,6 +274,8 @@ def carry_out_all(runs: list[Run], launch: list[str], jobs: int) -> None:
             failed.set()
             raise
 
+    for run in runs:
+        record_settings(run.folder, run.settings)
     todo = [run for run in runs if not run.is_done]
     bar = tqdm(total=len(runs), initial=len(runs) - len(todo), desc="runs", unit="run")
     with ThreadPoolExecutor(jobs) as pool:
@@ -268,9 +291,10 @@ def carry_out_all(runs: list[Run], launch: list[str], jobs: int) -> None:
 def carried_out(presets: list[Preset], args: argparse.Namespace, extra: list[str]) -> list[Run]:
     """The finished runs of all presets: all runs, unless only those that are there are wanted."""
     runs = [run for preset in presets for run in list_runs(preset, args.output_dir, extra)]
-    if not args.only_finished:
-        carry_out_all(runs, presets[0].launch, args.jobs)
-    return [run for run in runs if run.is_done]
+    if args.only_finished:
+        runs = [run for run in runs if run.is_done]
+    carry_out_all(runs, presets[0].launch, args.jobs)
+    return runs
 
 
 def best_rates(rows: list[dict]) -> dict[str, list[float]]:
@@ -338,7 +362,9 @@ def summarize(runs: list[Run]) -> list[dict]:
                 row[key] = results[0][key]
             row["peak_memory_bytes"] = max(result["peak_memory_bytes"] for result in results)
             for key in ("seconds_per_step", "cpu_seconds_per_step", "cpu_seconds_sampling"):
-                row[key] = statistics.median(result[key] for result in results)
+                # A run that was resumed after its last step has none.
+                seconds = [result[key] for result in results if result[key] is not None]
+                row[key] = statistics.median(seconds) if seconds else None
         rows.append(row)
     for task in {row["task"] for row in rows}:
         of_task = [row for row in rows if row["task"] == task]
@@ -393,8 +419,10 @@ def cost_table(rows: list[dict]) -> str:
     for row in rows:
         if row["method"] is not None:
             cells = [row["label"], *(f"{row[k]:,}" for k in ("trainable_parameters", "optimizer_bytes", "file_bytes"))]
-            cells += [f"{row['peak_memory_bytes'] / 2**20:,.0f}", f"{row['cpu_seconds_per_step']:.1f}"]
-            cells.append(f"{row['cpu_seconds_sampling']:.1f}")
+            cells.append(f"{row['peak_memory_bytes'] / 2**20:,.0f}")
+            cells += [
+                "–" if row[k] is None else f"{row[k]:.1f}" for k in ("cpu_seconds_per_step", "cpu_seconds_sampling")
+            ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -500,12 +528,25 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--tasks", nargs="+", help="these instead of the preset's (see train_methods.py --task)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
     parser.add_argument("--only_finished", action="store_true", help="run nothing, put together what is there")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"), help="(%(default)s)")
+    parser.add_argument("--output_dir", type=Path, help="where everything is written (outputs/compare_PRESET)")
     parser.add_argument(
         "--reference", type=Path, help=".json of an earlier comparison: does it foresee these results?"
     )
     own = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
-    return parser.parse_args(own), sys.argv[len(own) + 2 :]
+    args = parser.parse_args(own)
+    check_least(parser, args, jobs=1)
+    if args.seeds:
+        check_seeds(parser, args.seeds)
+    rates = PRESETS[args.preset].rates
+    if unknown := set(args.methods or ()) - rates.keys():
+        parser.error(f"--methods: --preset {args.preset} has rates for {', '.join(rates)}, got {', '.join(unknown)}")
+    if args.reference and not args.reference.is_file():
+        parser.error(f"--reference: expected the .json of an earlier comparison, got {args.reference}")
+    args.output_dir = args.output_dir or Path(f"outputs/compare_{args.preset}")
+    extra = sys.argv[len(own) + 2 :]
+    if "--output_dir" in extra or ("--max_steps", "0") in zip(extra, extra[1:]):
+        parser.error(f"after --: each run trains, in a folder of its own, got {shlex.join(extra)}")
+    return args, extra
 
 
 def main() -> None:
@@ -533,7 +574,7 @@ def main() -> None:
         if at_rates := [row for row in tried if row["task"] == task]:
             page.append(rate_table(at_rates))
         draw = plot if preset.choosing_seed is None else plot_sizes
-        draw(of_task, stem.with_name(f"{args.preset}_{Path(task).name}.png"))
+        draw(of_task, stem.with_name(f"{args.preset}_{file_name(task)}.png"))
     if len(preset.tasks) > 1:
         page.insert(1, task_table(rows))
     if not rows:

@@ -48,6 +48,7 @@ sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("shared", "p
 import train_grpo as example
 from answer_forms import ANSWER_FORMS, AnswerForm, gold_answer
 from grpo_methods import LEARNING_RATES, METHODS, adapt, untie
+from options import check_grpo, check_least
 
 
 DEMO_MODEL = "outputs/SmolLM2-135M-Instruct"
@@ -295,23 +296,29 @@ class SignalWatch(TrainerCallback):
         self.flat_steps = self.flat_in_a_row = 0
         self.warning: str | None = None
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not logs or "frac_reward_zero_std" not in logs:
+    def count(self, logs: dict, step: int) -> None:
+        if "frac_reward_zero_std" not in logs:
             return
         flat = logs["frac_reward_zero_std"] == 1.0
         self.flat_steps += flat
         self.flat_in_a_row = self.flat_in_a_row + 1 if flat else 0
-        if self.flat_in_a_row < self.patience:
-            return
-        if self.warning is None:
+        if self.flat_in_a_row >= self.patience and self.warning is None:
             self.warning = (
-                f"No signal: up to step {state.global_step}, all samples of each question had the same reward for "
-                f"{self.patience} steps (mean {logs['reward']:.2f}), so nothing is learned from them. Take questions "
-                "that the model answers rightly now and then, or more samples of each."
+                f"No signal: up to step {step}, all samples of each question had the same reward for {self.patience} "
+                f"steps (mean {logs['reward']:.2f}), so nothing is learned from them. Take questions that the model "
+                "answers rightly now and then, or more samples of each."
             )
-            if state.is_world_process_zero:
-                print(f"\n{self.warning}", file=sys.stderr, flush=True)
-        control.should_training_stop |= self.stop
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for logs in state.log_history:  # of the steps before the checkpoint that it goes on from
+            self.count(logs, logs["step"])
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        known = self.warning
+        self.count(logs or {}, state.global_step)
+        if self.warning != known and state.is_world_process_zero:
+            print(f"\n{self.warning}", file=sys.stderr, flush=True)
+        control.should_training_stop |= self.stop and self.flat_in_a_row >= self.patience
 
 
 class EvaluateDuringTraining(TrainerCallback):
@@ -375,6 +382,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     example.find_checkpoint(parser, args)
     fill_defaults(args)
+    check_grpo(parser, args, max_steps=0)
+    check_least(parser, args, few_shot=0, eval_samples=0, eval_steps=0, gradient_accumulation_steps=1, save_steps=1)
     return args
 
 
@@ -437,6 +446,11 @@ def write_result(result: dict, output_dir: Path) -> None:
         unfinished.write_text(json.dumps(result, indent=2) + "\n")
 
 
+def median(seconds: list[float]) -> float | None:
+    """None of a training that went on after its last step."""
+    return statistics.median(seconds) if seconds else None
+
+
 def plot(result: dict, path: Path) -> None:
     measured = {when: result[when]["greedy"]["accuracy"] for when in ("before", "after") if result[when]}
     figure = example.plot(result["rewards"], measured)
@@ -495,7 +509,7 @@ def main() -> None:
     if config is None:
         write_result(result, args.output_dir)
         return state.print(
-            f"Held out:   {describe(before)} ({args.eval_size} questions, greedy, {args.few_shot} examples)"
+            f"Held out:   {describe(before)} ({len(task.held_out)} questions, greedy, {args.few_shot} examples)"
         )
 
     steers_vllm = args.use_vllm and args.method == "bias"
@@ -558,9 +572,9 @@ def main() -> None:
         "optimizer_bytes": optimizer_bytes(trainer.optimizer),
         "peak_memory_bytes": memory,
         "file_bytes": sum(file.stat().st_size for file in trained_dir.glob("*.safetensors")),
-        "seconds_per_step": statistics.median(clock.wall),
-        "cpu_seconds_per_step": statistics.median(clock.cpu),
-        "cpu_seconds_sampling": statistics.median(clock.sampling),
+        "seconds_per_step": median(clock.wall),
+        "cpu_seconds_per_step": median(clock.cpu),
+        "cpu_seconds_sampling": median(clock.sampling),
         "seconds": round(time.perf_counter() - started, 1),
     }
     if not state.is_main_process:

@@ -13,12 +13,14 @@ from tests.example_module import load_example
 RECORDER = """
 import json, pathlib, sys
 folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+if "refuse" in sys.argv:
+    sys.exit("refused")
 with (folder / "commands.txt").open("a") as file:
     file.write(" ".join(sys.argv[1:]) + "\\n")
 if "fail" in sys.argv:
     sys.exit("no such thing")
-if (folder / "checkpoint-1").exists() and "--resume_from_checkpoint" not in sys.argv:
-    sys.exit("forgot to resume")
+if (folder / "checkpoint-1" / "optimizer.bin").exists() != ("--resume_from_checkpoint" in sys.argv):
+    sys.exit("resumed from nothing, or not at all")
 (folder / "result.json").write_text("{}")
 """
 
@@ -81,27 +83,47 @@ def test_every_run_of_a_preset_has_a_folder_of_its_own(example, tmp_path):
 
 
 def test_finished_runs_are_not_repeated_and_broken_off_ones_resumed(example, recorder, tmp_path):
-    runs = [example.Run(name, "task", tmp_path / name, [name], "bias") for name in "abc"]
+    runs = [example.Run(name, "task", tmp_path / name, ["--task", name], "bias") for name in "abcd"]
     runs[0].folder.mkdir()
     (runs[0].folder / "result.json").write_text("{}")
-    (runs[1].folder / "checkpoint-1").mkdir(parents=True)
-    (runs[1].folder / "checkpoint-1" / "state").write_text("")
+    for run in runs[1:3]:
+        (run.folder / "checkpoint-1").mkdir(parents=True)
+        (run.folder / "checkpoint-1" / "trainer_state.json").write_text('{"global_step": 1}')
+    # without it, a checkpoint is one that was not written to its end
+    (runs[1].folder / "checkpoint-1" / "optimizer.bin").write_text("")
     example.carry_out_all(runs, [sys.executable], jobs=2)
     example.carry_out_all(runs, [sys.executable], jobs=2)
 
     assert all(run.is_done for run in runs)
     assert not (runs[0].folder / "commands.txt").exists()
-    for run, end in ((runs[1], "b --resume_from_checkpoint"), (runs[2], "c")):
-        assert (run.folder / "commands.txt").read_text() == f"--output_dir {run.folder} {end}\n"
-    assert not (runs[1].folder / "checkpoint-1").exists()
+    for run, end in zip(runs[1:], ("b --resume_from_checkpoint", "c", "d")):
+        assert (run.folder / "commands.txt").read_text() == f"--output_dir {run.folder} --task {end}\n"
+        assert not (run.folder / "checkpoint-1").exists()
+
+
+def test_a_result_that_was_made_with_other_settings_is_refused(example, recorder, tmp_path):
+    runs = [example.Run("a", "task", tmp_path / "a", ["--max_steps", steps], "bias") for steps in ("1", "3")]
+    example.carry_out_all(runs[:1], [sys.executable], jobs=1)
+
+    with pytest.raises(SystemExit, match=r"a holds results with max_steps \['1'\] and not \['3'\]"):
+        example.carry_out_all(runs[1:], [sys.executable], jobs=1)
+
+
+def test_a_corrected_run_takes_the_place_of_one_that_was_refused(example, recorder, tmp_path):
+    runs = [example.Run("a", "task", tmp_path / "a", ["--task", task], "bias") for task in ("refuse", "a")]
+    with pytest.raises(SystemExit, match="refused"):
+        example.carry_out_all(runs[:1], [sys.executable], jobs=1)
+    example.carry_out_all(runs[1:], [sys.executable], jobs=1)
+
+    assert runs[1].is_done
 
 
 def test_a_failing_run_ends_the_comparison_in_one_sentence(example, recorder, tmp_path):
-    runs = [example.Run(name, "task", tmp_path / name, [name], "bias") for name in ("fail", "later")]
-    with pytest.raises(SystemExit, match=r"fail ended with 1, see .*log.txt: no such thing$"):
+    runs = [example.Run(name, "task", tmp_path / name, ["--task", name], "bias") for name in ("fail", "later")]
+    with pytest.raises(SystemExit, match=r"fail ended with 1, see .*fail.log: no such thing$"):
         example.carry_out_all(runs, [sys.executable], jobs=1)
 
-    assert not runs[1].folder.exists()
+    assert not (runs[1].folder / "commands.txt").exists()
 
 
 def test_prediction_intervals_cover_a_further_seed_at_their_rate_even_where_two_agree(example):
@@ -241,3 +263,24 @@ def test_base_and_vectors_are_compared_for_real(example, monkeypatch, tiny_langu
     assert [row["label"] for row in rows] == ["base", "bias vectors"]
     assert rows[1]["trainable_parameters"] == 64
     assert len(rows[1]["rewards"][0]) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--seeds", "0", "0"], "every seed is one draw, got 0 more than once"),
+        (["--preset", "paper", "--methods", "ia3"], "--preset paper has rates for bias, lora, full, got ia3"),
+        (
+            ["--reference", "no/such.json"],
+            "--reference: expected the .json of an earlier comparison, got no/such.json",
+        ),
+        (["--", "--max_steps", "0"], "each run trains, in a folder of its own, got --max_steps 0"),
+    ],
+)
+def test_bad_arguments_are_refused(example, monkeypatch, capsys, arguments, sentence):
+    monkeypatch.setattr(sys, "argv", ["compare_methods.py", *arguments])
+    with pytest.raises(SystemExit):
+        example.main()
+
+    assert sentence in capsys.readouterr().err

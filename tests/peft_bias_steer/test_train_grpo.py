@@ -225,6 +225,9 @@ def test_bad_arguments_end_in_one_sentence(train, arguments, sentence):
         (["--max_steps", 0], "--max_steps must be at least 1, got 0"),
         (["--learning_rate", -1], "--learning_rate must be positive, got -1.0"),
         (["--num_generations", 1], "--num_generations must be at least 2, got 1"),
+        (["--prompts_per_step", 0], "--prompts_per_step must be at least 1, got 0"),
+        (["--seed", -1], "--seed must be at least 0, got -1"),
+        (["--layers", 1, 9], "--layers must be in [0, 1], the layers of "),
         (["--resume_from_checkpoint"], "out holds no checkpoint that was written to its end"),
     ],
 )

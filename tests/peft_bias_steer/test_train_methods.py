@@ -339,6 +339,14 @@ def test_interrupted_run_is_resumed_and_finished(train, tiny_language_model, tmp
     vectors = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert len(vectors) == 2 and all(torch.isfinite(vector).all() for vector in vectors.values())
 
+    # killed after its last step, and before it had answered
+    (folder / "result.json").unlink()
+    again = train(*SMALL, "--max_steps", step + 2, "--resume_from_checkpoint")
+
+    assert again["steps"] == step + 2 and again["cpu_seconds_per_step"] is None
+    for measured in ("rewards", "after", "steps_without_signal", "no_signal_warning"):
+        assert again[measured] == result[measured]
+
 
 @pytest.mark.slow
 def test_two_processes_share_samples_and_held_out_questions(tiny_language_model, tmp_path):
