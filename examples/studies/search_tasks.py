@@ -37,6 +37,7 @@ import train_grpo as example
 import train_methods as study  # ty: ignore[import-not-found]  # the script beside this one
 from answer_forms import ANSWER_FORMS
 from grpo_methods import PROMPTS, STEP_BY_STEP
+from interrupts import record_settings
 
 
 # of reasoning-gym 0.1.25
@@ -211,7 +212,9 @@ def plot(args: argparse.Namespace, asked: list[dict[str, Any]]) -> Figure:
 
 def main() -> None:
     args = parse_arguments()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    record_settings(
+        args.output_dir, {name: value for name, value in vars(args).items() if name not in ("tasks", "output_dir")}
+    )
     path = args.output_dir / "tasks.jsonl"
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {result["task"] for result in results}

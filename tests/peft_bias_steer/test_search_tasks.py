@@ -36,9 +36,8 @@ def test_what_prompts_begin_with_is_read_once_and_changes_nothing(search, tiny_l
 
 def test_each_task_is_asked_once_or_left_out_with_a_reason(search, capsys, tmp_path, monkeypatch):
     asked = ["leg_counting", "family_relationships"]
-    lines, table = search(
-        capsys, "--questions", 2, "--longest_prompt", 1500, "--tasks", *asked, "arc_agi", "boxnet", "coin_flip"
-    )
+    options = ("--questions", 2, "--longest_prompt", 1500, "--tasks")
+    lines, table = search(capsys, *options, *asked, "arc_agi", "boxnet", "coin_flip")
 
     kinds = {"question, sampled", "step by step, sampled", "step by step", *search.example.PROMPTS}
     assert {task: set(lines[task]["right"]) for task in asked} == dict.fromkeys(asked, kinds)
@@ -50,10 +49,12 @@ def test_each_task_is_asked_once_or_left_out_with_a_reason(search, capsys, tmp_p
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_while_writing("tasks.jsonl", patch)
-        search(capsys, "--questions", 2, "--tasks", "game_of_life_halting")
-    again, longer_table = search(capsys, "--questions", 2, "--tasks", *asked, "arc_agi", "spell_backward")
+        search(capsys, *options, "game_of_life_halting")
+    again, longer_table = search(capsys, *options, *asked, "arc_agi", "spell_backward")
     assert set(again) == {*lines, "spell_backward"}
     assert longer_table.count("leg_counting") == 1
+    with pytest.raises(SystemExit, match="holds results with longest_prompt 1500 and not 512, questions 2 and not 4"):
+        search(capsys, "--questions", 4, "--tasks", *asked)
 
 
 def test_checks_that_check_nothing_do_so(search):
