@@ -29,6 +29,8 @@ KERNELS = {
     "gamma_beta_x2": "(γx + β)²",
 }
 TASK = ("seq_len", "num_pairs", "vocab_size", "max_steps")
+# Shown where they differ between the runs.
+RECIPE = {"batch_size": "batch {}", "fillers": "{} fillers", "num_attention_heads": "{} heads"}
 LEARNT = 0.9
 
 
@@ -50,7 +52,7 @@ def read_cells(path):
     cells = defaultdict(lambda: defaultdict(list))
     for line in path.read_text().splitlines():
         run = json.loads(line)
-        task = tuple(run[name] for name in TASK)
+        task = tuple(run[name] for name in (*TASK, *RECIPE))
         cells[task, run["hidden_size"], run["feature_dim"], run["kernel"]][run["learning_rate"]].append(run)
     in_order = sorted(cells.items(), key=lambda item: (*item[0][:3], list(KERNELS).index(item[0][3])))
     return {
@@ -83,9 +85,12 @@ def steps_to_learn(run):
     return next((step for step, reached in run["curve"] if reached >= LEARNT), None)
 
 
-def describe(task):
-    seq_len, num_pairs, vocab_size, max_steps = task
-    return f"{num_pairs} pairs in {seq_len} tokens of {vocab_size}, {max_steps:,} steps"
+def describe(task, cells):
+    seq_len, num_pairs, vocab_size, max_steps, *recipe = task
+    said = [f"{num_pairs} pairs in {seq_len} tokens of {vocab_size}, {max_steps:,} steps"]
+    of_all = zip(*(other[len(TASK) :] for other, *_ in cells))
+    said += [text.format(own) for text, own, values in zip(RECIPE.values(), recipe, of_all) if len(set(values)) > 1]
+    return ", ".join(said)
 
 
 def print_table(cells):
@@ -98,7 +103,7 @@ def print_table(cells):
         reached = [run["accuracy"] for run in runs]
         steps = ", ".join(str(steps_to_learn(run) or "never") for run in runs)
         print(
-            f"| {describe(task)} | {width} | {feature_dim} | {KERNELS[kernel]} | {runs[0]['parameters']:,} | "
+            f"| {describe(task, cells)} | {width} | {feature_dim} | {KERNELS[kernel]} | {runs[0]['parameters']:,} | "
             f"{state_size(runs[0]):,} | {len(runs)} | {by_rate} | {mean(reached):.3f} | "
             f"{min(reached):.3f} – {max(reached):.3f} | {steps} |"
         )
@@ -135,7 +140,7 @@ def plot_accuracy(cells, path):
         panel.axhline(1 / task[1], color="gray", linestyle="--")
         panel.set_xscale("log", base=2)
         panel.set_ylim(bottom, 1.02)
-        panel.set_title(f"{describe(task)} (guessing: {1 / task[1]:.3f})", fontsize="medium")
+        panel.set_title(f"{describe(task, cells)} (guessing: {1 / task[1]:.3f})", fontsize="medium")
         panel.set_xlabel("numbers in a layer's state")
         panel.grid(alpha=0.3)
     add_legend(figure)
@@ -182,7 +187,7 @@ def plot_curves(cells, path):
                 alpha=0.15,
                 linewidth=0,
             )
-        panel.set_title(f"width {place[1]}, feature_dim {place[2]}: {describe(place[0])}", fontsize="small")
+        panel.set_title(f"width {place[1]}, feature_dim {place[2]}: {describe(place[0], cells)}", fontsize="small")
         panel.set_ylim(0, 1.02)
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)

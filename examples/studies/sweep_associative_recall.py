@@ -31,7 +31,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 sys.path.append(str(Path(__file__).parents[1] / "hf_based_kernel"))
 import train_associative_recall as example
-from interrupts import last_checkpoint, whole
+from interrupts import last_checkpoint, record_settings, whole
 from options import check_least
 
 
@@ -242,7 +242,8 @@ def finished_runs(runs):
 
 def run_sweep(runs):
     output = Path(runs[0].output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    # A line does not tell it.
+    record_settings(output, {"eval_examples": runs[0].eval_examples})
     results = output / "results.jsonl"
     done = [settings(json.loads(line)) for line in results.read_text().splitlines()] if results.exists() else []
     missing = [run for run in runs if settings(vars(run)) not in done]

@@ -11,7 +11,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "examples" / "studies" / "plot_associative_recall.py"
 
 
-def run_line(kernel, seed, accuracy, learning_rate=1e-3, hidden_size=32, seq_len=64):
+def run_line(kernel, seed, accuracy, learning_rate=1e-3, hidden_size=32, seq_len=64, **recipe):
     return json.dumps(
         {
             "kernel": kernel,
@@ -23,11 +23,14 @@ def run_line(kernel, seed, accuracy, learning_rate=1e-3, hidden_size=32, seq_len
             "hidden_size": hidden_size,
             "max_steps": 20,
             "learning_rate": learning_rate,
+            "batch_size": 64,
+            "fillers": "random",
             "seed": seed,
             "parameters": 1000,
             "accuracy": accuracy,
             "curve": [[10, accuracy / 2], [20, accuracy]],
             "cpu_seconds": 60.0,
+            **recipe,
         }
     )
 
@@ -57,6 +60,20 @@ def test_table_has_the_best_rate_and_every_seed(monkeypatch, tmp_path, capsys):
     assert "7 runs, 7 CPU-minutes of training" in said
     for name in ("recall_accuracy.png", "recall_curves.png"):
         assert (tmp_path / name).stat().st_size > 0
+
+
+def test_runs_that_differ_in_the_recipe_are_no_further_seeds(monkeypatch, tmp_path, capsys):
+    recipes = [{}, {"batch_size": 4}, {"batch_size": 4, "fillers": "zero"}]
+    lines = [run_line("rebased", 0, 0.1 * number, **recipe) for number, recipe in enumerate(recipes)]
+    (tmp_path / "results.jsonl").write_text("\n".join(lines) + "\n")
+    run(monkeypatch, tmp_path / "results.jsonl")
+
+    said = capsys.readouterr().out
+    task = "| 8 pairs in 64 tokens of 1024, 20 steps"
+    for recipe, accuracy in (("4, random", "0.100"), ("4, zero", "0.200"), ("64, random", "0.000")):
+        row = f"{task}, batch {recipe} fillers | 32 | 4 | ReBased | 1,000 | 340 | 1 | 0.001: {accuracy} |"
+        assert row in said
+    assert "heads" not in said
 
 
 @pytest.mark.parametrize(

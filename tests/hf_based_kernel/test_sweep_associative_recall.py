@@ -118,6 +118,8 @@ def test_sweep_that_is_killed_while_it_writes_goes_on(monkeypatch, tmp_path):
     run(monkeypatch, *sweep, "--seed", 0, 1)
 
     assert [row["seed"] for row in results(tmp_path)] == [0, 1]
+    with pytest.raises(SystemExit, match="holds results with eval_examples 100 and not 99: give another --output_dir"):
+        run(monkeypatch, *sweep, "--eval_examples", 99)
 
 
 class CutOff(TrainerCallback):
