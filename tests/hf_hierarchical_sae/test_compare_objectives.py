@@ -149,6 +149,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tiny, tmp_path, monk
         (["--seeds", "-1"], "--seeds must be at least 0, got -1"),
         (["--preset", "synthetic", "--model", "some/model"], "--preset synthetic has no language model"),
         (["--preset", "synthetic", "--layer", "0"], "--preset synthetic has no language model"),
+        (["--model", "no/such"], "--model: expected the hub id or the folder of a language model, got 'no/such' ("),
     ],
 )
 def test_bad_options_end_in_one_sentence(compare, options, message, tmp_path, capsys):

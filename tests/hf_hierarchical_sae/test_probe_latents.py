@@ -242,15 +242,17 @@ def test_tasks_from_plays_and_wordnet_hold_what_their_names_say(study, wordnet):
     assert not any("**" in one.text for one in falstaff)
 
 
-def test_what_is_missing_is_named(study, tmp_path, monkeypatch, capsys):
+def test_what_is_missing_is_named(study, tiny_language_model, wordnet, tmp_path, monkeypatch, capsys):
+    given = ("--model", tiny_language_model, "--layer", 1, "--output_dir", tmp_path / "out")
     with pytest.raises(SystemExit, match="there is no .*data.noun: install Debian's wordnet-base, or give --wordnet"):
-        sys.modules["labelled_text"].supersense(tmp_path, "person")
+        study.run_with(*given, "--wordnet", tmp_path)
     with pytest.raises(SystemExit):
         study.run_with("--tasks", "poems")
     assert "--tasks must begin one of sae-probes: 5_hist_fig_ismale, " in capsys.readouterr().err
     monkeypatch.setitem(study.PACKAGES, "not_there", "not-there")
     with pytest.raises(SystemExit, match="not-there not installed: `pip install not-there`"):
-        study.run_with("--output_dir", tmp_path)
+        study.run_with(*given, "--wordnet", wordnet)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_difference_counts_where_every_other_seed_would_show_it(study):

@@ -139,11 +139,22 @@ def test_two_autoencoders_are_scored_and_what_was_scored_is_kept(
         (["--sae", "a/b", "a_b"], "give files of different names, got ['a/b', 'a_b']"),
         (["--sae", "a", "--wordnet", "nowhere"], "--wordnet: expected a folder with cntlist.rev, got nowhere"),
         (["--sae", "a", "--themes", "nowhere"], "--themes: expected a folder, got nowhere"),
+        (["--sae", "{tmp}/gone"], "--sae: expected the folder or hub id of an autoencoder, got "),
+        (["--sae", "{model}"], "--sae: expected autoencoders, got a llama in "),
+        (["--sae", "{tmp}/topk", "--budgets", "9"], "--budgets must be at most 8, the latents in "),
+        (
+            ["--sae", "{tmp}/batch_topk", "--budgets", "2"],
+            "expected autoencoders with selection topk, got batch_topk in ",
+        ),
     ],
 )
-def test_wrong_arguments_are_named(example, arguments, message, capsys):
+def test_wrong_arguments_are_named(example, arguments, message, tiny_language_model, tmp_path, capsys):
+    for selection in ("topk", "batch_topk"):
+        HierarchicalSaeConfig(d_in=4, d_sae=8, k=2, budgets=[2], selection=selection).save_pretrained(
+            tmp_path / selection
+        )
     with pytest.raises(SystemExit):
-        example.run_with(*arguments)
+        example.run_with(*(argument.format(tmp=tmp_path, model=tiny_language_model) for argument in arguments))
 
     assert message in capsys.readouterr().err
 
