@@ -14,6 +14,7 @@ vectors.png and behaviour.png. Parts that reading.json holds already are not mea
 """
 
 import argparse
+import hashlib
 import json
 import shlex
 import sys
@@ -24,6 +25,7 @@ from typing import Any
 import matplotlib
 import train_methods  # ty: ignore[import-not-found]  # the script beside this one
 from peft import PeftConfig, PeftModel
+from safetensors.torch import save
 from tqdm import tqdm
 from transformers import set_seed
 
@@ -40,6 +42,8 @@ from peft_bias_steer.whole_files import whole_file
 
 
 matplotlib.use("Agg")
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
+from interrupts import record_settings  # noqa: E402
 from matplotlib import pyplot  # noqa: E402
 
 
@@ -73,6 +77,13 @@ def load_adapter(args: argparse.Namespace) -> tuple[Any, Any]:
     args.model = args.model or config.base_model_name_or_path
     base, tokenizer = train_methods.example.load(args.model)
     return PeftModel.from_pretrained(base, args.adapter).eval(), tokenizer
+
+
+def keep_apart(output_dir: Path, model: Any, args: argparse.Namespace, questions: argparse.Namespace) -> None:
+    """Refuse a folder with what other vectors or options gave; the same name may stand for vectors that were trained anew."""
+    vectors = {str(layer): vector.cpu().contiguous() for layer, vector in steering_vectors(model).items()}
+    options = {name: str(value) for name, value in (vars(questions) | vars(args)).items() if name != "output_dir"}
+    record_settings(output_dir, options | {"vectors": hashlib.sha256(save(vectors)).hexdigest()[:16]})
 
 
 class Reader:
@@ -206,7 +217,7 @@ def main() -> None:
     model, tokenizer = load_adapter(args)
     questions.model = args.model
     reader = Reader(model, tokenizer, args, questions)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    keep_apart(args.output_dir, model, args, questions)
     path = args.output_dir / "reading.json"
     reading: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for part in ("lens", "vectors", "scales", "ablation", "transfer"):

@@ -86,6 +86,12 @@ def test_every_part_is_measured_once_and_written_down(example, read, save_adapte
         kill_while_writing("reading.json", patch)
         read(*arguments)
     assert read(*arguments) == reading
+    with pytest.raises(SystemExit, match="holds results with eval_size '5' and not '6': give another --output_dir"):
+        read(*arguments, "--eval_size", 6)
+    torch.manual_seed(1)
+    save_adapter()
+    with pytest.raises(SystemExit, match="holds results with vectors '.*' and not '.*': give another --output_dir"):
+        read(*arguments)
 
 
 def grade_by_first_letter(self, completion: str, row: dict) -> dict[str, bool]:
