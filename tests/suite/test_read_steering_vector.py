@@ -1,5 +1,6 @@
 """The example that reads a steering vector in the dictionaries of autoencoders, end to end on tiny models."""
 
+import argparse
 import json
 import runpy
 import sys
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_based_kernel import RebasedConfig, RebasedForCausalLM
 from peft_bias_steer import BiasSteerConfig
+from tests.example_module import load_example
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "studies" / "read_steering_vector.py"
@@ -43,6 +45,17 @@ def test_matching_pursuit_leaves_less_at_each_step_and_fits_what_it_chose(matchi
         residual = vector - coefficients @ dictionary[indices]
         assert left < more and left == pytest.approx(float(residual.square().sum() / vector.square().sum()), abs=1e-5)
         assert (dictionary[indices] @ residual).abs().max() < 1e-4
+
+
+def test_no_held_out_question_is_one_that_the_vectors_were_trained_on():
+    training = load_example("peft_bias_steer/train_grpo.py")
+    parser = argparse.ArgumentParser()
+    training.add_options(parser)
+    arguments = parser.parse_args([])
+    _, *questions = runpy.run_path(str(SCRIPT))["make_questions"](arguments.eval_size)
+
+    asked = [[item["question"] for item in items] for items in questions]
+    assert asked == [[row["question"] for row in rows] for rows in training.make_questions(arguments)]
 
 
 @pytest.mark.slow
