@@ -97,12 +97,13 @@ def complete(parser, arguments):
     return arguments
 
 
-def begin(arguments):
+def begin(arguments, held_out_texts):
     """Called when model and text are there, so that nothing is begun with options that were wrong."""
-    # How many layers are replaced may differ, as stage 1 is of all, and what is measured.
+    # How many layers are replaced may differ, as stage 1 is of all, and what is measured, but not on a text of training.
     free = ("replace", "numbers", "output_dir", "long_rows", "other_files", "lm_eval")
-    settings = {name: str(value) for name, value in vars(arguments).items() if name not in free}
-    record_settings(arguments.output_dir, settings)
+    given = ((name, value) for name, value in vars(arguments).items() if name not in free and value is not None)
+    settings = {name: str(value) for name, value in given}
+    record_settings(arguments.output_dir, settings | {"held_out_texts": held_out_texts})
     set_seed(arguments.seed)
 
 
@@ -209,8 +210,8 @@ def distill(arguments, teacher, tokenizer, weights, rows, layers, rate=None):
 def main():
     arguments, started = parse_arguments(), time.time()
     teacher, tokenizer = load_teacher(arguments, PartialState().device)
-    rows, held_out, text_name = read_rows(arguments, tokenizer)
-    begin(arguments)
+    rows, held_out, held_out_texts, text_name = read_rows(arguments, tokenizer)
+    begin(arguments, held_out_texts)
     weights = transfer(arguments, teacher, rows)
     layers = order_layers(arguments, teacher, weights, rows)[: arguments.replace]
     model = distill(arguments, teacher, tokenizer, weights, rows, layers)

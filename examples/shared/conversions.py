@@ -246,16 +246,20 @@ def train(arguments, trainer_class, model, rows, folder, steps, learning_rate, t
 
 
 def read_rows(arguments, tokenizer, held_out_rows=1):
-    """Rows (rows, seq_len) to train on, so many rows in a row of each text held out, and what the text is called."""
+    """
+    Rows (rows, seq_len) to train on, so many rows in a row of each text held out, the indices of these texts, and what the text
+    is called.
+    """
     texts, name = read_texts(arguments, arguments.seed)
     steps = max(arguments.transfer_steps, arguments.distill_steps)
     # Several times what is needed: out of many texts, not all rows of a few.
     wanted = 8 * steps * arguments.batch_size * PartialState().num_processes
-    train, held_out = [], []
-    for text in texts:
+    train, held_out, indices = [], [], []
+    for index, text in enumerate(texts):
         rows = split(arguments, tokenizer, text)
         if len(rows) >= held_out_rows and len(held_out) < arguments.eval_texts:
             held_out.append(middle(rows, held_out_rows))
+            indices.append(index)
         else:
             train += rows
         if len(train) >= wanted:
@@ -267,7 +271,7 @@ def read_rows(arguments, tokenizer, held_out_rows=1):
             "or lower these"
         )
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(arguments.seed))
-    return torch.tensor(train)[order], torch.tensor(held_out), name
+    return torch.tensor(train)[order], torch.tensor(held_out), indices, name
 
 
 def read_other(arguments, tokenizer):

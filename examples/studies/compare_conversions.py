@@ -94,7 +94,8 @@ def parse_arguments():
 
 def one_more_each_time(arguments, teacher, weights, order, held_out):
     """After stage 1: the KL divergence with the first 1, 2, … layers replaced, and with nothing but their windows."""
-    path = arguments.output_dir / "after_transfer.json"
+    # --long_rows says which rows of the texts are held out.
+    path = arguments.output_dir / f"after_transfer_{arguments.long_rows}.json"
     if not path.exists():
         module = AttentionTransfer(teacher, example.replaced(arguments, teacher, weights, sorted(weights)))
         curves = {}
@@ -257,9 +258,9 @@ def plot(results, curves, path):
 def main():
     arguments, started = parse_arguments(), time.time()
     teacher, tokenizer = example.load_teacher(arguments, PartialState().device)
-    rows, long_texts, text_name = read_rows(arguments, tokenizer, arguments.long_rows)
+    rows, long_texts, held_out_texts, text_name = read_rows(arguments, tokenizer, arguments.long_rows)
     other = read_other(arguments, tokenizer)
-    example.begin(arguments)
+    example.begin(arguments, held_out_texts)
     held_out = long_texts[:, : arguments.seq_len]
     weights = example.transfer(arguments, teacher, rows)
     order = example.order_layers(arguments, teacher, weights, rows)

@@ -107,11 +107,11 @@ def test_more_and_more_layers_are_measured(study, teacher, monkeypatch):
     assert [result["replaced"] for result in results] == [0, 1, 3]
     assert results[0]["kl"][0] < 1e-6 and results[0]["agreement"][0] == 1.0
     assert all(result["window only, kl"][0] > 0 and result["answer"] for result in results[1:])
-    curves = json.loads((teacher / "out" / "after_transfer.json").read_text())
+    curves = json.loads((teacher / "out" / "after_transfer_4.json").read_text())
     assert [len(curve) for curve in curves.values()] == [3, 3]
     arguments = study.parse_arguments()
     original, tokenizer = study.example.load_teacher(arguments, "cpu")
-    rows, texts, _ = study.read_rows(arguments, tokenizer, arguments.long_rows)
+    rows, texts, *_ = study.read_rows(arguments, tokenizer, arguments.long_rows)
     weights = study.example.transfer(arguments, original, rows)
     order = study.example.order_layers(arguments, original, weights, rows)
     for number in (1, 3):
@@ -123,14 +123,29 @@ def test_more_and_more_layers_are_measured(study, teacher, monkeypatch):
     assert (teacher / "out" / "conversion.png").exists()
     # What is there is not done again.
     monkeypatch.setattr(study.example, "train", None)
-    (teacher / "out" / "after_transfer.json").unlink()
+    (teacher / "out" / "after_transfer_4.json").unlink()
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_while_writing("after_transfer.json", patch)
+        kill_while_writing("after_transfer_4.json", patch)
         run(study, patch, teacher, "--window", "4", "--replace", "3")
     with pytest.raises(SystemExit, match="holds results with .*: give another --output_dir, or delete it"):
         run(study, monkeypatch, teacher, "--window", "5", "--replace", "3", "1")
     run(study, monkeypatch, teacher, "--window", "4", "--replace", "3")
     assert json.loads((teacher / "out" / "results.json").read_text()) == [results[0], results[2]]
+
+
+def test_no_text_that_was_trained_on_is_measured(study, teacher, monkeypatch):
+    def train(*given):
+        (teacher / "out" / "begun").touch()
+        raise Killed
+
+    text = teacher / "text2.txt"  # the first one in the order of seed 0
+    text.write_text(text.read_text()[:800])
+    monkeypatch.setattr(study.example, "train", train)
+    for module, options in ((study, ["--long_rows", "2"]), (study, ["--long_rows", "3"]), (study.example, [])):
+        with pytest.raises(Killed):
+            run(module, monkeypatch, teacher, "--window", "4", "--replace", "1", *options)
+    with pytest.raises(SystemExit, match=r"holds results with held_out_texts \[0, 1\] and not \[1, 2\]: give another"):
+        run(study, monkeypatch, teacher, "--window", "4", "--replace", "1", "--long_rows", "60")
 
 
 def test_a_rate_of_stage_2_is_taken_and_is_part_of_what_was_begun(study, teacher, monkeypatch):
