@@ -54,6 +54,17 @@ def test_answers_are_shown_as_text(monkeypatch, outputs):
     assert "0.0% of 1 held-out questions right before, 100.0% after 7 steps" in page
 
 
+def test_results_that_are_cut_or_another_examples_are_not_the_demos(monkeypatch, tmp_path):
+    # What train_methods.py leaves, and a file that was cut short
+    for name, text in (("steer", '{"before": {"greedy": null}}'), ("sae", '{"d_sae": 64, "lay')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(text)
+    make_page(monkeypatch, "--outputs", tmp_path)
+
+    page = (tmp_path / "index.html").read_text()
+    assert [f"Not made yet: <code>make demo-{name}</code>" in page for name in ("steer", "sae")] == [True] * 2
+
+
 def test_a_folder_that_is_not_there(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         make_page(monkeypatch, "--outputs", tmp_path / "nowhere")

@@ -15,6 +15,7 @@ import base64
 import json
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -161,17 +162,21 @@ PARTS = {
 }
 
 
+def read_part(read: Callable[[Path], dict[str, Any]], folder: Path) -> dict[str, Any] | None:
+    """`None` where there is nothing, what a killed run left, or what another example than the demo's wrote."""
+    try:
+        return read(folder)
+    except (FileNotFoundError, LookupError, TypeError, ValueError):
+        return None
+
+
 def make_page(outputs: Path) -> str:
     """The page, as HTML."""
     parts = []
     for name, (title, read, command, then) in PARTS.items():
         folder = outputs / name
-        part: dict[str, Any] = {"name": name, "title": title, "next": then.format(folder=folder)}
-        try:
-            part |= read(folder)
-        except FileNotFoundError:
-            part["missing"] = command
-        parts.append(part)
+        part = {"name": name, "title": title, "next": then.format(folder=folder)}
+        parts.append(part | (read_part(read, folder) or {"missing": command}))
     return Environment(autoescape=True).from_string(PAGE).render(parts=parts)
 
 
@@ -201,7 +206,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.outputs.is_dir():
         parser.error(f"--outputs must be a folder that `make demo` wrote to, got {args.outputs}")
-    if args.dashboard_tokens and (args.outputs / "sae" / "result.json").exists():
+    if args.dashboard_tokens and read_part(sae, args.outputs / "sae"):
         add_dashboard(args.outputs / "sae", args.model, args.dashboard_tokens)
     (args.outputs / "index.html").write_text(make_page(args.outputs), encoding="utf-8")
     print(f"Open {args.outputs / 'index.html'}")
