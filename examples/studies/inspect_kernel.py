@@ -11,6 +11,7 @@ paper's intersection over union (section 5.6 of arXiv 2402.10644), on unseen seq
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -18,6 +19,10 @@ import torch
 
 from hf_based_kernel import RebasedForCausalLM, rebased_attention, taylor_attention
 from hf_based_kernel.associative_recall import IGNORED, make_recall_dataset
+
+
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
+from options import check_least
 
 
 def parse_arguments():
@@ -35,6 +40,12 @@ def parse_arguments():
         parser.error(
             f"checkpoint: expected a folder with a saved model, got {arguments.checkpoint}, without config.json"
         )
+    config = json.loads((arguments.checkpoint / "config.json").read_text())
+    kind = "rebased model converted from a Llama" if config.get("use_feature_map") else f"{config['model_type']} model"
+    if kind != "rebased model":
+        parser.error(f"checkpoint: expected a rebased model with projections of its own, got a {kind}")
+    least = {"num_examples": 1, "seed": 0} | ({} if arguments.num_pairs is None else {"num_pairs": 1})
+    check_least(parser, arguments, **least)
     return arguments
 
 
@@ -48,19 +59,26 @@ def similarity(kernel, scores):
 
 def by_head(values, config):
     """(num_heads * feature_dim,) -> (num_heads, feature_dim)"""
-    return values.detach().float().unflatten(0, (config.num_attention_heads, config.feature_dim))
+    return values.detach().float().unflatten(0, (-1, config.feature_dim))
+
+
+def for_each_query_head(k, config):
+    """(batch, seq, num_key_value_heads, feature_dim) -> (batch, seq, num_attention_heads, feature_dim)"""
+    return k.repeat_interleave(config.num_attention_heads // config.num_key_value_heads, dim=2)
 
 
 def induced_similarity(attention, config, pairs=4000):
     """Scalar products of random normalised queries and keys, and their similarities under gamma and beta: (pairs, heads)."""
     generator = torch.Generator().manual_seed(0)
-    size = config.num_attention_heads * config.feature_dim
-    plain = torch.nn.functional.layer_norm(torch.randn(2, pairs, size, generator=generator), (size,))
-    plain_q, plain_k = plain.unflatten(-1, (config.num_attention_heads, config.feature_dim))
+    drawn = torch.randn(2, pairs, config.num_attention_heads * config.feature_dim, generator=generator)
+    drawn_k = drawn[1:, :, : config.num_key_value_heads * config.feature_dim]
+    plain_q, plain_k = (torch.nn.functional.layer_norm(x, x.shape[-1:]) for x in (drawn[:1], drawn_k))
     with torch.no_grad():
-        q, k = attention.q_norm(plain[:1]), attention.k_norm(plain[1:])
+        q, k = attention.q_norm(plain_q), for_each_query_head(attention.k_norm(plain_k), config)
+    plain_q, plain_k = (x.unflatten(-1, (-1, config.feature_dim)) for x in (plain_q, plain_k))
+    products = (plain_q * for_each_query_head(plain_k, config))[0].sum(-1)
     scale = config.feature_dim**-0.5
-    return (plain_q * plain_k).sum(-1) * scale, similarity(config.kernel, (q[0] * k[0]).sum(-1) * scale)
+    return products * scale, similarity(config.kernel, (q[0] * k[0]).sum(-1) * scale)
 
 
 def attention_matrices(model, input_ids):
@@ -82,7 +100,7 @@ def attention_matrices(model, input_ids):
     attend = rebased_attention if model.config.kernel == "rebased" else taylor_attention
     for index in linear_layers(model):
         q, k = features[index, "q_norm"].float(), features[index, "k_norm"].float()
-        k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+        k = for_each_query_head(k, model.config)
         # Of the token's own number, one-hot, the average is the weights.
         numbers = torch.eye(q.shape[1]).expand(*q.shape[:1], q.shape[2], -1, -1).transpose(1, 2)
         weights = attend(q, k, numbers, eps=model.config.attention_eps)
@@ -184,14 +202,17 @@ def describe_kernel(model):
 
 def compare_with_associations(model, arguments, folder):
     config = model.config
-    dataset = make_recall_dataset(
-        arguments.num_examples,
-        seq_len=config.max_position_embeddings,
-        num_pairs=arguments.num_pairs,
-        vocab_size=config.vocab_size,
-        random_non_queries=arguments.fillers == "random",
-        seed=arguments.seed,
-    ).with_format("torch")
+    try:
+        dataset = make_recall_dataset(
+            arguments.num_examples,
+            seq_len=config.max_position_embeddings,
+            num_pairs=arguments.num_pairs,
+            vocab_size=config.vocab_size,
+            random_non_queries=arguments.fillers == "random",
+            seed=arguments.seed,
+        ).with_format("torch")
+    except ValueError as error:
+        raise SystemExit(f"--num_pairs does not fit the model: {error}") from None
     totals, right, asked = {}, 0, 0
     for start in range(0, len(dataset), 100):
         rows = dataset[start : start + 100]

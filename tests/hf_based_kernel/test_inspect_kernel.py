@@ -73,9 +73,9 @@ def test_intersection_over_union_is_one_for_the_associations_and_little_for_flat
     torch.testing.assert_close(overlap, torch.tensor([1.0, 0.0, (1 / 6) / (1 + 5 / 6)]))
 
 
-@pytest.mark.parametrize("kernel", ["rebased", "taylor"])
-def test_one_command_leaves_pictures_and_numbers(monkeypatch, tmp_path, capsys, kernel):
-    recall_model(kernel=kernel).save_pretrained(tmp_path)
+@pytest.mark.parametrize(("kernel", "key_heads"), [("rebased", 2), ("rebased", 1), ("taylor", 2)])
+def test_one_command_leaves_pictures_and_numbers(monkeypatch, tmp_path, capsys, kernel, key_heads):
+    recall_model(kernel=kernel, num_key_value_heads=key_heads).save_pretrained(tmp_path)
     arguments = [str(SCRIPT), str(tmp_path), "--num_pairs", "3", "--num_examples", "150"]
     monkeypatch.setattr(sys, "argv", arguments)
     runpy.run_path(str(SCRIPT), run_name="__main__")
@@ -92,8 +92,36 @@ def test_one_command_leaves_pictures_and_numbers(monkeypatch, tmp_path, capsys, 
         assert (tmp_path / picture).stat().st_size > 0
 
 
-def test_missing_checkpoint_is_one_clear_sentence(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path)])
+def test_similarity_without_gamma_and_beta_is_that_of_the_products():
+    model = recall_model(num_key_value_heads=1)
+    products, learned = SCRIPT_NAMES["induced_similarity"](model.model.layers[1].self_attn, model.config, pairs=50)
+
+    assert products.shape == (50, 2)
+    # normed twice, with an eps each time
+    torch.testing.assert_close(learned, products.square(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (None, [], "expected a folder with a saved model"),
+        ({"model_type": "mamba2"}, [], "got a mamba2 model"),
+        ({"model_type": "rebased", "use_feature_map": True}, [], "got a rebased model converted from a Llama"),
+        ({"model_type": "rebased"}, ["--num_pairs", "0"], "--num_pairs must be at least 1, got 0"),
+        ({"model_type": "rebased"}, ["--num_examples", "0"], "--num_examples must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_looked_into_is_one_clear_sentence(monkeypatch, tmp_path, capsys, config, options, message):
+    if config:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path), *options])
     with pytest.raises(SystemExit):
         runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert "expected a folder with a saved model" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+def test_pairs_that_do_not_fit_the_sequences_are_one_clear_sentence(monkeypatch, tmp_path):
+    recall_model(num_key_value_heads=1).save_pretrained(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path), "--num_pairs", "7"])
+    with pytest.raises(SystemExit, match="--num_pairs does not fit the model: "):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
