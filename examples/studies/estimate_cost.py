@@ -20,6 +20,7 @@ other hub id or folder gives its config. Counted, for each method:
 
 import argparse
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,10 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from peft_bias_steer import BiasSteerConfig
+
+
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
+from options import check_least
 
 
 def llama(hidden: int, inner: int, layers: int, heads: int, **options: Any) -> LlamaConfig:
@@ -149,6 +154,9 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     parser.add_argument("--output", type=Path, help="JSON file to write, with exact numbers")
     args = parser.parse_args()
+    check_least(parser, args, lora_rank=1)
+    if args.output and (args.output.is_dir() or not args.output.absolute().parent.is_dir()):
+        parser.error(f"--output must be a file in a folder that exists, got {args.output}")
 
     columns = ["model", "trained", "parameters", "optimizer", "gradients", "file", "rollout sync"]
     rows, exact = [], []

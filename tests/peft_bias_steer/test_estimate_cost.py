@@ -94,3 +94,20 @@ def test_an_unknown_model_ends_in_one_sentence(example, monkeypatch):
         SystemExit, match="--models takes SmolLM2-135M, .*a folder or a reachable hub id, got 'no/such'"
     ):
         example.main()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--lora_rank", "0"], "--lora_rank must be at least 1, got 0"),
+        (["--output", "no/such/cost.json"], "--output must be a file in a folder that exists, got no/such/cost.json"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused_before_anything_is_counted(
+    example, monkeypatch, capsys, option, message
+):
+    monkeypatch.setattr(example, "estimate", None)
+    monkeypatch.setattr(sys, "argv", ["estimate_cost.py", *option])
+    with pytest.raises(SystemExit, match="2"):
+        example.main()
+    assert message in capsys.readouterr().err
