@@ -21,10 +21,13 @@ def whole_file(path: str | os.PathLike) -> Generator[Path]:
 
     Raises:
         IsADirectoryError: If `path` is a folder.
+        FileNotFoundError: If its folder does not exist.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(f"expected a file to write, got the folder {path}: name a file in it")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"expected a file in a folder that exists, got {path}: make its folder")
     if target.exists() and not target.is_file():
         yield target
         return

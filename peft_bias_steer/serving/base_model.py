@@ -57,13 +57,13 @@ def load_base_model(name: str) -> PreTrainedModel:
         name (`str`): Folder or Hub id.
 
     Raises:
-        ValueError: If it is an adapter, or of a class outside transformers.
+        ValueError: If it is an adapter, of a class outside transformers, or not there.
     """
     if os.path.exists(os.path.join(name, CONFIG_NAME)):
         raise ValueError(
             f"expected a base model, got the adapter in {name}: name the base model that it was trained on"
         )
-    config = AutoConfig.from_pretrained(name)
+    config = _read_base_config(name)
     for model_class, _ in _candidates(BiasSteerConfig(), config, {}):
         return cast(Any, model_class).from_pretrained(name, dtype="auto")
     raise ValueError(f"expected a model that transformers has a class for, got {config.model_type} in {name}")
@@ -101,7 +101,7 @@ def find_base_model(adapter: str, base_model: str | None = None) -> tuple[PreTra
     shapes = peft_config.saved_shapes or {}
     modules = {_module_of(key) for key in shapes}
     tried = []
-    for model_class, config in _candidates(peft_config, AutoConfig.from_pretrained(name), shapes):
+    for model_class, config in _candidates(peft_config, _read_base_config(name), shapes):
         with torch.device("meta"):
             skeleton = model_class._from_config(config)
         if modules <= {module for module, _ in skeleton.named_modules()}:
@@ -133,6 +133,14 @@ def read_config(adapter: str) -> BiasSteerConfig:
     if os.path.isdir(adapter) and not any(os.path.exists(os.path.join(adapter, name)) for name in names):
         raise ValueError(f"expected {names[0]} in {adapter}, got a folder without it: copy or save it again")
     return config
+
+
+def _read_base_config(name: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"expected the folder or Hub id of a base model, got {name!r} ({reason})") from error
 
 
 def trained_modules(config: BiasSteerConfig) -> list[str]:

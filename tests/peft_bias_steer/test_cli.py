@@ -316,7 +316,14 @@ def test_wrong_uses_end_with_one_sentence(steered, tiny_language_model, tmp_path
         "no --base_model": ["export", folder, "--format", "bias-ready", "--base_model", tiny_language_model, *out],
         "got the adapter in": ["export", folder, "--format", "bias-ready", *out],
         "Format 'xyz' is not supported|'xyz'": ["inspect", folder, "--plot", str(tmp_path / "plot.xyz")],
-        "No such file or directory": ["inspect", folder, "--plot", str(tmp_path / "no" / "plot.png")],
+        "a file in a folder that exists, got .*plot.png:": [
+            "inspect",
+            folder,
+            "--plot",
+            str(tmp_path / "no/plot.png"),
+        ],
+        "Hub id of a base model, got '/no/model'": ["lens", folder, "--base_model", "/no/model"],
+        "Hub id of a base model, got '/no/base'": ["export", "/no/base", "--format", "bias-ready", *out],
     }
 
     for message, arguments in wrong.items():

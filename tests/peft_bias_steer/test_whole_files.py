@@ -88,6 +88,9 @@ def test_what_is_no_place_for_it_is_refused(tmp_path):
 
     with pytest.raises(IsADirectoryError, match="expected a file to write, got the folder"), whole_file(tmp_path):
         pass
+    nowhere = tmp_path / "no" / "v"
+    with pytest.raises(FileNotFoundError, match="folder that exists, got .*v: make its folder"), whole_file(nowhere):
+        pass
     for path in (tmp_path, tmp_path / "v"):
         with pytest.raises(ValueError, match="must be empty or not exist"), whole_folder(path):
             pass
