@@ -1,4 +1,3 @@
-import math
 import numbers
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -96,17 +95,18 @@ def set_scale(layers: Sequence["BiasSteerLayer"], adapter: str, scale: float) ->
 
 def as_factor(value: Any, name: str) -> float:
     """
-    A finite number of any library as a `float`.
+    A number of any library as a `float` that float32, in which vectors are scaled, can hold.
 
     Raises:
         TypeError: If it is no number.
-        ValueError: If it is NaN or infinite.
+        ValueError: If it is NaN, infinite, or beyond float32's largest number.
     """
     number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
     if isinstance(number, bool) or not isinstance(number, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    largest = torch.finfo(torch.float32).max
+    if not -largest <= number <= largest:
+        raise ValueError(f"{name} must be a finite number, got {value!r}: float32 ends at {largest:.5g}")
     return float(number)
 
 

@@ -271,7 +271,7 @@ def test_a_bad_module_to_save_among_good_ones_leaves_nothing_behind(llama):
 
 
 @pytest.mark.parametrize(
-    "scale", [float("nan"), float("inf"), -float("inf"), np.float32("nan"), torch.tensor(torch.inf)]
+    "scale", [float("nan"), float("inf"), -float("inf"), 3.5e38, np.float32("nan"), torch.tensor(torch.inf)]
 )
 def test_scales_and_weights_that_are_not_finite(llama, scale):
     model = get_peft_model(llama(), BiasSteerConfig())

@@ -59,6 +59,8 @@ def test_a_request_names_an_adapter_or_gets_the_default():
         ({"bias_steer_scale": 2.0}, ValueError, "bias_steer_scale without bias_steer: name the adapter"),
         ({"bias_steer": "a", "bias_steer_scale": True}, TypeError, "bias_steer_scale must be a number, got True"),
         ({"bias_steer": "a", "bias_steer_scale": float("inf")}, ValueError, "must be a finite number, got inf"),
+        ({"bias_steer": "a", "bias_steer_scale": -1e39}, ValueError, r"got -1e\+39: float32 ends at 3.4028e\+38"),
+        ({"bias_steer": "a", "bias_steer_scale": 10**400}, ValueError, "must be a finite number, got 1000"),
         ({"bias_steer": "a", "bias_steer_tokens": "last"}, ValueError, "all, prompt, generated, got 'last'"),
         ({"bias_steer": ["a"]}, TypeError, r"the name of an adapter, got \['a'\]"),
         ({"bias_steer_vector": "a"}, ValueError, "expected some of bias_steer, .*, got bias_steer_vector"),
