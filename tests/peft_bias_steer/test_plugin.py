@@ -83,6 +83,8 @@ def test_request_is_checked_where_it_enters(stand_ins):
             processor.process_inputs(wrong)
     with pytest.raises(stand_ins.error, match="this engine was started without adapters"):
         stand_ins.processor(config()).process_inputs(request(bias_steer="math"))
+    others_own = request(steering="another program's")
+    assert stand_ins.processor(config()).process_inputs(others_own) is others_own
 
     plugin.known_names(processor).add("code")
     assert processor.process_inputs(request(bias_steer="code"))
@@ -111,9 +113,16 @@ def test_beam_search_that_would_drop_the_adapter_is_refused(stand_ins, monkeypat
     plugin.register()
 
     assert CompletionRequest(None).to_beam_search_params(4) == 4
-    assert CompletionRequest({"bias_steer": "__base__"}).to_beam_search_params(max_tokens=4) == 4
-    with pytest.raises(stand_ins.error, match="beam search takes no adapter"):
-        CompletionRequest({"bias_steer": "math"}).to_beam_search_params(4)
+    assert CompletionRequest({"session_id": "1"}).to_beam_search_params(max_tokens=4) == 4
+    # the engine's default would answer in place of each
+    for key, value in [
+        ("bias_steer", "math"),
+        ("bias_steer", "__base__"),
+        ("bias_steer_scale", 0),
+        ("bias-steer", "a"),
+    ]:
+        with pytest.raises(stand_ins.error, match=f"beam search takes no adapter, got {key}: leave that out"):
+            CompletionRequest({key: value}).to_beam_search_params(4)
 
 
 def test_vectors_cross_processes_as_they_are():

@@ -63,6 +63,11 @@ def test_a_request_names_an_adapter_or_gets_the_default():
         ({"bias_steer": "a", "bias_steer_scale": 10**400}, ValueError, "must be a finite number, got 1000"),
         ({"bias_steer": "a", "bias_steer_tokens": "last"}, ValueError, "all, prompt, generated, got 'last'"),
         ({"bias_steer": ["a"]}, TypeError, r"the name of an adapter, got \['a'\]"),
+        ({"bias_steer": None}, TypeError, "expected bias_steer to be the name of an adapter, got None"),
+        ({"bias_stear": "a"}, ValueError, "expected some of bias_steer, .*, got bias_stear"),
+        ({"bias-steer": "a"}, ValueError, "got bias-steer"),
+        ({"BIAS_STEER": "a"}, ValueError, "got BIAS_STEER"),
+        ({"bias_steer": "a", "steer_scale": 0}, ValueError, "got steer_scale"),
         ({"bias_steer_vector": "a"}, ValueError, "expected some of bias_steer, .*, got bias_steer_vector"),
     ],
 )

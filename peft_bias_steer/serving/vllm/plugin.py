@@ -12,7 +12,7 @@ import torch
 
 from .adapters import SALT, EngineAdapters
 from .layers import extra_arguments
-from .settings import BASE, KEY, EngineSettings, read_choice, unknown_adapter
+from .settings import KEY, EngineSettings, asks_to_steer, read_choice, unknown_adapter
 
 
 def register() -> None:
@@ -70,8 +70,11 @@ def _check_request(original: Callable[..., Any], processor: Any, *args: Any, **k
 
     request = original(*args, **kwargs)
     settings, names = EngineSettings.of(processor.vllm_config), known_names(processor)
+    arguments = extra_arguments(request) or {}
     try:
-        choice = read_choice(extra_arguments(request), None if settings is None else settings.default)
+        # in an engine without adapters, arguments with other names are other programs' own
+        own = arguments if settings else {key: arguments[key] for key in arguments if key.startswith(KEY)}
+        choice = read_choice(own, None if settings is None else settings.default)
         if choice is not None and settings is None:
             raise ValueError(f"{KEY}: this engine was started without adapters: give it hf_overrides={{'{KEY}': ...}}")
         if choice is not None and choice.adapter not in names:
@@ -95,7 +98,7 @@ def known_names(processor: Any) -> set[str]:
 def _refuse_beam_search() -> None:
     """vLLM makes the requests of a beam search itself, without the extra arguments."""
     for module in list(sys.modules.values()):
-        if getattr(module, "__name__", "").startswith("vllm.entrypoints.openai."):
+        if getattr(module, "__name__", "").startswith("vllm.entrypoints."):
             for owner in vars(module).values():
                 if isinstance(owner, type) and "to_beam_search_params" in vars(owner):
                     _wrap(owner, "to_beam_search_params", _without_adapter)
@@ -104,8 +107,12 @@ def _refuse_beam_search() -> None:
 def _without_adapter(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
     from vllm.exceptions import VLLMValidationError
 
-    if (request.vllm_xargs or {}).get(KEY, BASE) != BASE:
-        raise VLLMValidationError("beam search takes no adapter: set use_beam_search to false", parameter=KEY)
+    # `__base__` and a scale of 0 too: what is dropped would leave the beams to the engine's default
+    if asked := sorted(filter(asks_to_steer, request.vllm_xargs or {})):
+        raise VLLMValidationError(
+            f"beam search takes no adapter, got {', '.join(asked)}: leave that out, or set use_beam_search to false",
+            parameter=KEY,
+        )
     return original(*args, **kwargs)
 
 

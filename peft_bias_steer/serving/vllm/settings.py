@@ -1,5 +1,6 @@
 """What an engine is started with, and what a request asks for."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -72,6 +73,11 @@ def check_name(name: Any) -> None:
         raise ValueError(f"expected the name of an adapter to be a string other than {BASE!r}, got {name!r}")
 
 
+def asks_to_steer(key: str) -> bool:
+    """Whether an argument of this name is meant for this package, be it misspelt: `bias-steer`, `BIAS_STEAR_scale`."""
+    return re.sub("[^a-z]", "", key.lower()).startswith(("steer", "biasste"))
+
+
 def read_choice(arguments: Mapping[str, Any] | None, default: str | None) -> Choice | None:
     """
     The adapter, scale and tokens of a request; `None` for the base model.
@@ -84,10 +90,12 @@ def read_choice(arguments: Mapping[str, Any] | None, default: str | None) -> Cho
         TypeError: If the scale is no number.
         ValueError: If an argument is not known, or its value cannot be meant.
     """
-    given = {key: value for key, value in (arguments or {}).items() if key.startswith(KEY)}
+    given = {key: value for key, value in (arguments or {}).items() if asks_to_steer(key)}
     if unknown := given.keys() - set(REQUEST_KEYS):
         raise ValueError(f"expected some of {', '.join(REQUEST_KEYS)}, got {', '.join(sorted(unknown))}")
     name = given.get(KEY, default)
+    if KEY in given and not isinstance(name, str):
+        raise TypeError(f"expected {KEY} to be the name of an adapter, got {name!r}")
     if name is None:
         if given:
             raise ValueError(f"{', '.join(sorted(given))} without {KEY}: name the adapter")
@@ -96,8 +104,6 @@ def read_choice(arguments: Mapping[str, Any] | None, default: str | None) -> Cho
     tokens = given.get(f"{KEY}_tokens", "all")
     if tokens not in TOKENS:
         raise ValueError(f"expected {KEY}_tokens to be one of {', '.join(TOKENS)}, got {tokens!r}")
-    if not isinstance(name, str):
-        raise TypeError(f"expected {KEY} to be the name of an adapter, got {name!r}")
     return None if name == BASE else Choice(name, scale, tokens)
 
 

@@ -154,7 +154,9 @@ def test_chat_is_steered(server):
         ({"bias_steer": "first", "bias_steer_scale": "high"}, "bias_steer_scale must be a number, got 'high'"),
         ({"bias_steer": "first", "bias_steer_tokens": "last"}, "one of all, prompt, generated, got 'last'"),
         ({"bias_steer_scale": 2.0}, "name the adapter"),
+        ({"bias_steer": "first", "bias_steer_scale": 1e39}, "bias_steer_scale must be a finite number, got 1e+39"),
         ({"bias_steer": "first", "bias_steer_row": 1}, "got bias_steer_row"),
+        ({"bias-steer": "first"}, "got bias-steer"),
     ],
 )
 def test_request_that_cannot_be_meant_is_a_bad_request(server, xargs, message):
