@@ -43,13 +43,22 @@ def serve(settings, monkeypatch, **arguments):
     monkeypatch.setitem(sys.modules, protocol.__name__, protocol)
     paths = [types.SimpleNamespace(name="base", model_path="base")]
     models = types.SimpleNamespace(
-        base_model_paths=paths, is_base_model=lambda name: name in [path.name for path in paths]
+        base_model_paths=paths,
+        is_base_model=lambda name: name in [path.name for path in paths],
+        lora_requests={"lora": "a LoRA adapter"},
     )
     app, engine, endpoints = fastapi.FastAPI(), Engine(settings), Endpoints()
 
     @app.post("/v1/completions")
+    @app.post("/v1/embeddings")
+    @app.post("/inference/v1/generate")
+    @app.post("/tokenize")
     async def complete(body: dict) -> dict:
         return body
+
+    @app.post("/v1/audio/transcriptions")
+    async def transcribe(request: fastapi.Request) -> int:
+        return len(await request.body())
 
     endpoints.attach_router(app)
     state = types.SimpleNamespace(openai_serving_models=models)
@@ -92,6 +101,54 @@ def test_a_request_for_an_adapter_as_the_model_gets_its_name_among_the_arguments
     assert client.post("/v1/completions", json={"model": "math", "prompt": text}).json()["prompt"] == text
 
 
+def test_a_route_with_another_place_for_arguments_gets_the_name_there(monkeypatch):
+    client, _, _ = serve({"adapters": {"math": "somewhere"}}, monkeypatch)
+    route, body = "/inference/v1/generate", {"model": "math", "sampling_params": {"max_tokens": 4}}
+    params = {"max_tokens": 4, "extra_args": {"bias_steer": "math"}}
+    assert client.post(route, json=body).json() == {"model": "math", "sampling_params": params}
+    asked = {"model": "math", "sampling_params": {"extra_args": {"bias_steer": "code"}}}
+    assert client.post(route, json=asked).json() == asked
+    assert client.post("/tokenize", json={"model": "math"}).json() == {"model": "math"}, "no layer runs"
+
+
+@pytest.mark.parametrize(
+    "route, body, message",
+    [
+        ("embeddings", {"model": "math"}, "/v1/embeddings takes no adapter as its model, got 'math': name the base"),
+        ("embeddings", {"vllm_xargs": {"bias_steer": "math"}}, "bias_steer would be dropped: /v1/embeddings takes no"),
+        ("completions", {"bias_steer": "math"}, "bias_steer would be dropped: /v1/completions has it in vllm_xargs"),
+        ("completions", {"model": "math", "vllm_xargs": "x"}, "expected vllm_xargs to be a dictionary, got 'x'"),
+    ],
+)
+def test_what_would_get_the_base_model_in_silence_is_refused(monkeypatch, route, body, message):
+    client, _, _ = serve({"adapters": {"math": "somewhere"}}, monkeypatch)
+    answer = client.post(f"/v1/{route}", json=body)
+
+    assert answer.status_code == 400 and message in answer.json()["error"]["message"]
+    plain = {"model": ["math"], "vllm_xargs": {"session_id": "1"}}
+    assert client.post(f"/v1/{route}", json=plain).json() == plain
+
+
+def test_a_form_names_no_adapter_as_its_model(monkeypatch):
+    client, _, _ = serve({"adapters": {"math": "somewhere"}}, monkeypatch)
+    for model, status in [("math", 400), ("base", 200)]:
+        sound = {"file": ("a.wav", b"\r\n\xff" * 9), "model": (None, model), "seed": (None, "1")}
+        assert client.post("/v1/audio/transcriptions", files=sound).status_code == status
+        typed = {**sound, "model": (None, model, "text/plain")}
+        assert client.post("/v1/audio/transcriptions", files=typed).status_code == status
+
+
+def test_names_of_the_base_model_and_of_lora_adapters_are_taken(folder, monkeypatch):
+    client, engine, paths = serve({"folder": str(folder)}, monkeypatch)
+    for name in ("base", "lora"):
+        body = {"name": name, "path": str(folder / "math"), "replace": True}
+        answer = client.post("/v1/load_bias_steer_adapter", json=body)
+        assert answer.status_code == 400 and f"{name!r} is what requests call the base model" in answer.text
+        with pytest.raises(ValueError, match="choose another name"):
+            serve({"adapters": {name: "somewhere"}}, monkeypatch)
+    assert not engine.held and [path.name for path in paths] == ["base"]
+
+
 @pytest.mark.parametrize(
     "settings, arguments, message",
     [
@@ -101,6 +158,7 @@ def test_a_request_for_an_adapter_as_the_model_gets_its_name_among_the_arguments
         ({"folder": "{folder}/math"}, {"path": "{folder}/math/../math2"}, "a folder under the one that this server"),
         ({"folder": "{folder}/mat"}, {}, "a folder under the one that this server allows"),
         ({"folder": "{folder}"}, {"path": 3}, "expected the path of an adapter, got 3"),
+        ({"folder": "{folder}"}, {"replace": "false"}, "expected replace to be true or false, got 'false'"),
         ({"folder": "{folder}"}, {"extra": 3}, "expected name, path and none but replace"),
     ],
 )

@@ -197,7 +197,9 @@ def test_adapters_come_and_go_while_the_server_runs(server):
         ("load_bias_steer_adapter", {"name": "new", "path": "{adapters}/../base"}, "a folder under the one"),
         ("load_bias_steer_adapter", {"name": "new", "path": "{adapters}/nowhere"}, "a folder under the one"),
         ("load_bias_steer_adapter", {"name": "__base__", "path": "{adapters}/first"}, "other than '__base__'"),
+        ("load_bias_steer_adapter", {"name": "base", "path": "{adapters}/first"}, "what requests call the base model"),
         ("load_bias_steer_adapter", {"name": "new"}, "expected name, path"),
+        ("embeddings", {"model": "first", "input": "to be"}, "/v1/embeddings takes no adapter as its model"),
         (
             "load_bias_steer_adapter",
             {"name": "new", "path": "{adapters}/wide"},
