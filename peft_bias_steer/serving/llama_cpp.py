@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..layer import as_factor
 from ..vectors import check_vectors
 
 
@@ -25,11 +26,13 @@ def set_steering_vectors(llama: "Llama", vectors: dict[int, torch.Tensor], scale
         scale (`float`, *optional*, defaults to 1.0): What the vectors are multiplied by.
 
     Raises:
-        ValueError: If a vector does not fit the model, belongs to layer 0 or is not finite, or if the model keeps
-            states in a cache of its own. The model is left as it was.
+        TypeError: If the scale is no number.
+        ValueError: If a vector does not fit the model, belongs to layer 0 or is not finite once it is scaled, or if the
+            model keeps states in a cache of its own. The model is left as it was.
     """
     import llama_cpp
 
+    scale = as_factor(scale, "scale")
     width, num_layers = llama.n_embd(), llama_cpp.llama_model_n_layer(llama.model)
     check_vectors(vectors, num_layers=num_layers, width=width)
     if 0 in vectors and vectors[0].any():
@@ -43,6 +46,10 @@ def set_steering_vectors(llama: "Llama", vectors: dict[int, torch.Tensor], scale
     for index, vector in vectors.items():
         if index:
             data[index - 1] = scale * vector.detach()
+    if not data.isfinite().all():
+        raise ValueError(
+            f"expected vectors that are finite in float32 at scale {scale:.4g}, got larger ones: lower it"
+        )
     pointer = ctypes.cast(data.data_ptr(), ctypes.POINTER(ctypes.c_float))
     # row r of the data steers layer r + 1
     if llama_cpp.llama_set_adapter_cvec(llama.ctx, pointer, data.numel(), width, 1, num_layers):

@@ -65,6 +65,24 @@ def test_vectors_that_llama_cpp_cannot_apply_are_refused(received, vectors, mess
     assert not received and not llama.was_reset
 
 
+@pytest.mark.parametrize(
+    "scale, error, message",
+    [
+        (float("nan"), ValueError, "scale must be a finite number, got nan"),
+        (1e39, ValueError, "scale must be a finite number, got 1e\\+39"),
+        (1e38, ValueError, "finite in float32 at scale 1e\\+38, got larger ones: lower it"),
+        (True, TypeError, "scale must be a number, got True"),
+        ("2", TypeError, "scale must be a number, got '2'"),
+    ],
+)
+def test_scales_that_leave_nothing_finite_are_refused(received, scale, error, message):
+    llama = Llama()
+
+    with pytest.raises(error, match=message):
+        set_steering_vectors(llama, {1: torch.full((8,), 10.0)}, scale)
+    assert not received and not llama.was_reset
+
+
 def test_a_cache_of_states_is_refused(received):
     llama = Llama()
     llama.cache = ctypes.c_int()
