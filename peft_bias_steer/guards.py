@@ -2,6 +2,7 @@
 What works around PEFT, TRL and transformers, apart from registration and the model card. Without
 
 - `saved_shapes`: PEFT meets a vector that does not fit, or a damaged file, when the model is changed already;
+- `refuse_to_overwrite_base`: PEFT writes over the files of a base model that was left on disk;
 - `refuse_lossy_rollout_sync`: TRL's vLLM samples from the base model, without a word;
 - `keep_biases_on_save`: `from_pretrained` drops the merged vectors, without a word.
 """
@@ -45,6 +46,34 @@ def saved_shapes(folder: str, subfolder: str | None, hub_kwargs: dict[str, Any])
             f"{path} should be a complete safetensors file, got {os.path.getsize(path)} bytes that do not parse "
             f"({error}): copy or download it again"
         ) from error
+
+
+def refuse_to_overwrite_base(model: nn.Module) -> None:
+    """
+    Refuses to load an adapter where PEFT would overwrite the checkpoint of the base model under names of its own.
+
+    PEFT writes the files of layers that were left on disk anew (`PeftModel._update_offload`), somewhere else only if their
+    path is absolute, or a part of it holds `--`, as in the Hub's cache.
+
+    Args:
+        model (`nn.Module`): The base model, off which PEFT has taken accelerate's hooks if it is about to do so.
+
+    Raises:
+        ValueError: If the files would be overwritten.
+    """
+    if "disk" not in getattr(model, "hf_device_map", {}).values():
+        return
+    bare = (module for module in model.modules() if not hasattr(module, "_hf_hook"))
+    if not any(parameter.is_meta for module in bare for parameter in module.parameters(recurse=False)):
+        return
+    path = str(getattr(model, "name_or_path", ""))
+    written = path.lstrip(os.sep)
+    if "--" not in path and os.path.isdir(written) and os.path.samefile(path, written):
+        raise ValueError(
+            f"PEFT would overwrite the files in {path}, of which layers were left on disk: load the base model again, "
+            "attach the adapter with get_peft_model(base, BiasSteerConfig.from_pretrained(adapter)), and then "
+            "set_steering_vectors(model, load_vectors(adapter))"
+        )
 
 
 def refuse_lossy_rollout_sync(sites: Iterable[MergeSite]) -> None:

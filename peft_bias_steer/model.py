@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import BiasSteerConfig, layer_indices
-from .guards import keep_biases_on_save, refuse_lossy_rollout_sync
+from .guards import keep_biases_on_save, refuse_lossy_rollout_sync, refuse_to_overwrite_base
 from .layer import (
     MERGED,
     NO_CALL,
@@ -58,6 +58,7 @@ class BiasSteerModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> BiasSteerConfig:
         peft_config.check()  # a value may have been set since it was made
+        refuse_to_overwrite_base(self.model)
         self._check_saved_shapes(peft_config.saved_shapes or {})
         # TRL passes the same object twice, and others may for a model with other layers
         given = _targets(peft_config)

@@ -24,4 +24,5 @@ def test_every_block_of_the_guide_runs_and_does_what_the_text_says(hub, tiny_lan
     assert names["happy"].base_model.steering_layers.keys() == {"model.layers.0", "model.layers.1"}
     assert names["difference"] < 1e-4 < names["rounded"] < 0.0625
     inputs = names["inputs"]
+    assert torch.equal(names["large"](**inputs).logits, steered)
     torch.testing.assert_close(names["reloaded"](**inputs).logits, steered, rtol=1e-4, atol=1e-6)

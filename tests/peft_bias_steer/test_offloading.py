@@ -1,12 +1,14 @@
 """A base of which parts are elsewhere computes what the whole one does, to the last bit, as it does with LoRA."""
 
+import hashlib
+
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from peft_bias_steer import BiasSteerConfig, set_steering_vectors, steering_vectors
+from peft_bias_steer import BiasSteerConfig, load_vectors, set_steering_vectors, steering_vectors
 
 
 CPU = torch.device("cpu")
@@ -114,6 +116,25 @@ def test_an_adapter_can_be_loaded_into_a_model_that_was_loaded_in_parts(
     model.load_adapter(tmp_path / "adapter", "second")
     model.set_adapter("second")
     assert torch.equal(logits(model, tokens), logits(trained, tokens))
+
+
+def test_loading_an_adapter_never_overwrites_a_base_that_was_loaded_in_parts(llama, tokens, tmp_path):
+    trained = adapted(llama())
+    trained.save_pretrained("adapter")
+    llama().save_pretrained("base")  # a path that is not absolute, which PEFT writes over
+    places = {"device_map": ADAPTED_MAP, "offload_folder": "again"}
+    file = tmp_path / "base" / "model.safetensors"
+    before = hashlib.sha256(file.read_bytes()).hexdigest()
+
+    def in_parts():
+        return AutoModelForCausalLM.from_pretrained("base", device_map=DEVICE_MAP, offload_folder="offload")
+
+    with pytest.raises(ValueError, match="PEFT would overwrite the files in base, of which layers were left on disk"):
+        PeftModel.from_pretrained(in_parts(), "adapter", **places)
+    model = get_peft_model(in_parts(), BiasSteerConfig.from_pretrained("adapter"))
+    set_steering_vectors(model, load_vectors("adapter"))
+    assert torch.equal(logits(model, tokens), logits(trained, tokens))
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == before
 
 
 @pytest.mark.parametrize("offload", [to_cpu, to_disk])
