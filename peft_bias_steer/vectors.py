@@ -65,6 +65,16 @@ def load_vectors(adapter: str, skip_modules: bool = False) -> dict[int, torch.Te
         ValueError: If it is an adapter of another kind, steers modules other than layers, has trained modules beside
             the vectors, or if one of its vectors is missing or not finite.
     """
+    return vectors_by_path(adapter, skip_modules)[1]
+
+
+def vectors_by_path(
+    adapter: str, skip_modules: bool = False, num_layers: int | None = None
+) -> tuple[str, dict[int, torch.Tensor]]:
+    """
+    [`load_vectors`], and the name of the list of layers that they are for; for a base model of so many layers, if they
+    are given, of which one that the adapter should steer and has no vector for is refused.
+    """
     config = BiasSteerConfig.from_pretrained(adapter)
     if not isinstance(config, BiasSteerConfig):
         raise ValueError(f"expected a BiasSteer adapter, got one of type {config.peft_type} in {adapter}")
@@ -74,21 +84,23 @@ def load_vectors(adapter: str, skip_modules: bool = False) -> dict[int, torch.Te
     others += [name for name in vectors if not name.rpartition(".")[2].isdecimal()]
     if others and not (skip_modules and all(key in weights for key in others)):
         raise ValueError(f"expected vectors on layers only, got {others[0]} in {adapter}")
-    check_saved_names(_steered_layers(config, list(vectors)), list(vectors))
+    path, steered = _steered_layers(config, list(vectors), num_layers)
+    check_saved_names(steered, list(vectors), config.num_vectors if num_layers else None)
     by_index = {int(name.rpartition(".")[2]): vector for name, vector in vectors.items()}
     width = len(next(iter(by_index.values())))
     check_vectors(by_index, num_layers=max(by_index) + 1, width=width)
-    return dict(sorted(by_index.items()))
+    return path, dict(sorted(by_index.items()))
 
 
-def _steered_layers(config: BiasSteerConfig, saved: list[str]) -> list[str]:
+def _steered_layers(config: BiasSteerConfig, saved: list[str], num_layers: int | None) -> tuple[str, list[str]]:
     if not saved:
         raise ValueError("the adapter's file holds no vector: copy or save it again")
     path, last = saved[0].rpartition(".")[0], max(int(name.rpartition(".")[2]) for name in saved)
     # no model has as many layers; the number of vectors says which are the steered ones
-    layers = (f"{path}.{index}" for index in range(last + 1 if config.num_vectors is None else 10_000))
+    unknown = last + 1 if config.num_vectors is None else 10_000
+    layers = (f"{path}.{index}" for index in range(max(num_layers, last + 1) if num_layers else unknown))
     steered = (name for name in layers if config.target_modules is None or check_target_module_exists(config, name))
-    return list(islice(steered, config.num_vectors))
+    return path, list(steered if num_layers else islice(steered, config.num_vectors))
 
 
 def from_vectors(

@@ -19,7 +19,7 @@ from ..architectures import (
 from ..merging import merge_sites, why_no_merge_site
 from ..residual import find_layers, seq_first_type
 from ..stock_forms import StockForm, find_stock_form, why_no_stock_form
-from ..vectors import load_vectors
+from ..vectors import vectors_by_path
 from .base_model import find_base_model, read_config, trained_modules
 from .stock_checkpoint import zero_biased_weights
 
@@ -91,13 +91,20 @@ def adapter_routes(adapter: str, base_model: str | None = None) -> list[Route]:
         base_model (`str`, *optional*): Folder or Hub id of the base model. By default the one the adapter names.
 
     Raises:
-        ValueError: If the adapter does not name its base model, or cannot be read.
+        ValueError: If the adapter does not name its base model, does not fit it, steers other layers than its
+            decoder's, or cannot be read.
     """
-    trained = trained_modules(read_config(adapter))
-    vectors = load_vectors(adapter, skip_modules=True)
+    config = read_config(adapter)
     base, _ = find_base_model(adapter, base_model)
+    decoder, layers = find_layers(base, config.layers_pattern)
+    path, vectors = vectors_by_path(adapter, skip_modules=True, num_layers=len(layers))
+    if path != decoder:
+        raise ValueError(
+            f"expected vectors on the layers of the decoder, {decoder}, got some on {path} in {adapter}: of these "
+            "routes only transformers takes them, with PeftModel.from_pretrained(base, adapter)"
+        )
     first_layer_norm = vectors[0].norm().item() if 0 in vectors else 0.0
-    return serving_routes(base, first_layer_norm=first_layer_norm, trained_modules=trained)
+    return serving_routes(base, first_layer_norm=first_layer_norm, trained_modules=trained_modules(config))
 
 
 def routes_table(routes: list[Route]) -> "Table":

@@ -5,8 +5,12 @@ import types
 
 import pytest
 import torch
+from peft import get_peft_model
+from transformers import BartConfig, BartModel
 
-from peft_bias_steer.serving.vllm.adapters import EngineAdapters, check_engine
+from peft_bias_steer import BiasSteerConfig
+from peft_bias_steer.serving.routes import adapter_routes
+from peft_bias_steer.serving.vllm.adapters import EngineAdapters, check_engine, load_fitting
 from peft_bias_steer.serving.vllm.layers import ROW
 from peft_bias_steer.serving.vllm.settings import EngineSettings
 
@@ -90,6 +94,32 @@ def test_request_gets_its_row_and_keeps_what_else_it_has():
     plain = incoming(None, cache_salt="mine")
     admit(adapters, plain)
     assert plain.sampling_params.extra_args is None and plain.cache_salt == "mine"
+
+
+def test_an_adapter_of_a_base_with_fewer_layers_or_of_another_tower_is_refused(llama, tmp_path):
+    get_peft_model(llama(), BiasSteerConfig()).save_pretrained(tmp_path / "short")
+    assert load_fitting(str(tmp_path / "short"), 3).keys() == {0, 1, 2}
+    with pytest.raises(
+        ValueError, match="the adapter has 3 vectors and none for model.layers.3, which this model has"
+    ):
+        load_fitting(str(tmp_path / "short"), 4)
+    get_peft_model(llama(), BiasSteerConfig(layers_to_transform=[1])).save_pretrained(tmp_path / "one")
+    assert load_fitting(str(tmp_path / "one"), 4).keys() == {1}
+
+    sizes = {"d_model": 32, "encoder_layers": 3, "encoder_attention_heads": 2, "encoder_ffn_dim": 8}
+    bart = BartModel(
+        BartConfig(vocab_size=64, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=8, **sizes)
+    )
+    config = BiasSteerConfig(target_modules=r"encoder\.layers\.\d+")
+    get_peft_model(bart, config).save_pretrained(tmp_path / "tower")
+    with pytest.raises(ValueError, match="on the layers of the decoder, got some on encoder.layers"):
+        load_fitting(str(tmp_path / "tower"), 3)
+    bart.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="on the layers of the decoder, decoder.layers, got some on encoder.layers"):
+        adapter_routes(str(tmp_path / "tower"), str(tmp_path / "base"))
+    llama(num_hidden_layers=4).save_pretrained(tmp_path / "longer")
+    with pytest.raises(ValueError, match="none for model.layers.3"):
+        adapter_routes(str(tmp_path / "short"), str(tmp_path / "longer"))
 
 
 def test_only_requests_that_compute_the_same_share_a_salt():

@@ -20,7 +20,7 @@ class Engine:
 
     def __init__(self, settings):
         fields = {} if settings is None else {"bias_steer": settings}
-        model = types.SimpleNamespace(hf_config=types.SimpleNamespace(**fields))
+        model = types.SimpleNamespace(hf_config=types.SimpleNamespace(**fields), get_total_num_hidden_layers=lambda: 3)
         self.vllm_config = types.SimpleNamespace(model_config=model)
         self.input_processor = types.SimpleNamespace(vllm_config=self.vllm_config)
         self.engine_core, self.held = self, {}

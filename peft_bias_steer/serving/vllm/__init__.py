@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...vectors import check_vectors, load_vectors
+from ...vectors import check_vectors
+from .adapters import load_fitting
 from .plugin import known_names, pack, register, unpack
 from .settings import KEY, EngineSettings
 
@@ -67,8 +68,9 @@ def load_adapter(llm: "LLM", name: str, adapter: str | Mapping[int, torch.Tensor
         ValueError: If the name is taken, all places are, or the vectors do not fit the model.
     """
     config, processor = llm.llm_engine.vllm_config.model_config, llm.llm_engine.input_processor
-    vectors = load_vectors(adapter) if isinstance(adapter, str) else dict(adapter)
-    check_vectors(vectors, num_layers=config.get_total_num_hidden_layers(), width=config.get_hidden_size())
+    num_layers = config.get_total_num_hidden_layers()
+    vectors = load_fitting(adapter, num_layers) if isinstance(adapter, str) else dict(adapter)
+    check_vectors(vectors, num_layers=num_layers, width=config.get_hidden_size())
     _call(llm, "load", name, pack(vectors), replace)
     known_names(processor).add(name)
 

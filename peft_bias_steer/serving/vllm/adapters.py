@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,12 +12,29 @@ from weakref import WeakSet
 
 import torch
 
-from ...vectors import check_vectors, load_vectors
+from ...vectors import check_vectors, vectors_by_path
 from .layers import ROW, extra_arguments, install, read_row, write_row
 from .settings import Choice, EngineSettings, check_name, read_choice, unknown_adapter
 
 
 SALT = "bias-steer:"
+# no class that the plugin serves has its decoder in a part with such a name
+TOWER = re.compile("encoder|vision|visual|image|audio|speech|tower")
+
+
+def load_fitting(adapter: str, num_layers: int) -> dict[int, torch.Tensor]:
+    """
+    The vectors of a saved adapter for a decoder of so many layers.
+
+    Raises:
+        ValueError: If it cannot be read, has no vector for a layer that it should steer, or steers other layers.
+    """
+    path, vectors = vectors_by_path(adapter, num_layers=num_layers)
+    if TOWER.search(path):
+        raise ValueError(
+            f"expected vectors on the layers of the decoder, got some on {path} in {adapter}: serve it with transformers"
+        )
+    return vectors
 
 
 @dataclass(eq=False)
@@ -56,7 +74,7 @@ class EngineAdapters:
         self.lock = Lock()
         executor.collective_rpc(install, args=(len(self.versions),))
         for name, adapter in settings.adapters.items():
-            self.load(name, {} if adapter is None else load_vectors(adapter))
+            self.load(name, {} if adapter is None else load_fitting(adapter, self.num_layers))
 
     def load(self, name: str, vectors: dict[int, torch.Tensor], *, replace: bool = False) -> None:
         """

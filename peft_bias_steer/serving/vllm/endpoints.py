@@ -11,7 +11,7 @@ from argparse import Namespace
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
-from ...vectors import load_vectors
+from .adapters import load_fitting
 from .plugin import known_names, pack
 from .settings import KEY, EngineSettings, asks_to_steer, check_name
 
@@ -89,8 +89,10 @@ class Endpoints:
         self._check_free(name)
         if not isinstance(replace, bool):
             raise ValueError(f"expected replace to be true or false, got {replace!r}")
+        folder = _allowed_path(path, self._allowed_folder())
+        num_layers = self.engine.vllm_config.model_config.get_total_num_hidden_layers()
         # in a thread: requests that stream meanwhile do not wait for the disk
-        vectors = await asyncio.to_thread(load_vectors, _allowed_path(path, self._allowed_folder()))
+        vectors = await asyncio.to_thread(load_fitting, folder, num_layers)
         await self._call("load", name, pack(vectors), replace)
         self.names.add(name)
         self._announce(name, path)
