@@ -28,6 +28,9 @@ def test_overrides_become_the_settings_of_the_engine():
         ({"max_adapters": 1.5}, TypeError, "max_adapters must be an integer, got 1.5"),
         ({"adapters": {"__base__": "x"}}, ValueError, "a string other than '__base__', got '__base__'"),
         ({"adapters": {"": "x"}}, ValueError, "a string other than '__base__', got ''"),
+        ({"adapters": ["a"]}, TypeError, r"expected adapters to be a dictionary of folders by name, got \['a'\]"),
+        ({"adapters": {"a": 3}}, TypeError, "expected a path or a Hub id for a, got 3"),
+        ({"folder": 3}, TypeError, "expected a path or a Hub id for folder, got 3"),
         ({"default": "math"}, ValueError, r"the default to be one of \[\], got 'math'"),
     ],
 )

@@ -43,12 +43,16 @@ def vllm_overrides(
         folder (`str`, *optional*): Adapters under it may be loaded over HTTP. If unset, none may.
 
     Raises:
-        TypeError: If `max_adapters` is no integer.
+        TypeError: If `max_adapters` is no integer, `adapters` no dictionary, or a folder no path.
         ValueError: If there are more adapters than places, or the default is none of them.
     """
-    given = {"adapters": dict(adapters or {}), "max_adapters": max_adapters, "default": default, "folder": folder}
-    EngineSettings(**given)
-    return {KEY: given}
+    given = {
+        "adapters": {} if adapters is None else adapters,
+        "max_adapters": max_adapters,
+        "default": default,
+        "folder": folder,
+    }
+    return {KEY: {**given, "adapters": dict(EngineSettings(**given).adapters)}}
 
 
 def load_adapter(llm: "LLM", name: str, adapter: str | Mapping[int, torch.Tensor], *, replace: bool = False) -> None:

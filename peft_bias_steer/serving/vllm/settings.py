@@ -1,5 +1,6 @@
 """What an engine is started with, and what a request asks for."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -40,6 +41,11 @@ class EngineSettings:
     folder: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.adapters, Mapping):
+            raise TypeError(f"expected adapters to be a dictionary of folders by name, got {self.adapters!r}")
+        for name, path in [*self.adapters.items(), ("folder", self.folder)]:
+            if not isinstance(path, str | os.PathLike | None):
+                raise TypeError(f"expected a path or a Hub id for {name}, got {path!r}")
         if as_index(self.max_adapters, "max_adapters") < max(1, len(self.adapters)):
             raise ValueError(f"expected max_adapters of {max(1, len(self.adapters))} or more, got {self.max_adapters}")
         for name in self.adapters:
