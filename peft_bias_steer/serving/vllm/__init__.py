@@ -46,13 +46,10 @@ def vllm_overrides(
         TypeError: If `max_adapters` is no integer, `adapters` no dictionary, or a folder no path.
         ValueError: If there are more adapters than places, or the default is none of them.
     """
-    given = {
-        "adapters": {} if adapters is None else adapters,
-        "max_adapters": max_adapters,
-        "default": default,
-        "folder": folder,
-    }
-    return {KEY: {**given, "adapters": dict(EngineSettings(**given).adapters)}}
+    adapters = {} if adapters is None else adapters
+    given: dict[str, Any] = {"adapters": adapters, "max_adapters": max_adapters, "default": default, "folder": folder}
+    EngineSettings(**given)
+    return {KEY: {**given, "adapters": dict(adapters)}}
 
 
 def load_adapter(llm: "LLM", name: str, adapter: str | Mapping[int, torch.Tensor], *, replace: bool = False) -> None:
