@@ -15,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
-import matplotlib
+from matplotlib.figure import Figure
 
 
 KERNELS = {
@@ -125,12 +125,9 @@ def add_legend(figure):
 
 
 def plot_accuracy(cells, path):
-    from matplotlib import pyplot
-
     tasks = list(dict.fromkeys(cell[0] for cell in cells))
-    figure, panels = pyplot.subplots(
-        1, len(tasks), figsize=(6.5 * len(tasks), 4.5), sharey=True, squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(6.5 * len(tasks), 4.5), layout="constrained")
+    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)
     bottom = max(0, min(run["accuracy"] for runs in cells.values() for run in runs) - 0.1)
     for panel, task in zip(panels[0], tasks):
         for offset, kernel in enumerate(KERNELS):
@@ -161,14 +158,11 @@ def draw_seeds(panel, found, kernel, shift):
 
 
 def plot_curves(cells, path):
-    from matplotlib import pyplot
-
     places = list(dict.fromkeys(cell[:3] for cell in cells))
     columns = min(2, len(places))
     rows = -(-len(places) // columns)
-    figure, panels = pyplot.subplots(
-        rows, columns, figsize=(5.5 * columns, 3.6 * rows), sharey=True, squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(5.5 * columns, 3.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for panel in panels.flat[len(places) :]:
         panel.remove()
     for panel, place in zip(panels.flat, places):
@@ -199,7 +193,6 @@ def plot_curves(cells, path):
 
 def main():
     arguments = parse_arguments()
-    matplotlib.use("Agg")
     cells = read_cells(arguments.results)
     best = at_best_rate(cells)
     folder = arguments.output_dir or arguments.results.parent
