@@ -35,8 +35,8 @@ def export_circuit_tracer(folders: Iterable[str | Path], output: str | Path, k: 
             select by a threshold, or keep every active latent, have no budget.
 
     Raises:
-        `ValueError`: If one is not there, is no transcoder or is of other sites, a layer is missing or there twice, two differ in
-            model, site or size, none says of which model they are, or `k` is out of range.
+        `ValueError`: If one is not there, is no transcoder or is of other sites, a layer is missing or there twice, two
+            differ in model, site or size, none says of which model they are, or `k` is out of range.
     """
     folders = list(folders)
     configs = [_config(folder) for folder in folders]

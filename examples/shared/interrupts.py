@@ -60,11 +60,10 @@ def last_checkpoint(folder: str | Path) -> str | None:
     more steps may lie beside it.
     """
     found = [path for path in Path(folder).glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
-
-    def age(path: Path) -> tuple[int, int]:
-        return (path / TRAINER_STATE_NAME).stat().st_mtime_ns, steps_made(path)
-
-    return max((str(path) for path in found if is_whole(path)), key=lambda path: age(Path(path)), default=None)
+    written = {
+        ((path / TRAINER_STATE_NAME).stat().st_mtime_ns, steps_made(path)): path for path in found if is_whole(path)
+    }
+    return str(written[max(written)]) if written else None
 
 
 def steps_made(checkpoint: str | Path) -> int:

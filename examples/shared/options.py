@@ -34,15 +34,15 @@ def check_grpo(parser: argparse.ArgumentParser, arguments: argparse.Namespace, *
         "seed": 0,
     }
     check_least(parser, arguments, learning_rate=0.0, **least)
-    for layer in arguments.layers or ():
-        check_layer(parser, arguments.model, layer, "layers")
+    if arguments.layers:
+        check_layers(parser, arguments.model, "layers", *arguments.layers)
 
 
-def check_layer(parser: argparse.ArgumentParser, model: str, layer: int, option: str = "layer") -> None:
-    """Refuse a language model that is not there, and a decoder layer that it does not have."""
+def check_layers(parser: argparse.ArgumentParser, model: str, option: str, *indices: int) -> None:
+    """Refuse a language model that is not there, and decoder layers that it does not have."""
     try:
         layers = AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers
     except (OSError, ValueError) as error:
         parser.error(f"--model: expected the hub id or the folder of a language model, got {model!r} ({error})")
-    if not 0 <= layer < layers:
-        parser.error(f"--{option} must be in [0, {layers - 1}], the layers of {model}, got {layer}")
+    if wrong := [index for index in indices if not 0 <= index < layers]:
+        parser.error(f"--{option} must be in [0, {layers - 1}], the layers of {model}, got {wrong[0]}")

@@ -9,7 +9,8 @@ Bias vectors and other methods with GRPO: the same questions, the same number of
     python examples/studies/compare_methods.py --jobs 2
 
 Each run is a process of train_methods.py with a folder of its own; a folder that holds a result.json is not run again, so
-an interrupted comparison goes on where it was, and one with other settings is refused. Writes a table (.md), the numbers (.json) and reward curves (.png).
+an interrupted comparison goes on where it was, and one with other settings is refused. Writes a table (.md), the numbers
+(.json) and reward curves (.png).
 
 Presets: league (all methods of grpo_methods.py, each at the best of its rates by one seed, measured on three others, and
 accuracy against the number of parameters; and the base model with and without solved examples), beyond_prompts (bias vectors

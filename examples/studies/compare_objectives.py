@@ -42,7 +42,7 @@ from hf_hierarchical_sae.whole_files import whole_file
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 from dictionaries import folder_name, harvested, language_model, train
 from interrupts import record_settings
-from options import check_layer, check_seeds
+from options import check_layers, check_seeds
 from plays import find_plays
 
 
@@ -142,7 +142,7 @@ def parse_arguments():
         {name: value for name in ("model", "layer") if (value := getattr(arguments, name)) is not None}
     )
     if "layer" in arguments.settings:
-        check_layer(parser, arguments.settings["model"], arguments.settings["layer"])
+        check_layers(parser, arguments.settings["model"], "layer", arguments.settings["layer"])
     arguments.output_dir = arguments.output_dir or Path("outputs") / f"compare_{arguments.preset}"
     return arguments
 

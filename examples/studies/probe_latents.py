@@ -45,7 +45,7 @@ from dictionaries import AtBudget, folder_name, harvested, interval, language_mo
 from first_letters import ABSORPTION, absorption, letter_probes, read_words
 from interrupts import record_settings
 from labelled_text import read_word_uses, split, tasks, unlabelled
-from options import check_layer, check_seeds
+from options import check_layers, check_seeds
 
 
 DEMO_MODEL = Path("outputs/SmolLM2-135M-Instruct")
@@ -92,7 +92,7 @@ def parse_arguments():
     if not names:
         parser.error(f"--tasks must begin one of {', '.join(tasks(arguments.wordnet))}, got {arguments.tasks}")
     arguments.settings = {**PRESETS[arguments.preset], **given, "tasks": names}
-    check_layer(parser, arguments.settings["model"], arguments.settings["layer"])
+    check_layers(parser, arguments.settings["model"], "layer", arguments.settings["layer"])
     next(read_word_uses(arguments.wordnet / "data.noun"))  # here and not after minutes, if it is not there
     arguments.output_dir = arguments.output_dir or Path("outputs") / f"probes_{arguments.preset}"
     return arguments
