@@ -21,6 +21,10 @@ from transformers import GenerationMixin, PreTrainedModel
 from .configuration_rebased import LAYER_TYPES
 
 
+# Where a model's weights can lie, whole or in pieces: of two that lie side by side transformers loads the whole one.
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+
+
 def rebased_card(model: PreTrainedModel, repo_id: str, metrics: Sequence[EvalResult]) -> ModelCard:
     """The facts of the config, a usage snippet, and what was measured as metadata."""
     config = model.config
@@ -97,4 +101,5 @@ def push_with_card(
             token=token,
             revision=revision,
             create_pr=create_pr,
+            delete_patterns=list(WEIGHT_FILES),
         )

@@ -1,7 +1,9 @@
 """ReBased: a causal language model of short convolutions and linear attention with a learnable quadratic kernel."""
 
 import copy
+import os
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +36,7 @@ from .linear_attention_rebased import (
     RebasedMappedAttention,
 )
 from .llama_rebased import read_llama, start_feature_maps
-from .model_card_rebased import push_with_card, rebased_card
+from .model_card_rebased import WEIGHT_FILES, push_with_card, rebased_card
 from .softmax_attention_rebased import RebasedRMSNorm, RebasedSoftmaxAttention
 from .window_attention_rebased import make_window_mask
 
@@ -142,6 +144,14 @@ class RebasedPreTrainedModel(PreTrainedModel):
                 f"{' …' * (len(missing) > 3)}; save the model again, or check that the configuration belongs to it"
             )
         return (model, info) if with_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """[`~PreTrainedModel.save_pretrained`]; an older model that lies there in another number of pieces is removed."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        whole, index = (Path(save_directory, name) for name in WEIGHT_FILES[:2])
+        if whole.exists() and index.exists():
+            older = min(whole, index, key=lambda path: path.stat().st_mtime_ns)
+            older.unlink(missing_ok=True)
 
     def push_to_hub(self, repo_id: str, *, metrics: Sequence[EvalResult] = (), **kwargs: Any) -> CommitInfo:
         """

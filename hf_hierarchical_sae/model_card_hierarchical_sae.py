@@ -20,6 +20,10 @@ from huggingface_hub import (
 from .configuration_hierarchical_sae import place_name
 
 
+# Where a model's weights can lie, whole or in pieces: of two that lie side by side transformers loads the whole one.
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+
+
 def sae_card(
     config: Any, repo_id: str, *, tags: list[str], picture: str | None, metrics: Sequence[EvalResult]
 ) -> ModelCard:
@@ -120,6 +124,7 @@ def push_with_card(
             token=token,
             revision=revision,
             create_pr=create_pr,
+            delete_patterns=list(WEIGHT_FILES),
         )
 
 

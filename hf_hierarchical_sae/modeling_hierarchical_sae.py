@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from .configuration_hierarchical_sae import HierarchicalSaeConfig
 from .hierarchical_topk import as_indices, choose_form, normalized_weights
 from .large_pages import keep_pages_for
-from .model_card_hierarchical_sae import push_with_card, sae_card
+from .model_card_hierarchical_sae import WEIGHT_FILES, push_with_card, sae_card
 from .sparse_latents import (
     SparseEncoder,
     TangentGradient,
@@ -433,10 +433,9 @@ class HierarchicalSaeModel(PreTrainedModel):
         with whole_folder(save_directory) as unfinished:
             super().save_pretrained(unfinished, *args, **kwargs)
             written = {path.name for path in unfinished.iterdir()}
-        pieces = "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"
         # An older model in another number of pieces would be loaded instead.
-        if written.intersection(pieces[:2]):
-            for path in (path for name in pieces for path in Path(save_directory).glob(name)):
+        if written.intersection(WEIGHT_FILES):
+            for path in (path for name in WEIGHT_FILES for path in Path(save_directory).glob(name)):
                 if path.name not in written:
                     path.unlink()
 

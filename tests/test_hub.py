@@ -70,6 +70,20 @@ def pushed(request, tiny_language_model):
         return repo_id, case, model(**case["inputs"])[case["field"]]
 
 
+@pytest.mark.parametrize("name", REMOTE)
+def test_an_older_model_in_another_number_of_pieces_is_not_loaded(name, tiny_language_model, hub, tmp_path):
+    case, repo_id = REMOTE[name], f"tester/pieces-{name}"
+    for options in ({}, {"max_shard_size": "10KB"}, {"max_shard_size": "5KB"}, {}):
+        model = case["build"](AutoTokenizer.from_pretrained(tiny_language_model))
+        model.push_to_hub(repo_id, **options)
+        model.save_pretrained(tmp_path, **options)
+        for place in (repo_id, tmp_path):
+            loaded = type(model).from_pretrained(place)
+            assert all(torch.equal(weight, model.state_dict()[key]) for key, weight in loaded.state_dict().items())
+    assert [file for file in hub.files(repo_id) if "safetensors" in file] == ["model.safetensors"]
+    assert [path.name for path in tmp_path.glob("*safetensors*")] == ["model.safetensors"]
+
+
 @pytest.mark.slow
 def test_remote_code_gives_bit_equal_outputs_without_our_package(pushed, run_isolated, tmp_path):
     repo_id, case, expected = pushed
