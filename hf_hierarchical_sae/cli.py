@@ -38,7 +38,7 @@ from .dashboard import write_dashboard
 from .evaluation import check_plot, evaluate_budgets, evaluate_in_model, plot_evaluations
 from .interventions import record_statistics
 from .language_model import input_device
-from .model_card_hierarchical_sae import set_metrics
+from .model_card_hierarchical_sae import card_on_hub, set_metrics
 from .modeling_hierarchical_sae import HierarchicalSaeModel
 from .sites import HOOK_POINTS
 from .texts import read_dataset, read_files
@@ -114,7 +114,7 @@ def train(args: argparse.Namespace) -> None:
     if args.push_to_hub:
         # What would fail after hours of training fails here.
         with expecting(f"to upload to {args.push_to_hub}"):
-            create_repo(args.push_to_hub, exist_ok=True)
+            card_on_hub(create_repo(args.push_to_hub, exist_ok=True).repo_id)
     first = [part[:8192] for part in (sample if sae.config.is_transcoder else [sample])]
     sae.initialize_from_activations(*first, keep_weights=args.init_from is not None)
     going_on = {"resume": args.resume, "overwrite": args.overwrite}
@@ -290,14 +290,18 @@ def dashboard(args: argparse.Namespace) -> None:
 
 
 def check_card(args: argparse.Namespace) -> None:
-    """Raises an error if `--card` is given and the autoencoder is in no folder, or in one that cannot be written to."""
+    """Raises an error if `--card` is given and there is no folder to write to, or a card that cannot be read."""
     if not args.card:
         return
     if not Path(args.sae).is_dir():
         raise ValueError(
             f"--card writes to the folder of an autoencoder, got {args.sae}: download it to a folder first"
         )
-    check_writable(Path(args.sae, "README.md"))
+    path = Path(args.sae, "README.md")
+    check_writable(path)
+    if path.exists():
+        with expecting(f"a model card in UTF-8 with metadata in YAML in {path}; mend or remove it"):
+            ModelCard.load(path)
 
 
 def read_card(sae: HierarchicalSaeModel, folder: str) -> ModelCard:

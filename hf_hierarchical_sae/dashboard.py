@@ -238,7 +238,7 @@ class _Page:
         ranked = (ranks, k) if self.activations.has_budgets else (np.ones_like(ranks), 1)
         for context in _strongest(contexts, values, *ranked, count=self.contexts_per_latent).tolist():
             here = slice(*np.searchsorted(contexts, [context, context + 1]))
-            shown.append([context, *_by_piece(places[here], values[here], ranks[here])])
+            shown.append([context, places[here].tolist(), [_short(x) for x in values[here]], ranks[here].tolist()])
         return {
             "max": _short(values.max()),
             "tokens": [self.pieces[kind] for kind in kinds[usual]],
@@ -257,13 +257,6 @@ def _strongest(contexts: np.ndarray, values: np.ndarray, ranks: np.ndarray, k: i
     order = np.argsort(-best, axis=0, kind="stable")[:count]
     kept = np.unique(order[np.take_along_axis(best, order, axis=0) > 0])
     return names[kept]
-
-
-def _by_piece(places: np.ndarray, values: np.ndarray, ranks: np.ndarray) -> tuple[list[int], list[float], list[int]]:
-    """Places in the context, activations and ranks; the strongest of several tokens that are shown as one."""
-    places, starts = np.unique(places, return_index=True)
-    values, ranks = np.maximum.reduceat(values, starts), np.minimum.reduceat(ranks, starts)
-    return places.tolist(), [_short(value) for value in values], ranks.tolist()
 
 
 def _readable(

@@ -86,7 +86,11 @@ def explain_latents(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,
+                # What a checkpoint asks for otherwise would not be its greedy answer.
                 do_sample=False,
+                num_beams=1,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
                 pad_token_id=judge_tokenizer.pad_token_id or judge_tokenizer.eos_token_id or 0,
             )
         text = judge_tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)

@@ -89,6 +89,13 @@ def set_metrics(card: ModelCard, metrics: Sequence[EvalResult], name: str) -> No
         card.data["eval_results"] = [*earlier, *metrics]
 
 
+def card_on_hub(repo_id: str, *, revision: str | None = None, token: bool | str | None = None) -> ModelCard | None:
+    """The card that a repository has; None if there is none."""
+    if not file_exists(repo_id, "README.md", revision=revision, token=token):
+        return None
+    return ModelCard.load(hf_hub_download(repo_id, "README.md", revision=revision, token=token))
+
+
 def push_with_card(
     model: Any,
     repo_id: str,
@@ -107,11 +114,11 @@ def push_with_card(
     repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
         create_branch(repo_id, branch=revision, token=token, exist_ok=True)
-    if file_exists(repo_id, "README.md", revision=revision, token=token):
-        card = ModelCard.load(hf_hub_download(repo_id, "README.md", revision=revision, token=token))
-        set_metrics(card, metrics, repo_id)
-    else:
+    card = card_on_hub(repo_id, revision=revision, token=token)
+    if card is None:
         card = model.model_card(repo_id, metrics=metrics)
+    else:
+        set_metrics(card, metrics, repo_id)
     card.data["tags"] = list(dict.fromkeys([*card.data.get("tags", []), *(model.model_tags or ()), *(tags or ())]))
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -31,6 +31,7 @@ from hf_hierarchical_sae.cli import main
 
 LINES = [f"To be, or not to be, that is question {number}: whether 'tis nobler to suffer." for number in range(60)]
 SMALL = ["--d_sae", "64", "--k", "8", "--batch-size", "64", "--steps", "40"]
+DAMAGED_CARD = b"---\nfoo: [bar\n---\nhello\n"
 
 
 @pytest.fixture(scope="module")
@@ -262,8 +263,6 @@ def test_a_threshold_is_measured_on_a_harvest_and_goes_to_other_formats(sae, sta
 
 
 def test_a_dataset_of_the_hub_is_read_as_a_stream(tiny_language_model, tmp_path, hub):
-    from huggingface_hub import HfApi
-
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"story": line}) for line in LINES))
     HfApi().create_repo("tester/stories", repo_type="dataset", exist_ok=True)
     HfApi().upload_file(
@@ -471,8 +470,23 @@ def test_ctrl_c_says_what_the_same_command_does(
 def test_what_cannot_be_uploaded_is_refused_before_training(states, tmp_path, hub):
     with pytest.raises(SystemExit, match="^hierarchical-sae: "):
         main(["train", states, str(tmp_path / "sae"), "--layer", "1", *SMALL, "--push-to-hub", "not//an id"])
+    HfApi().create_repo("tester/damaged")
+    nameless = b"---\nmodel-index:\n- results: []\n---\n"
+    HfApi().upload_file(path_or_fileobj=nameless, path_in_repo="README.md", repo_id="tester/damaged")
+    with pytest.raises(SystemExit, match="^hierarchical-sae: expected to upload to tester/damaged, got: .*metadata"):
+        main(["train", states, str(tmp_path / "sae"), "--layer", "1", *SMALL, "--push-to-hub", "tester/damaged"])
 
     assert not (tmp_path / "sae").exists()
+
+
+@pytest.mark.parametrize("content", [DAMAGED_CARD, b"\xff"], ids=["metadata", "bytes"])
+@pytest.mark.parametrize("command", ["evaluate", "dashboard"])
+def test_a_card_that_cannot_be_read_is_refused_at_once(command, content, tmp_path):
+    (tmp_path / "README.md").write_bytes(content)
+    with pytest.raises(
+        SystemExit, match=r"^hierarchical-sae: expected a model card in UTF-8 .*README.md; mend or remove"
+    ):
+        main([command, str(tmp_path), "--model", "none", "--card"])
 
 
 def launched(launcher, *arguments):

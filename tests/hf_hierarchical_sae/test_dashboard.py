@@ -24,6 +24,7 @@ TEXTS = [
     "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer",
     "<script>window.stolen = 1</script> &amp; <b>bold</b> </script> {{ config }}",
     "日本語 and a smile 🙂",
+    *("漢字試験勉強議論難読麒麟薔薇"[number:] for number in range(12)),
     *(f"the slings and arrows {number} of outrageous fortune" for number in range(40)),
 ]
 
@@ -207,7 +208,7 @@ def test_characters_that_take_several_tokens_are_shown_whole(page):
     assert [pieces[piece] for piece in context[:3]] == ["日", "本", "語"] and "🙂" in [pieces[p] for p in context]
     for _, detail in latents.values():
         for number, places, _, _ in detail["contexts"]:
-            assert places == sorted(set(places)) and places[-1] < len(contexts[number])
+            assert places == sorted(places) and places[-1] < len(contexts[number])
 
 
 def test_the_same_arguments_give_the_same_file(page, model, tokenizer, tmp_path):
@@ -407,12 +408,17 @@ def test_the_slider_ranks_and_shades_anew(page, browser):
     path, _, activations = page
     browser.open(path)
     shaded = "return [...document.querySelectorAll('.context .text span')].filter(s => s.style.background).length"
+    of_peak = """return [...document.querySelectorAll('.context')].every(context => context.querySelector('.peak').title
+        .startsWith(`activation ${context.querySelector('b').textContent}, rank`))"""
+    within = """return [...document.querySelectorAll('.context .text span')]
+        .filter(token => Number(/rank (.+) in/.exec(token.title)?.[1]) <= state.k).length"""
     latent = max(activations.live_latents.tolist(), key=lambda i: len(activations.latent(i)[1].unique()))
     browser.choose(latent)
     seen = []
     for k in (K, 6, 2, 1, K):
         browser.set_budget(k)
         assert browser.peaks() == pytest.approx(strongest(activations, latent, k), rel=1e-3)
+        assert browser.run(of_peak) and browser.run(within) == browser.run(shaded)
         uses = int((activations.latent(latent)[2] <= k).sum())
         assert f"({uses:,}) at k = {k}" in browser.text("facts")
         used = sum(int((activations.latent(i)[2] <= k).any()) for i in activations.live_latents)

@@ -106,6 +106,17 @@ def test_explanations_of_latents_in_a_tensor_are_found_by_number(planted, tokeni
     assert planted.live_latents.tolist() == [0] and isinstance(explanations[0], str)
 
 
+def test_an_explanation_is_the_greedy_answer_whatever_the_judge_is_set_to(planted, tokenizer, judge, monkeypatch):
+    def explained():
+        options = {"judge_tokenizer": tokenizer, "show_progress": False}
+        return explain_latents(planted, tokenizer, [0], judge, **options)
+
+    greedy = explained()
+    for setting, value in (("num_beams", 4), ("repetition_penalty", 1.9), ("no_repeat_ngram_size", 1)):
+        monkeypatch.setattr(judge.generation_config, setting, value)
+        assert explained() == greedy
+
+
 def test_what_explains_is_not_what_is_scored(planted, tokenizer, judge, monkeypatch):
     asked = []
     monkeypatch.setattr(
