@@ -72,13 +72,15 @@ def accuracy(runs):
 
 def state_size(run):
     """Numbers that a layer has to keep of a sequence: sums of features (products once each) and with values; or keys, values."""
-    width, d = run["hidden_size"], run["feature_dim"]
-    if run["kernel"] == "attention":
-        return 2 * run["seq_len"] * width
+    heads, d = run["num_attention_heads"], run["feature_dim"]
     if run["kernel"] == "mamba2":
-        return 64 * 2 * width
+        return 64 * 2 * run["hidden_size"]
+    # As in RebasedConfig: values are narrower than the model where heads do not divide it.
+    head_dim = run["hidden_size"] // heads
+    if run["kernel"] == "attention":
+        return 2 * run["seq_len"] * heads * head_dim
     features = d * (d + 1) // 2 + (1 + d if run["kernel"] == "taylor" else 0)
-    return features * (width + run["num_attention_heads"])
+    return features * heads * (head_dim + 1)
 
 
 def steps_to_learn(run):

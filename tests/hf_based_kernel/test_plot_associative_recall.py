@@ -77,17 +77,20 @@ def test_runs_that_differ_in_the_recipe_are_no_further_seeds(monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("kernel", "numbers"),
+    ("kernel", "heads", "numbers"),
     [
-        ("rebased", 10 * 2 * (16 + 1)),
-        ("taylor", 15 * 2 * (16 + 1)),
-        ("attention", 2 * 64 * 32),
-        ("mamba2", 2 * 32 * 64),
+        ("rebased", 2, 10 * 2 * (16 + 1)),
+        ("taylor", 2, 15 * 2 * (16 + 1)),
+        ("attention", 2, 2 * 64 * 32),
+        ("mamba2", 2, 2 * 32 * 64),
+        # of 32 numbers, 12 heads take 24
+        ("rebased", 12, 10 * 12 * (2 + 1)),
+        ("attention", 12, 2 * 64 * 12 * 2),
     ],
 )
-def test_state_counts_what_a_layer_keeps(kernel, numbers):
+def test_state_counts_what_a_layer_keeps(kernel, heads, numbers):
     script = runpy.run_path(str(SCRIPT))
-    assert script["state_size"](json.loads(run_line(kernel, 0, 1.0))) == numbers
+    assert script["state_size"](json.loads(run_line(kernel, 0, 1.0, num_attention_heads=heads))) == numbers
 
 
 def test_missing_results_are_one_clear_sentence(monkeypatch, tmp_path, capsys):
