@@ -88,7 +88,7 @@ def parse_arguments():
     parser.add_argument("--preset", choices=list(PRESETS), default="hour", help="sizes, see above (hour)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data, weights and order (0 1 2)")
     parser.add_argument(
-        "--check", type=int, metavar="SEED", help="one more seed, held against the intervals of the others"
+        "--check", type=int, metavar="SEED", help="one more seed, held against the intervals of two others or more"
     )
     parser.add_argument("--objectives", nargs="+", metavar="NAME", help="train those alone whose names start so (all)")
     parser.add_argument("--learning_rate", type=float, help="another peak than the preset's")
@@ -98,6 +98,8 @@ def parse_arguments():
     given = {name: value for name in ("learning_rate", "steps") if (value := getattr(arguments, name)) is not None}
     least = {"learning_rate": 0.0, "steps": THRESHOLD_BATCHES}
     check_least(parser, arguments, **{name: least[name] for name in given})
+    if arguments.check is not None and len(arguments.seeds) < 2:
+        parser.error(f"--check needs at least 2 --seeds for an interval, got {len(arguments.seeds)}")
     check_seeds(parser, [*arguments.seeds, *([] if arguments.check is None else [arguments.check])])
     arguments.settings = PRESETS[arguments.preset] | given
     arguments.output_dir = arguments.output_dir or Path("outputs") / f"synthetic_{arguments.preset}"
@@ -319,7 +321,7 @@ def inside_intervals(results, checked, seed):
             for measure in MEASURES:
                 mean, width = interval([run[budget][measure] for run in results[name]])
                 count += 1
-                if width is None or abs(numbers[measure] - mean) > width:
+                if abs(numbers[measure] - mean) > width:
                     outside.append(f"{name} at {budget}: {MEASURES[measure]} {numbers[measure]:.3f}")
     rest = f"; outside are {'; '.join(outside)}" if outside else ""
     return f"Of {count} numbers of seed {seed}, {count - len(outside)} lie in the intervals of the others{rest}."

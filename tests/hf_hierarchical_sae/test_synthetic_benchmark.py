@@ -61,12 +61,9 @@ def test_it_judges_every_dictionary_at_its_budgets_and_goes_on_with_more_seeds(s
     out = capsys.readouterr().out
     assert "| HierarchicalTopK | 1 |" in out and "| BatchTopK | 2 |" in out and "±" in out
     assert (tmp_path / "curves.png").stat().st_size > 10_000 and not list(tmp_path.glob("data*"))
-    study.run_with("--seeds", 0, "--check", 1, "--output_dir", tmp_path)
-    # One seed has no interval.
-    assert (
-        "numbers of seed 1, 0 lie in the intervals of the others; outside are HierarchicalTopK"
-        in capsys.readouterr().out
-    )
+    study.run_with("--seeds", 0, 1, "--check", 2, "--objectives", "TopK-2", "--output_dir", tmp_path)
+    # One dictionary at one budget, by four measures.
+    assert "Of 4 numbers of seed 2, " in capsys.readouterr().out
     with pytest.raises(SystemExit, match="holds results with steps 30 and not 31: give another --output_dir"):
         study.run_with("--output_dir", tmp_path, "--steps", 31)
 
@@ -136,6 +133,7 @@ def test_unknown_objectives_are_named(study, capsys):
         (["--learning_rate", 0], "--learning_rate must be positive, got 0.0"),
         (["--seeds", 0, 0], "--seeds: every seed is one draw, got 0 more than once"),
         (["--seeds", 0, 1, "--check", 1], "got 1 more than once"),
+        (["--seeds", 0, "--check", 1], "--check needs at least 2 --seeds for an interval, got 1"),
     ],
 )
 def test_options_that_give_no_result_are_refused_before_anything_is_trained(study, options, message, tmp_path, capsys):
