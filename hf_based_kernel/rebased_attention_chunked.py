@@ -87,7 +87,7 @@ class _ChunkedAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple:
         (grad_out, grad_state, *_), saved = gradients, ctx.saved_tensors
         grad_out = torch.zeros_like(saved[6]) if grad_out is None else grad_out
-        run = _backward_operator if torch.compiler.is_compiling() else _backward
+        run = _backward_operator if torch.compiler.is_compiling() else _backward_of_any
         # Only gradients that are to have gradients need the function that refuses them.
         run = _ChunkedGradients.apply if torch.is_grad_enabled() and not torch.compiler.is_compiling() else run
         with torch.autocast(autocast_device(grad_out), enabled=False):
@@ -128,7 +128,7 @@ class _ChunkedGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
-        return _backward(*arguments)
+        return _backward_of_any(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, ...]) -> None:
@@ -410,6 +410,13 @@ def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor,
         if options.return_state:
             last.masked_fill_(damaged[:, -1, :, :, None], float("nan"))
     return out, last, denominators, states
+
+
+def _backward_of_any(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    """`_backward`, also of what `torch.autograd.grad(is_grads_batched=True)` gives it."""
+    # torch hands an operator each of the gradients in turn.
+    batched = any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in arguments[:2])
+    return (_backward_operator if batched else _backward)(*arguments)
 
 
 def _backward(grad_out: torch.Tensor, grad_state: torch.Tensor | None, *arguments: Any) -> tuple[torch.Tensor, ...]:

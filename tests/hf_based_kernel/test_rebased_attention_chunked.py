@@ -77,6 +77,25 @@ def test_function_transforms_see_the_gradients_of_the_formula(transform):
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("outputs", [[0], [1], [0, 1]], ids=["out", "state", "both"])
+def test_batched_gradients_are_those_of_each_one(outputs, create_graph):
+    k, v = (torch.randn(2, 5, 2, size, dtype=torch.float64, requires_grad=True) for size in (4, 3))
+    state = torch.rand(2, 2, state_size(4), 4, dtype=torch.float64, requires_grad=True)
+    results = chunked(k.detach(), k, v, initial_state=state, return_state=True)
+    numbers = torch.cat([results[index].flatten()[:3] for index in outputs])
+
+    of_each = [torch.autograd.grad(number, (k, v, state), retain_graph=True) for number in numbers]
+    batched = torch.autograd.grad(
+        numbers,
+        (k, v, state),
+        torch.eye(len(numbers), dtype=torch.float64),
+        is_grads_batched=True,
+        create_graph=create_graph,
+    )
+    torch.testing.assert_close(batched, tuple(map(torch.stack, zip(*of_each))))
+
+
 def test_each_sample_may_be_packed_otherwise():
     q, k, v = (torch.randn(2, 1, 6, 2, size) for size in (4, 4, 3))
     segment_ids = torch.tensor([[[0, 0, 0, 1, 1, 1]], [[0, 0, 1, 1, 2, 2]]])
