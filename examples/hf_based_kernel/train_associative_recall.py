@@ -156,7 +156,7 @@ def train(arguments, build, output_dir, checkpoint, *, quiet=False, **task):
         )
     train_set, test_set = make_datasets(arguments, training.world_size, **task)
     model = build()
-    interrupt = StopOnInterrupt()
+    interrupt = StopOnInterrupt(arguments)
     trainer = Trainer(
         model=model,
         args=training,

@@ -195,7 +195,7 @@ def main():
     model = make_model(arguments, tokenizer)
     train, held_out = make_blocks(arguments, tokenizer, texts, seed=arguments.seed)
     trainer = make_trainer(arguments, model, train, held_out)
-    interrupt = StopOnInterrupt()
+    interrupt = StopOnInterrupt(arguments)
     trainer.add_callback(interrupt)
     before = perplexity(model, held_out, arguments.batch_size)
     train_from(trainer, arguments.resume_from_checkpoint)

@@ -18,13 +18,22 @@ from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+SETTINGS_NAME = "settings.json"
+# Options that may be others when a training goes on; of `max_steps`, more.
+CHANGEABLE = {"output_dir", "resume_from_checkpoint", "save_steps", "eval_examples", "max_steps"}
 
 
 class StopOnInterrupt(TrainerCallback):
-    """The first Ctrl-C ends training after the current step with a checkpoint; a second one ends it at once."""
+    """
+    The first Ctrl-C ends training after the current step with a checkpoint; a second one ends it at once. Options that are
+    given are kept in every checkpoint, so that `find_checkpoint` knows whose it is.
+    """
 
-    def __init__(self):
-        self.interrupted = False
+    def __init__(self, options: argparse.Namespace | None = None):
+        self.options, self.interrupted = options, False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -47,6 +56,12 @@ class StopOnInterrupt(TrainerCallback):
             self.interrupted = bool(heard)
         if self.interrupted:
             control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.options and state.is_world_process_zero:
+            checkpoint = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            with whole(checkpoint / SETTINGS_NAME) as unfinished:
+                unfinished.write_text(json.dumps(as_json(vars(self.options)), indent=1) + "\n")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -113,18 +128,27 @@ def whole(path: Path) -> Generator[Path]:
     unfinished.replace(path)
 
 
+def as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(settings, default=str))
+
+
+def differing(found: dict[str, Any], settings: dict[str, Any], names: set[str]) -> str:
+    """The names whose values differ, with both."""
+    others = sorted(name for name in names if found.get(name) != settings.get(name))
+    return ", ".join(f"{name} {found.get(name)!r} and not {settings.get(name)!r}" for name in others)
+
+
 def record_settings(folder: Path, settings: dict[str, Any]) -> None:
     """
     Make a folder and record what its results are made with; end the program where it holds some that were made otherwise.
     A run that was refused its options has left nothing but the record, which gives way.
     """
-    record, settings = folder / "settings.json", json.loads(json.dumps(settings))
+    record, settings = folder / SETTINGS_NAME, as_json(settings)
     if record.exists() and (found := json.loads(record.read_text())) != settings:
         begun = (path for path in folder.rglob("*") if path.is_file() and path != record)
         if any(path.suffix != ".unfinished" for path in begun):
-            names = sorted(name for name in found | settings if found.get(name) != settings.get(name))
-            differing = ", ".join(f"{name} {found.get(name)!r} and not {settings.get(name)!r}" for name in names)
-            raise SystemExit(f"{folder} holds results with {differing}: give another --output_dir, or delete it")
+            others = differing(found, settings, {*found, *settings})
+            raise SystemExit(f"{folder} holds results with {others}: give another --output_dir, or delete it")
     folder.mkdir(parents=True, exist_ok=True)
     if PartialState().is_main_process:
         with whole(record) as unfinished:
@@ -142,7 +166,10 @@ def add_resume_option(parser: argparse.ArgumentParser) -> None:
 
 
 def find_checkpoint(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Put the last checkpoint in `output_dir` where the option was given without one; refuse one that is not whole, and a file."""
+    """
+    Put the last checkpoint in `output_dir` where the option was given without one; refuse one that is not whole or of a
+    training with other options, and a file.
+    """
     if Path(arguments.output_dir).is_file():
         parser.error(f"--output_dir: expected a folder to write, got the file {arguments.output_dir}")
     if arguments.resume_from_checkpoint is True:
@@ -156,4 +183,21 @@ def find_checkpoint(parser: argparse.ArgumentParser, arguments: argparse.Namespa
         parser.error(
             "--resume_from_checkpoint: expected a checkpoint that was written to its end, got "
             f"{arguments.resume_from_checkpoint}"
+        )
+    if arguments.resume_from_checkpoint:
+        refuse_another_training(parser, arguments)
+
+
+def refuse_another_training(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    checkpoint, settings = Path(arguments.resume_from_checkpoint), as_json(vars(arguments))
+    record = checkpoint / SETTINGS_NAME
+    found = json.loads(record.read_text()) if record.exists() else {}
+    if others := differing(found, settings, (found.keys() & settings.keys()) - CHANGEABLE):
+        parser.error(
+            f"--resume_from_checkpoint: {checkpoint} was trained with {others}; give its options to go on from it, or leave "
+            "this one out to start afresh"
+        )
+    if arguments.max_steps < (made := steps_made(checkpoint)):
+        parser.error(
+            f"--max_steps must be at least the {made} steps that {checkpoint} has made, got {arguments.max_steps}"
         )

@@ -380,8 +380,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     evaluation("--eval_steps", type=int, default=0, help="steps between greedy evaluations, 0 for none (%(default)s)")
     evaluation("--skip_eval_before", action="store_true", help="the base model's accuracy is known already")
     args = parser.parse_args(arguments)
-    example.find_checkpoint(parser, args)
     fill_defaults(args)
+    example.find_checkpoint(parser, args)
     check_grpo(parser, args, max_steps=0)
     check_least(parser, args, few_shot=0, eval_samples=0, eval_steps=0, gradient_accumulation_steps=1, save_steps=1)
     return args

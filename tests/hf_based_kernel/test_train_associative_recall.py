@@ -76,6 +76,27 @@ def test_interrupt_leaves_a_checkpoint_to_resume_from(monkeypatch, tmp_path, cap
     assert json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
 
 
+def test_a_checkpoint_of_another_training_is_refused(monkeypatch, tmp_path, capsys):
+    def resume(*options):
+        run(monkeypatch, *SMALL, "--output_dir", tmp_path, "--resume_from_checkpoint", *options)
+
+    run(monkeypatch, *SMALL, "--max_steps", 2, "--output_dir", tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    for options, message in (
+        (
+            ["--seed", 5, "--kernel", "taylor"],
+            "was trained with kernel 'rebased' and not 'taylor', seed 0 and not 5; give",
+        ),
+        (["--max_steps", 1], "--max_steps must be at least the 2 steps that "),
+    ):
+        with pytest.raises(SystemExit):
+            resume("--max_steps", 3, *options)
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+    resume("--max_steps", 3, "--eval_examples", 50)
+    assert (tmp_path / "checkpoint-3").is_dir()
+
+
 def test_batches_ask_for_logits_only_where_a_query_can_stand(monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *SMALL])
     script = runpy.run_path(str(SCRIPT))
