@@ -122,7 +122,7 @@ def make_model(arguments, **options):
     return RebasedForCausalLM(config)
 
 
-def train(arguments, build, output_dir, checkpoint, *, quiet=False, **task):
+def train(arguments, build, output_dir, checkpoint, *, interrupt=None, quiet=False, **task):
     """Train what `build` makes and leave it in `output_dir`: the results, or None where Ctrl-C stopped it."""
     started = time.process_time()
     set_seed(arguments.seed)
@@ -156,7 +156,7 @@ def train(arguments, build, output_dir, checkpoint, *, quiet=False, **task):
         )
     train_set, test_set = make_datasets(arguments, training.world_size, **task)
     model = build()
-    interrupt = StopOnInterrupt(arguments)
+    interrupt = interrupt or StopOnInterrupt(arguments)
     trainer = Trainer(
         model=model,
         args=training,

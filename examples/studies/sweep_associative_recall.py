@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 sys.path.append(str(Path(__file__).parents[1] / "hf_based_kernel"))
 import train_associative_recall as example
-from interrupts import last_checkpoint, record_settings, whole
+from interrupts import StopOnInterrupt, last_checkpoint, record_settings, whole
 from options import check_least
 
 
@@ -208,7 +209,21 @@ def settings(run):
     return {name: run[name] for name in SETTINGS}
 
 
+# With --jobs, whether the first process has heard of Ctrl-C, in memory that all share.
+heard: Any = argparse.Namespace(value=False)
+
+
+class StopWithSweep(StopOnInterrupt):
+    """Also for a Ctrl-C that came before training began."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.interrupted = self.interrupted or bool(heard.value)
+        super().on_step_end(args, state, control, **kwargs)
+
+
 def run_in_sweep(arguments):
+    if heard.value:
+        return None
     folder = "_".join(f"{name}={value}" for name, value in settings(vars(arguments)).items())
     output = Path(arguments.output_dir) / folder
     result = example.train(
@@ -216,10 +231,24 @@ def run_in_sweep(arguments):
         lambda: make_model(arguments),
         output,
         last_checkpoint(output),
+        interrupt=StopWithSweep(arguments),
         quiet=arguments.jobs > 1,
         random_non_queries=arguments.fillers == "random",
     )
     return result and settings(vars(arguments)) | result
+
+
+def begin_worker(threads, shared):
+    global heard
+    heard = shared
+    torch.set_num_threads(threads)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    """Without it, the workers of a killed sweep train on, beside those of the same command given again."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def finished_runs(runs):
@@ -230,14 +259,24 @@ def finished_runs(runs):
         return
     threads = max(1, torch.get_num_threads() // jobs)
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, spawn, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
-        # Ctrl-C reaches the workers too, which save and hand back None.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for future in as_completed([pool.submit(run_in_sweep, run) for run in runs]):
-            if future.result() is None:
-                pool.shutdown(cancel_futures=True)
-                return
-            yield future.result()
+    shared = spawn.RawValue("b", False)
+
+    def hear(number, frame):
+        if shared.value:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise KeyboardInterrupt
+        shared.value = True
+        os.write(2, b"\nCtrl-C: saving checkpoints, no further run begins; a second one ends all at once\n")
+
+    previous = signal.signal(signal.SIGINT, hear)
+    with ProcessPoolExecutor(jobs, spawn, initializer=begin_worker, initargs=(threads, shared)) as pool:
+        # Workers start here and stay deaf to Ctrl-C, which may come while they import; they read what this process heard.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        futures = [pool.submit(run_in_sweep, run) for run in runs]
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        yield from (future.result() for future in as_completed(futures) if future.result() is not None)
+    signal.signal(signal.SIGINT, previous)
 
 
 def run_sweep(runs):

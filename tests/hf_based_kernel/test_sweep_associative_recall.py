@@ -1,17 +1,21 @@
 """The sweep of the recall example, on a task that is small enough for a test."""
 
+import contextlib
 import json
+import os
 import runpy
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
-from tests.example_module import Killed, kill_while_writing
+from tests.example_module import Killed, kill_while_writing, load_example
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "studies" / "sweep_associative_recall.py"
@@ -139,6 +143,70 @@ def test_sweep_in_two_processes_gives_what_one_gives(monkeypatch, tmp_path):
 
     one, two = (sorted(results(tmp_path / name), key=lambda row: row["seed"]) for name in ("one", "two"))
     assert [row["curve"] for row in one] == [row["curve"] for row in two]
+
+
+@pytest.fixture
+def begin_sweep(tmp_path):
+    """Two workers, in processes of their own, and a function that waits for what they do."""
+    grid = [*SMALL, "--seed", 0, 1, 2, "--jobs", 2, "--save_steps", 1, "--output_dir", tmp_path]
+    begun = []
+
+    def begin(max_steps, until):
+        command = [str(part) for part in [sys.executable, SCRIPT, *grid, "--max_steps", max_steps]]
+        process = subprocess.Popen(
+            command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        begun.append(process)
+        while not until(process):
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.01)
+        return process
+
+    yield begin
+    for process in begun:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_interrupt_while_workers_import_begins_no_run(begin_sweep, tmp_path):
+    def has_workers(process):
+        return (tmp_path / "settings.json").exists() and psutil.Process(process.pid).children()
+
+    process = begin_sweep(2, until=has_workers)
+    os.killpg(process.pid, signal.SIGINT)
+
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert "Ctrl-C: saving checkpoints" in said and "0 of 3 runs are in" in said and "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_sweep_that_is_killed(begin_sweep, tmp_path):
+    process = begin_sweep(10**6, until=lambda process: len([*tmp_path.glob("*/checkpoint-*")]) > 1)
+    process.kill()
+
+    # What is printed comes to its end once nobody is left to print.
+    process.communicate(timeout=60)
+
+
+def test_interrupt_while_a_run_is_evaluated_stops_it_at_its_first_step(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *SMALL, "--max_steps", "3", "--output_dir", str(tmp_path)])
+    sweep, evaluate = load_example("studies/sweep_associative_recall.py"), Trainer.evaluate
+    (run,) = sweep.parse_arguments()
+
+    def interrupted(*args, **kwargs):
+        sweep.heard.value = True
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "evaluate", interrupted)
+    assert sweep.run_in_sweep(run) is None
+    assert [path.name for path in tmp_path.glob("*/checkpoint-*")] == ["checkpoint-1"]
+    (begun,) = tmp_path.iterdir()
+    begun.rename(tmp_path / "away")
+    assert sweep.run_in_sweep(run) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["away"]
 
 
 def test_presets_are_the_grids_that_they_are_called_after(monkeypatch):
