@@ -163,7 +163,7 @@ def train(trainer: Any, args: argparse.Namespace, *, steers_vllm: bool) -> bool:
     if steers_vllm:
         sync_vectors_only(trainer)
         check_vllm_sync(trainer)
-    stop_on_interrupt = StopOnInterrupt()
+    stop_on_interrupt = StopOnInterrupt(args)
     trainer.add_callback(stop_on_interrupt)
     trainer.add_callback(PassesShown(trainer))
     train_from(trainer, args.resume_from_checkpoint)

@@ -22,8 +22,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 SETTINGS_NAME = "settings.json"
-# Options that may be others when a training goes on; of `max_steps`, more.
-CHANGEABLE = {"output_dir", "resume_from_checkpoint", "save_steps", "eval_examples", "max_steps"}
+# Options that may be others when a training goes on: where, how long, how it is watched, by what it samples.
+CHANGEABLE = {"output_dir", "resume_from_checkpoint", "save_steps", "max_steps", "report_to", "use_vllm"}
+CHANGEABLE |= {
+    "eval_examples",
+    "eval_samples",
+    "eval_steps",
+    "skip_eval_before",
+    "signal_patience",
+    "stop_without_signal",
+}
 
 
 class StopOnInterrupt(TrainerCallback):

@@ -154,6 +154,10 @@ def test_interrupted_run_is_resumed_and_finished(train, tiny_language_model, tmp
     vectors = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert len(vectors) == 2 and all(torch.isfinite(vector).all() for vector in vectors.values())
 
+    with pytest.raises(SystemExit):
+        train(*SMALL, "--max_steps", step + 2, "--seed", 7, "--resume_from_checkpoint")
+    assert "was trained with seed 0 and not 7; give its options to go on from it" in capsys.readouterr().err
+
 
 @pytest.mark.slow
 def test_two_processes_share_samples_and_held_out_questions(tiny_language_model, tmp_path):
