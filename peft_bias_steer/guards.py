@@ -14,6 +14,7 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
+import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -116,7 +117,7 @@ def keep_biases_on_save(model: nn.Module) -> None:
     """
     if not isinstance(model, PreTrainedModel):
         return
-    weights = model.state_dict()
+    weights = _saved_tensors(model)
     try:
         form = find_stock_form(model, weights)
     except ValueError as error:
@@ -131,6 +132,16 @@ def keep_biases_on_save(model: nn.Module) -> None:
     for key in form.weights.keys() - weights.keys():
         module = model.get_submodule(key.removesuffix(".bias"))
         module.bias = nn.Parameter(form.weights[key], requires_grad=False)
+
+
+def _saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What `state_dict` holds of parameters and buffers; its call damages what bitsandbytes has packed for a CPU."""
+    return {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name, tensor in {**module._parameters, **module._buffers}.items()
+        if tensor is not None and name not in module._non_persistent_buffers_set
+    }
 
 
 def _refuse_to_save(*args: Any, reason: str, **kwargs: Any) -> None:

@@ -46,12 +46,13 @@ def test_quantised_base_is_steered_and_merged(llama, tokens, tmp_path, set_vecto
         merged = model(tokens).logits
         model.unmerge_adapter()
         again = model(tokens).logits
+        unloaded = model.merge_and_unload()(tokens).logits
 
     assert all(vector.dtype == torch.float32 for vector in vectors)
     assert torch.equal(steered, expected)
     # a merged vector is rounded to the bfloat16 that the quantised module computes in
     torch.testing.assert_close(merged, steered, rtol=0, atol=0.02 * steered.abs().max().item())
-    assert torch.equal(again, steered)
+    assert torch.equal(again, steered) and torch.equal(unloaded, merged)
 
 
 @pytest.mark.parametrize(
