@@ -136,6 +136,8 @@ class RebasedConfig(PreTrainedConfig):
         for switch in ("use_qk_norm", "use_gamma", "use_beta"):
             if getattr(self, switch) is None:
                 setattr(self, switch, self.kernel == "rebased")
+        # transformers gives some unknown ones a meaning of its own.
+        self._check_layer_types()
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -177,6 +179,11 @@ class RebasedConfig(PreTrainedConfig):
     def validate_layer_type(self) -> None:
         """`validate_architecture` looks at the layer types; transformers before 5.23 would rename "conv" here."""
 
+    def _check_layer_types(self) -> None:
+        unknown = [kind for kind in dict.fromkeys(self.layer_types or ()) if kind not in LAYER_TYPES]
+        if unknown:
+            raise ValueError(f"layer_types may hold {', '.join(LAYER_TYPES)}, got {', '.join(map(str, unknown))}")
+
     def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation. Validates the architecture of the config."""
         choices = {
@@ -187,9 +194,7 @@ class RebasedConfig(PreTrainedConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        unknown = sorted(set(self.layer_types or ()) - set(LAYER_TYPES))
-        if unknown:
-            raise ValueError(f"layer_types may hold {', '.join(LAYER_TYPES)}, got {', '.join(unknown)}")
+        self._check_layer_types()
         if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"num_hidden_layers ({self.num_hidden_layers}) must be equal to the number of `layer_types` "

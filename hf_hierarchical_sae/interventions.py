@@ -41,7 +41,8 @@ def splice(
 
     Contexts can be nested, over several sites, layers and autoencoders; on one site they act in the order in which they
     were entered. They hold in `generate` as well, for prompt and new tokens, and in the thread or task that entered
-    them, not in others that use the same model. Each position is treated by itself, so what stands at padded positions
+    them, not in others that use the same model: `generate_batch` starts one and does not see them. With gradient
+    checkpointing the backward pass belongs inside too, since it runs the layers again. Each position is treated by itself, so what stands at padded positions
     does not matter to the others.
 
     Args:
@@ -93,8 +94,11 @@ def splice(
         is_usual = torch.stack([norm <= limit for norm, limit in zip(norms, limits)]).all(dim=0)
         return torch.where(is_usual, replacement.to(clean.dtype), clean).to(hidden_states)
 
-    # A list, which holds the input until the target is reached.
-    reading = site_hook(site, read.append) if sae.config.is_transcoder else nullcontext()
+    def keep(hidden_states: torch.Tensor) -> None:
+        # Until the target is reached, which a pass that ends before it never does.
+        read[:] = [hidden_states]
+
+    reading = site_hook(site, keep) if sae.config.is_transcoder else nullcontext()
     with evaluation_mode(sae), reading, site_hook(target, replace):
         yield
 
@@ -190,9 +194,10 @@ def steer(
             f"strength and typical_activation must be one number or one for each of the {len(indices)} latents, "
             f"got shape {tuple(coefficients.shape)}"
         )
-    vector = coefficients.expand(len(indices)) @ sae.W_dec[indices].float()
 
     def add(hidden_states: torch.Tensor) -> torch.Tensor:
+        # Of each pass, so that each can have a backward pass of its own.
+        vector = coefficients.expand(len(indices)) @ sae.W_dec[indices].float()
         x = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         return (x + vector.to(x)).to(hidden_states.dtype)
 

@@ -304,9 +304,13 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, content: Any, row: int) -> It
     if isinstance(content, torch.Tensor):
         yield content.tolist()
     elif isinstance(content, str):
+        rest = len(content)
         for piece in _pieces(content):
             # The piece is cut later, so the tokenizer's warning about its length does not apply.
-            yield tokenizer(piece, verbose=False)["input_ids"]
+            ids, rest = tokenizer(piece, verbose=False)["input_ids"], rest - len(piece)
+            # The text goes on where a tokenizer has put its end.
+            ends = rest and ids[-1:] == [tokenizer.eos_token_id] and not piece.endswith(tokenizer.eos_token)
+            yield ids[:-1] if ends else ids
     else:
         pieces = _pieces(_chat_text(tokenizer, content, row))
         found = (tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"] for piece in pieces)

@@ -15,6 +15,7 @@ Then, where only torch, triton and `kernels` are installed:
 import argparse
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import hf_based_kernel
@@ -59,6 +60,11 @@ def parse_arguments():
         "--output_dir", type=Path, default=Path("outputs/rebased-attention"), help="where the repository is written"
     )
     arguments = parser.parse_args()
+    if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", arguments.name):
+        parser.error(
+            f"--name: expected a small letter and then small letters, digits and dashes, got {arguments.name!r}; the owner of "
+            "the repository belongs to the upload"
+        )
     if arguments.output_dir.is_file():
         parser.error(f"--output_dir: expected a folder to write, got the file {arguments.output_dir}")
     if (arguments.output_dir / "build").exists():

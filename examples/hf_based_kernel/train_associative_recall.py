@@ -62,7 +62,7 @@ def parse_arguments():
     parser.add_argument("--output_dir", default="outputs/recall", help="where all is written (outputs/recall)")
     add_resume_option(parser)
     arguments = parser.parse_args()
-    check_least(parser, arguments, batch_size=1, max_steps=1, eval_examples=1)
+    check_least(parser, arguments, batch_size=1, max_steps=1, eval_examples=1, learning_rate=0.0, seed=0)
     find_checkpoint(parser, arguments)
     return arguments
 

@@ -63,7 +63,8 @@ def add_options(parser):
 
 def check_options(parser, arguments):
     check_text_options(parser, arguments)
-    check_least(parser, arguments, seq_len=2, batch_size=1, max_steps=1, eval_tokens=arguments.seq_len)
+    least = {"seq_len": 2, "batch_size": 1, "max_steps": 1, "eval_tokens": arguments.seq_len, "seed": 0}
+    check_least(parser, arguments, learning_rate=0.0, **least)
 
 
 def make_model(arguments, tokenizer, **options):

@@ -46,7 +46,8 @@ def read_files(files, option):
     """What is in the text files; the option is what gave them."""
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
-        raise SystemExit(f"{option}: expected files, got {', '.join(missing)}, which do not exist")
+        why = "which are folders" if all(map(Path.is_dir, map(Path, missing))) else "which do not exist"
+        raise SystemExit(f"{option}: expected files, got {', '.join(missing)}, {why}")
     texts = []
     for file in files:
         try:

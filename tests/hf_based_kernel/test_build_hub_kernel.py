@@ -66,8 +66,8 @@ print("same")
 """
 
 
-def build(path):
-    command = [sys.executable, SCRIPT, "--output_dir", path]
+def build(path, *options):
+    command = [sys.executable, SCRIPT, "--output_dir", path, *options]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -108,5 +108,13 @@ def test_an_existing_build_is_not_overwritten(tmp_path):
 
     assert done.returncode == 2
     assert "exists already; delete it or choose another --output_dir" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_name_that_no_kernel_can_have_is_refused(tmp_path):
+    done = build(tmp_path, "--name", "my-name/rebased-attention")
+
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert "--name: expected a small letter and then small letters, digits and dashes, got 'my-name/reb" in done.stderr
     (tmp_path / "file").touch()
     assert "--output_dir: expected a folder to write, got the file" in build(tmp_path / "file").stderr

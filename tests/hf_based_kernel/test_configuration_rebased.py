@@ -58,6 +58,7 @@ def test_config_survives_saving(tmp_path, options):
             {"num_hidden_layers": 1, "layer_types": ["chunked_attention"]},
             "layer_types may hold conv, linear_attention, sliding_attention, full_attention, got chunked_attention",
         ),
+        ({"num_hidden_layers": 2, "layer_types": ["conv", "mamba"]}, "layer_types may hold .*, got mamba$"),
         ({"num_hidden_layers": 2, "layer_types": ["conv"]}, "must be equal to the number of `layer_types`"),
         ({"feature_dim": 0}, "feature_dim must be at least 1, got 0"),
         ({"conv_kernel_size": 1}, "conv_kernel_size must be at least 2, got 1"),

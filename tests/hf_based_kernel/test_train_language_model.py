@@ -139,9 +139,12 @@ def test_dataset_is_read_as_a_stream(monkeypatch, tmp_path, text_file):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--text_files", "/"], "--text_files: expected files, got /, which are folders"),
         (["--text_files", "nowhere.md"], "--text_files: expected files, got nowhere.md, which do not exist"),
         (["--text_files", "latin.txt"], "--text_files: expected text in UTF-8, got latin.txt .*; iconv converts it"),
         (["--max_steps", "0"], "--max_steps must be at least 1, got 0"),
+        (["--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["--learning_rate", "nan"], "--learning_rate must be positive, got nan"),
         (["--seq_len", "64", "--eval_tokens", "8"], "--eval_tokens must be at least 64, got 8"),
         (["--train_tokenizer", "8"], "--train_tokenizer needs at least 257 tokens"),
         (["--output_dir", "empty", "--resume_from_checkpoint"], "--resume_from_checkpoint: empty holds no checkpoint"),

@@ -2,8 +2,10 @@
 
 import asyncio
 import copy
+import gc
 import math
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 
@@ -383,6 +385,42 @@ def test_gradients_reach_the_inputs_through_a_splice(model):
         model(inputs_embeds=embeddings).logits.square().mean().backward()
 
     assert embeddings.grad.isfinite().all() and embeddings.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "enter",
+    [
+        lambda model, sae: splice(model, sae, 0),
+        lambda model, sae: ablate(model, sae, 0, 7, k=4),
+        lambda model, sae: steer(model, sae, 0, 7, strength=2.0, typical_activation=1.0),
+    ],
+    ids=["splice", "ablate", "steer"],
+)
+def test_each_pass_inside_has_a_backward_pass_of_its_own(model, enter):
+    sae, gradients = make_sae(), []
+    with enter(model, sae):
+        for _ in range(2):
+            (gradient,) = torch.autograd.grad(model(IDS).logits.square().mean(), [sae.W_dec])
+            gradients.append(gradient)
+
+    assert torch.equal(*gradients) and gradients[0].abs().sum() > 0
+
+
+def test_a_transcoder_keeps_one_of_the_passes_that_end_before_its_target(model):
+    sae, read = make_sae(hook_point="mlp.input", target_hook_point="mlp.output"), []
+
+    def end(module, args):
+        read.append(weakref.ref(args[0]))
+        raise MemoryError
+
+    with splice(model, sae, 0):
+        handle = model.model.layers[0].mlp.gate_proj.register_forward_pre_hook(end)
+        for _ in range(3):
+            with pytest.raises(MemoryError):
+                states(model, 0)
+        handle.remove()
+        gc.collect()
+        assert len(read) == 3 and sum(of_pass() is not None for of_pass in read) <= 1
 
 
 def double_some(top_indices, top_values):

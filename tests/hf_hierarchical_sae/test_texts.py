@@ -92,6 +92,21 @@ def test_a_long_chat_is_tokenised_in_pieces(tokenizer, monkeypatch):
     assert max(longest) <= 40 and len(longest) > 4
 
 
+@pytest.mark.parametrize("longest", [12, 1000])
+def test_a_long_text_ends_once(tiny_language_model, monkeypatch, longest):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_language_model)
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    monkeypatch.setattr(texts, "LONGEST_TEXT", longest)
+
+    contexts = [ids for _, ids in ids_of(tokenizer, ["To be? Or not to be. " * 3], context_length=10)]
+    assert (
+        sum(ids.count(tokenizer.eos_token_id) for ids in contexts) == 1 and contexts[-1][-1] == tokenizer.eos_token_id
+    )
+
+
 def test_a_template_that_starts_with_a_bos_token_does_not_get_another(tiny_language_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_language_model)
     tokenizer.chat_template = "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"
