@@ -150,8 +150,9 @@ class RebasedPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
         whole, index = (Path(save_directory, name) for name in WEIGHT_FILES[:2])
         if whole.exists() and index.exists():
-            older = min(whole, index, key=lambda path: path.stat().st_mtime_ns)
-            older.unlink(missing_ok=True)
+            # A model that is saved whole takes the place of older pieces, but not of their index.
+            in_pieces = any(Path(save_directory).glob(WEIGHT_FILES[2]))
+            (whole if in_pieces else index).unlink(missing_ok=True)
 
     def push_to_hub(self, repo_id: str, *, metrics: Sequence[EvalResult] = (), **kwargs: Any) -> CommitInfo:
         """

@@ -42,8 +42,8 @@ def splice(
     Contexts can be nested, over several sites, layers and autoencoders; on one site they act in the order in which they
     were entered. They hold in `generate` as well, for prompt and new tokens, and in the thread or task that entered
     them, not in others that use the same model: `generate_batch` starts one and does not see them. With gradient
-    checkpointing the backward pass belongs inside too, since it runs the layers again. Each position is treated by itself, so what stands at padded positions
-    does not matter to the others.
+    checkpointing the backward pass belongs inside too, since it runs the layers again. Each position is treated by
+    itself, so what stands at padded positions does not matter to the others.
 
     Args:
         model (`PreTrainedModel`): any transformers model with a list of decoder layers, a PEFT model too. Left as it

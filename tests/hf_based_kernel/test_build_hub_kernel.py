@@ -108,6 +108,8 @@ def test_an_existing_build_is_not_overwritten(tmp_path):
 
     assert done.returncode == 2
     assert "exists already; delete it or choose another --output_dir" in done.stderr
+    (tmp_path / "file").touch()
+    assert "--output_dir: expected a folder to write, got the file" in build(tmp_path / "file").stderr
 
 
 @pytest.mark.slow
@@ -116,5 +118,3 @@ def test_a_name_that_no_kernel_can_have_is_refused(tmp_path):
 
     assert done.returncode == 2 and not list(tmp_path.iterdir())
     assert "--name: expected a small letter and then small letters, digits and dashes, got 'my-name/reb" in done.stderr
-    (tmp_path / "file").touch()
-    assert "--output_dir: expected a folder to write, got the file" in build(tmp_path / "file").stderr
